@@ -1,0 +1,43 @@
+"""Self-Play Preference Optimization (SPPO) as a TRL trainer."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+# Public names, imported when first used: `import trl_sppo` loads neither torch nor trl
+_PUBLIC = {
+    "SPPOConfig": "config",
+    "SPPOTrainer": "trainer",
+    "mean_preferences": "preferences",
+    "preferences_from_scores": "preferences",
+    "select_completions": "objectives",
+    "share_of_ties": "preferences",
+    "sppo_loss": "objectives",
+    "sppo_targets": "objectives",
+    "win_rates": "preferences",
+    "win_rates_from_scores": "preferences",
+}
+
+if TYPE_CHECKING:
+    from .config import SPPOConfig as SPPOConfig
+    from .objectives import select_completions as select_completions
+    from .objectives import sppo_loss as sppo_loss
+    from .objectives import sppo_targets as sppo_targets
+    from .preferences import mean_preferences as mean_preferences
+    from .preferences import preferences_from_scores as preferences_from_scores
+    from .preferences import share_of_ties as share_of_ties
+    from .preferences import win_rates as win_rates
+    from .preferences import win_rates_from_scores as win_rates_from_scores
+    from .trainer import SPPOTrainer as SPPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

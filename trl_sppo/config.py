@@ -1,0 +1,214 @@
+"""Options of [`SPPOTrainer`]: SPPO's own, their checks, and the options of GRPO that have no meaning here."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal
+
+from transformers.utils import logging
+from trl import GRPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+_NO_CLIPPING = "SPPO regresses the log-ratio to a target and clips no ratio."
+_NO_ADVANTAGE = "SPPO learns from win rates, not from normalised advantages."
+_NO_ENTROPY = "SPPO's objective has no entropy term."
+_NO_REFERENCE = (
+    "the KL term towards the initial policy is not part of this release. If you come from DPO or the official SPPO "
+    "code, where beta scales the target, set `eta` instead: eta = 1/beta."
+)
+
+# Options of `GRPOConfig` that SPPO cannot honour: each must keep its default. The reason is told to the user.
+REJECTED_OPTIONS = {
+    "beta": _NO_REFERENCE,
+    "sync_ref_model": _NO_REFERENCE,
+    "ref_model_mixup_alpha": _NO_REFERENCE,
+    "ref_model_sync_steps": _NO_REFERENCE,
+    "use_bias_correction_kl": _NO_REFERENCE,
+    "epsilon": _NO_CLIPPING,
+    "epsilon_high": _NO_CLIPPING,
+    "delta": _NO_CLIPPING,
+    "importance_sampling_level": "SPPO's log-ratio is that of the whole completion.",
+    "off_policy_mask_threshold": _NO_ADVANTAGE,
+    "scale_rewards": _NO_ADVANTAGE,
+    "multi_objective_aggregation": "the win rates of several reward models are averaged with `reward_weights`.",
+    "loss_type": "SPPO has one loss, the squared error of the log-ratio.",
+    "sapo_temperature_neg": _NO_ADVANTAGE,
+    "sapo_temperature_pos": _NO_ADVANTAGE,
+    "vespo_k_pos": _NO_ADVANTAGE,
+    "vespo_lambda_pos": _NO_ADVANTAGE,
+    "vespo_k_neg": _NO_ADVANTAGE,
+    "vespo_lambda_neg": _NO_ADVANTAGE,
+    "top_entropy_quantile": "SPPO's log-ratio sums over all tokens of a completion.",
+    "entropy_coef": _NO_ENTROPY,
+    "use_adaptive_entropy": _NO_ENTROPY,
+    "entropy_coef_min": _NO_ENTROPY,
+    "entropy_coef_max": _NO_ENTROPY,
+    "entropy_coef_delta": _NO_ENTROPY,
+    "entropy_target": _NO_ENTROPY,
+}
+
+
+@dataclass
+class SPPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`SPPOTrainer`].
+
+    Every parameter of [`~trl.GRPOConfig`] is inherited: groups, sampling, vLLM, evaluation and logging mean what they
+    mean there. Those that only make sense for GRPO's loss must keep their default, and are refused otherwise with the
+    reason. One SPPO iteration is one generation batch; `steps_per_generation / gradient_accumulation_steps` (times
+    `num_iterations`) is the number of optimizer steps taken against it.
+
+    Parameters:
+        eta (`float`, *optional*, defaults to `10.0`):
+            The paper's η: completions are regressed to a log-ratio of `eta * (win_rate - 1/2)` nats. The `beta` of DPO
+            and of the official SPPO code is `1 / eta`. The paper uses `eta=1000`.
+        comparison (`str`, *optional*, defaults to `"hard"`):
+            How two scores become a preference: `"hard"` (the higher wins, ties are ½) or `"bradley_terry"`
+            (`sigmoid((s_i - s_j) / bt_temperature)`).
+        bt_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the Bradley–Terry comparison, in units of the score.
+        include_self (`bool`, *optional*, defaults to `False`):
+            Whether a completion's tie with itself counts in its win rate, as in the official code.
+        train_on (`str`, *optional*, defaults to `"all"`):
+            Completions of a group to train on: `"all"`, or `"best_and_worst"` (the paper's experiments).
+        win_rate_threshold (`float`, *optional*):
+            Train only on completions with a win rate of at least this, or of at most one minus this. In [0.5, 1].
+        reward_batch_size (`int`, *optional*, defaults to `16`):
+            Completions per forward pass of a reward model. Bounds its memory, whatever the generation batch.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6` (the paper, Section 5).
+    > - `temperature`: Defaults to `0.8` instead of `1.0`.
+    > - `max_completion_length`: Defaults to `1024` instead of `512`.
+    """
+
+    # Parameters whose default values are overridden from GRPOConfig
+    learning_rate: float = field(
+        default=5e-7,
+        metadata={"help": "The initial learning rate for AdamW. SPPO paper, Section 5: 5e-7 for full fine-tuning."},
+    )
+    temperature: float = field(
+        default=0.8,
+        metadata={"help": "Temperature for sampling. The policy that is trained is the one at this temperature."},
+    )
+    max_completion_length: int | None = field(
+        default=1024,
+        metadata={"help": "Maximum length of the generated completion, in tokens."},
+    )
+
+    # Parameters that control the objective
+    eta: float = field(
+        default=10.0,
+        metadata={
+            "help": "Completions are regressed to a log-ratio of eta * (win_rate - 1/2) nats. The beta of DPO and of "
+            "the official SPPO code is 1/eta. The paper uses 1000."
+        },
+    )
+    comparison: Literal["hard", "bradley_terry"] = field(
+        default="hard",
+        metadata={
+            "help": "How two scores become a preference: 'hard' (the higher score wins, ties are 1/2) or "
+            "'bradley_terry' (sigmoid of the difference of the scores over bt_temperature)."
+        },
+    )
+    bt_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of the Bradley-Terry comparison, in units of the score."},
+    )
+    include_self: bool = field(
+        default=False,
+        metadata={"help": "Whether a completion's tie with itself counts in its win rate, as in the official code."},
+    )
+
+    # Parameters that control which completions are trained on
+    train_on: Literal["all", "best_and_worst"] = field(
+        default="all",
+        metadata={"help": "Completions of a group to train on: 'all', or 'best_and_worst' (the paper's experiments)."},
+    )
+    win_rate_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train only on completions with a win rate of at least this, or of at most one minus this. In "
+            "[0.5, 1]."
+        },
+    )
+
+    # Parameters that control scoring
+    reward_batch_size: int = field(
+        default=16,
+        metadata={"help": "Completions per forward pass of a reward model."},
+    )
+
+    def __post_init__(self):
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2, got {self.num_generations}: a win rate compares the completions "
+                "of a group with each other. The default is 8."
+            )
+        super().__post_init__()
+
+        defaults = {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
+        for name, reason in REJECTED_OPTIONS.items():
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} is an option of GRPO that SPPO does not use: {reason} "
+                    f"Remove it (its default is {defaults[name]!r})."
+                )
+
+        if not self.eta > 0:
+            raise ValueError(
+                f"eta must be positive, got {self.eta}: it scales the SPPO target. The paper's beta = 1/eta = 0.001 is "
+                "eta=1000."
+            )
+        if self.comparison not in ("hard", "bradley_terry"):
+            raise ValueError(f"comparison must be 'hard' or 'bradley_terry', got {self.comparison!r}.")
+        if not self.bt_temperature > 0:
+            raise ValueError(
+                f"bt_temperature must be positive, got {self.bt_temperature}: it divides the difference of two scores."
+            )
+        if self.train_on not in ("all", "best_and_worst"):
+            raise ValueError(f"train_on must be 'all' or 'best_and_worst', got {self.train_on!r}.")
+        if self.win_rate_threshold is not None:
+            if not 0.5 <= self.win_rate_threshold <= 1:
+                raise ValueError(
+                    f"win_rate_threshold must be in [0.5, 1], got {self.win_rate_threshold}: completions that win at "
+                    "least that often, or lose at least that often, are trained on. 0.5 keeps all of them."
+                )
+            if self.train_on == "best_and_worst":
+                raise ValueError(
+                    f"win_rate_threshold={self.win_rate_threshold} and train_on='best_and_worst' both choose the "
+                    "completions to train on. Set only one of them."
+                )
+        if self.reward_weights is not None and (min(self.reward_weights) < 0 or sum(self.reward_weights) == 0):
+            raise ValueError(
+                f"reward_weights must not be negative nor all zero, got {self.reward_weights}: they weight each reward "
+                "source's vote. To prefer low scores, negate the reward function."
+            )
+        if self.reward_batch_size < 1:
+            raise ValueError(f"reward_batch_size must be at least 1, got {self.reward_batch_size}.")
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
+                "SPPO iteration, which is one generation batch. Raise steps_per_generation (or "
+                "generation_batch_size), or lower gradient_accumulation_steps."
+            )
+        if (
+            self.use_vllm
+            and self.vllm_importance_sampling_correction
+            and not self.vllm_importance_sampling_mode.startswith("sequence")
+        ):
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weights single tokens, but "
+                "SPPO's squared error is one number for a whole completion. Use 'sequence_mask' or "
+                "'sequence_truncate', or set vllm_importance_sampling_correction=False."
+            )
+        filters = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        for name, neutral in filters.items():
+            if getattr(self, name) not in neutral:
+                logger.warning(
+                    f"{name}={getattr(self, name)} samples from another distribution than the policy whose log-ratio "
+                    f"is trained: win rates are then those of the filtered policy. SPPO expects {name}={neutral[0]}."
+                )

@@ -1,0 +1,150 @@
+"""SPPO's regression: targets, which completions are trained on, and the loss. Pure torch."""
+
+from typing import Literal
+
+import torch
+
+
+TrainOn = Literal["all", "best_and_worst"]
+
+
+def sppo_targets(win_rates: torch.Tensor, eta: float) -> torch.Tensor:
+    """
+    The log-ratio that SPPO regresses to: log pi_{t+1}(y|x) / pi_t(y|x) with the paper's constant for log Z, eta / 2
+    (https://huggingface.co/papers/2405.00675, Eq. 4.7).
+
+        target = eta (W - 1/2)
+
+    Args:
+        win_rates (`torch.Tensor` of any shape):
+            Win rates in [0, 1].
+        eta (`float`):
+            Learning rate of the multiplicative-weights update. The official code's `beta` is 1 / eta.
+
+    Returns:
+        `torch.Tensor` of the shape of `win_rates`: targets in nats. NaN win rates give NaN targets.
+    """
+    return eta * (win_rates - 0.5)
+
+
+def select_completions(
+    win_rates: torch.Tensor, train_on: TrainOn = "all", threshold: float | None = None
+) -> torch.Tensor:
+    """
+    Choose the completions of each group to train on. A group without two different win rates carries no signal, and
+    none of it is chosen.
+
+    Args:
+        win_rates (`torch.Tensor` of shape `(groups, K)`):
+            Win rates in [0, 1]. NaN is never chosen.
+        train_on (`str`, *optional*, defaults to `"all"`):
+            `"all"`, or `"best_and_worst"` for the completion with the highest and the one with the lowest win rate (the
+            paper's experiments, Section 5; the first one where several tie).
+        threshold (`float`, *optional*):
+            Win-rate threshold in [0.5, 1]: of those, only completions with W >= threshold or W <= 1 - threshold.
+
+    Returns:
+        `torch.Tensor` of bool, of shape `(groups, K)`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> select_completions(torch.tensor([[1.0, 0.5, 0.5, 0.0], [0.5, 0.5, 0.5, 0.5]]), threshold=0.6)
+    tensor([[ True, False, False,  True],
+            [False, False, False, False]])
+
+    ```
+    """
+    scorable = ~win_rates.isnan()
+    best = win_rates.masked_fill(~scorable, -torch.inf)
+    worst = win_rates.masked_fill(~scorable, torch.inf)
+    has_signal = best.amax(dim=1, keepdim=True) > worst.amin(dim=1, keepdim=True)
+    chosen = scorable & has_signal
+    if train_on == "best_and_worst":
+        extremes = torch.zeros_like(chosen)
+        extremes.scatter_(1, best.argmax(dim=1, keepdim=True), True)
+        extremes.scatter_(1, worst.argmin(dim=1, keepdim=True), True)
+        chosen &= extremes
+    if threshold is not None:
+        # 1 - threshold is not exact in floating point (1 - 0.6 < 0.4 in double precision): allow for rounding
+        margin = 2 * torch.finfo(win_rates.dtype).eps
+        chosen &= (win_rates >= threshold - margin) | (win_rates <= 1 - threshold + margin)
+    return chosen
+
+
+def sppo_loss(
+    log_ratios: torch.Tensor,
+    win_rates: torch.Tensor,
+    eta: float,
+    weights: torch.Tensor | None = None,
+    num_items: torch.Tensor | float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    SPPO's loss (https://huggingface.co/papers/2405.00675, Eq. 4.7), a mean over completions:
+
+        L = mean_i w_i ( log pi_theta(y_i|x) / pi_t(y_i|x) - eta (W_i - 1/2) )^2
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(N,)`):
+            log pi_theta(y|x) / pi_t(y|x) of each completion, summed over its tokens, in nats.
+        win_rates (`torch.Tensor` of shape `(N,)`):
+            Win rate of each completion in its group, in [0, 1]. A NaN win rate carries no weight and no gradient.
+        eta (`float`):
+            The paper's eta (positive). `eta=1000` is the official code's `beta=0.001`.
+        weights (`torch.Tensor` of shape `(N,)`, *optional*):
+            Weight of each completion, for example an importance ratio. Weighted completions still count as one in the
+            mean.
+        num_items (`float`, *optional*):
+            What the sum is divided by. By default the number of completions with a win rate; a trainer that splits a
+            batch into micro-batches passes the number in the whole batch, so that the split does not matter.
+
+    Returns:
+        `tuple` of the scalar loss and a `dict` of detached scalar metrics, each a mean over the completions with a win
+        rate (NaN if there is none): `log_ratio` (nats), `log_ratio_to_target` (how far towards the targets the policy
+        has moved: sum of log-ratio times target over the sum of squared targets, 0 at the start and 1 at the
+        minimum), `winner_log_ratio` and `loser_log_ratio` (nats; win rates above and below 1/2).
+
+    Raises:
+        `ValueError`: if `eta` is not positive, or the shapes differ.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> loss, metrics = sppo_loss(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), eta=4.0)
+    >>> loss  # ((1 - 2)^2 + (0 + 2)^2) / 2
+    tensor(2.5000)
+    >>> metrics["log_ratio_to_target"]  # (1 * 2 + 0 * -2) / (2^2 + 2^2)
+    tensor(0.2500)
+
+    ```
+    """
+    if not eta > 0:
+        raise ValueError(
+            f"eta must be positive, got {eta}: it scales the SPPO target. The paper's beta = 1/eta = 0.001 is eta=1000."
+        )
+    if log_ratios.shape != win_rates.shape or log_ratios.ndim != 1:
+        raise ValueError(
+            f"log_ratios and win_rates must have the same shape (N,), got {tuple(log_ratios.shape)} and "
+            f"{tuple(win_rates.shape)}."
+        )
+    counted = ~win_rates.isnan()
+    # Not multiplied by zero: NaN times zero is NaN, forward and backward.
+    log_ratios = torch.where(counted, log_ratios, 0.0)
+    targets = torch.where(counted, sppo_targets(win_rates, eta), 0.0).to(log_ratios.dtype)
+    # (log-ratio - eta (W - 1/2))^2
+    per_completion_loss = (log_ratios - targets) ** 2
+    if weights is not None:
+        per_completion_loss = torch.where(counted, weights, 0.0) * per_completion_loss
+    num_items = counted.sum().clamp(min=1) if num_items is None else num_items
+    loss = per_completion_loss.sum() / num_items
+
+    log_ratios = log_ratios.detach()
+    metrics = {
+        "log_ratio": log_ratios.sum() / counted.sum(),
+        "log_ratio_to_target": (log_ratios * targets).sum() / targets.square().sum(),
+        "winner_log_ratio": log_ratios[targets > 0].mean(),
+        "loser_log_ratio": log_ratios[targets < 0].mean(),
+    }
+    return loss, metrics

@@ -1,0 +1,146 @@
+"""Reward models: checked before they are loaded, and run in micro-batches."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+RewardSource = str | PreTrainedModel | Callable[..., list[float | None]]
+
+
+class MicroBatchedRewardModel(nn.Module):
+    """
+    A reward model that scores any number of texts in micro-batches of similar length.
+
+    Texts are sorted by length, so a micro-batch is padded to its own longest text and not to that of the whole batch.
+    Memory is bounded by `batch_size` times the longest text. Scores do not depend on the split.
+
+    Args:
+        model (`nn.Module`):
+            A sequence classifier. Its first logit is the score.
+        batch_size (`int`):
+            Texts per forward pass.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__()
+        self.model = model.eval()
+        self.batch_size = batch_size
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: torch.Tensor
+    ) -> SequenceClassifierOutput:
+        """Score right-padded texts: all inputs have shape `(N, L)`, the logits have shape `(N, 1)`, in float32."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        lengths = attention_mask.sum(dim=1)
+        scores = torch.empty(len(input_ids), device=input_ids.device)
+        # Longest first: if memory does not suffice, it fails at once
+        for rows in lengths.argsort(descending=True).split(self.batch_size):
+            longest = int(lengths[rows[0]].clamp(min=1))
+            logits = self.model(**{name: value[rows, :longest] for name, value in inputs.items()}).logits
+            scores[rows] = logits[:, 0].float()
+        return SequenceClassifierOutput(logits=scores.unsqueeze(1))
+
+
+def load_reward_models(
+    reward_funcs: Sequence[RewardSource],
+    processing_classes: Sequence[PreTrainedTokenizerBase | None],
+    conversational: bool,
+    trust_remote_code: bool = False,
+) -> tuple[list[PreTrainedModel | Callable], list[PreTrainedTokenizerBase | None]]:
+    """
+    Check all reward models, and only then load those given by path.
+
+    Args:
+        reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
+            Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are.
+        processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
+            Tokenizer of each reward model; `None` takes the one saved beside it.
+        conversational (`bool`):
+            Whether prompts are lists of messages, which a reward model reads through its chat template.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code from the repositories of the reward models.
+
+    Returns:
+        The reward sources with paths replaced by models, and their tokenizers.
+
+    Raises:
+        `ValueError`: if a path cannot be found, or the model is no classifier with one label, or its tokenizer has no
+        padding token, or no chat template although the prompts are conversational.
+    """
+    tokenizers = []
+    for source, tokenizer in zip(reward_funcs, processing_classes, strict=True):
+        if isinstance(source, str):
+            _check_config(source, trust_remote_code)
+        elif isinstance(source, PreTrainedModel) and source.config.num_labels != 1:
+            _raise_labels(source.config._name_or_path, source.config.num_labels)
+        if isinstance(source, (str, PreTrainedModel)):
+            name = source if isinstance(source, str) else source.config._name_or_path
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            _check_tokenizer(name, tokenizer, conversational)
+        tokenizers.append(tokenizer)
+    models = [
+        AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+        if isinstance(source, str)
+        else source
+        for source in reward_funcs
+    ]
+    return models, tokenizers
+
+
+def _check_config(path: str, trust_remote_code: bool) -> None:
+    """Read a checkpoint's config.json only: would it load as a classifier with a trained, single-valued head?"""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    except OSError as error:
+        raise ValueError(
+            f"reward model {path!r} is neither a folder with a config.json nor a model that can be had from the "
+            f"Hugging Face hub. Check the path. ({error})"
+        ) from error
+    architectures = config.get("architectures") or []
+    remote = trust_remote_code and "AutoModelForSequenceClassification" in config.get("auto_map", {})
+    if not remote and not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(
+            f"reward model {path!r} has no scoring head: its config.json names {architectures or 'no architecture'}, "
+            "and a head made now would give random scores. Use a checkpoint of a `...ForSequenceClassification` model "
+            "with one label, such as those that TRL's RewardTrainer saves."
+        )
+    labels = config.get("num_labels") or len(config.get("id2label") or {})
+    if labels > 1:
+        _raise_labels(path, labels)
+
+
+def _raise_labels(name: str, labels: int) -> None:
+    raise ValueError(
+        f"reward model {name!r} has {labels} labels, but a reward is one number: it must have num_labels=1. To use one "
+        "of a classifier's labels as the reward, wrap it in a reward function that returns that logit."
+    )
+
+
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of reward model {name!r} has no padding token, so it cannot score texts of different "
+            "lengths in one batch. Set `tokenizer.pad_token` to a token that never ends a text (the EOS token would "
+            "move the position that is scored) and save it beside the model, or pass it in "
+            "`reward_processing_classes`."
+        )
+    if conversational and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template to turn "
+            "messages into the text it was trained on. Set `tokenizer.chat_template` (for a model that reads only the "
+            "answer, a template that renders the assistant's turn) and save it beside the model, or pass such a "
+            "tokenizer in `reward_processing_classes`."
+        )
