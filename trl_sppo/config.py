@@ -81,6 +81,8 @@ class SPPOConfig(GRPOConfig):
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6` (the paper, Section 5).
     > - `temperature`: Defaults to `0.8` instead of `1.0`.
     > - `max_completion_length`: Defaults to `1024` instead of `512`.
+    > - `disable_dropout`: Defaults to `True` instead of `False`: the log-ratio compares two passes over a completion, and
+    >   dropout would add noise to it (DPO's default, for the same reason).
     """
 
     # Parameters whose default values are overridden from GRPOConfig
@@ -95,6 +97,10 @@ class SPPOConfig(GRPOConfig):
     max_completion_length: int | None = field(
         default=1024,
         metadata={"help": "Maximum length of the generated completion, in tokens."},
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Whether to disable dropout, which would add noise to the log-ratio of two passes."},
     )
 
     # Parameters that control the objective

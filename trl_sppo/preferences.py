@@ -63,7 +63,8 @@ def preferences_from_scores(
     equal = scores.unsqueeze(2) == scores.unsqueeze(1)
     difference = torch.where(equal, 0.0, difference)
     if comparison == "hard":
-        return (torch.sign(difference) + 1) / 2
+        preferences = (torch.sign(difference) + 1) / 2
+        return preferences.masked_fill(difference.isnan(), torch.nan)  # sign(NaN) is 0, a tie
     return torch.sigmoid(difference / temperature)
 
 

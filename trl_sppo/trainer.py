@@ -305,7 +305,9 @@ class SPPOTrainer(GRPOTrainer):
 
         # KL(π_t || π_θ) per token, from samples of π_t: E[r - 1 - log r], r = π_θ / π_t
         log_ratios = per_token_log_ratios.detach()
-        metrics["kl_to_rollout_policy"] = _masked_mean(log_ratios.exp() - 1 - log_ratios, mask & inputs["kept"][:, None])
+        metrics["kl_to_rollout_policy"] = _masked_mean(
+            log_ratios.exp() - 1 - log_ratios, mask & inputs["kept"][:, None]
+        )
         metrics["entropy"] = _masked_mean(entropies.detach(), mask & inputs["kept"][:, None])
         gathered = self.accelerator.gather(torch.stack([value.float() for value in metrics.values()]))
         for name, value in zip(metrics, gathered.view(-1, len(metrics)).nanmean(dim=0).tolist(), strict=True):
@@ -352,9 +354,7 @@ def _nanmean(values: torch.Tensor) -> torch.Tensor:
 def _check_model_path(model: str, args: SPPOConfig) -> None:
     kwargs = args.model_init_kwargs or {}
     try:
-        AutoConfig.from_pretrained(
-            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-        )
+        AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
     except OSError as error:
         raise ValueError(
             f"model {model!r} is neither a folder with a config.json nor a model that can be had from the Hugging Face "

@@ -1,0 +1,59 @@
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def make_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
+    """One token per letter: a to z, space and colon."""
+    letters = [chr(ord("a") + i) for i in range(26)]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *letters, " ", ":"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    kwargs = {"pad_token": "<pad>", "chat_template": CHAT_TEMPLATE, **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>", **kwargs)
+
+
+TINY = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_model():
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**TINY))
+
+
+@pytest.fixture
+def tiny_policy(tiny_model, tiny_tokenizer, tmp_path):
+    """A tiny policy with its tokenizer, saved."""
+    folder = tmp_path / "policy"
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+from trl import DPOConfig, DPOTrainer
+
+from trl_sppo.objectives import select_completions, sppo_loss, sppo_targets
+
+
+NAN = math.nan
+
+
+def test_loss_golden():
+    # eta = 10: targets 5, 0, -2; errors 1 - 5, 2 - 0, -1 + 2; squares 16, 4, 1; mean 7
+    loss, metrics = sppo_loss(torch.tensor([1.0, 2.0, -1.0]), torch.tensor([1.0, 0.5, 0.3]), eta=10.0)
+    assert loss.item() == pytest.approx(7.0)
+    assert metrics["log_ratio"].item() == pytest.approx(2 / 3)
+    # (1 * 5 + 2 * 0 + -1 * -2) / (25 + 0 + 4)
+    assert metrics["log_ratio_to_target"].item() == pytest.approx(7 / 29)
+    assert metrics["winner_log_ratio"].item() == pytest.approx(1.0)
+    assert metrics["loser_log_ratio"].item() == pytest.approx(-1.0)
+
+
+def test_loss_is_zero_at_the_targets_and_the_metric_says_one():
+    rates = torch.tensor([0.9, 0.1, 0.6])
+    loss, metrics = sppo_loss(sppo_targets(rates, 3.0), rates, eta=3.0)
+    assert loss.item() == 0
+    assert metrics["log_ratio_to_target"].item() == pytest.approx(1.0)
+
+
+def test_gradient_against_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    log_ratios = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
+    rates = torch.tensor([0.1, 0.5, NAN, 1.0, 0.0, 0.7], dtype=torch.float64)
+    weights = torch.rand(6, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: sppo_loss(x, rates, 4.0, weights)[0], (log_ratios,))
+
+
+def test_gradient_at_the_start_is_a_win_rate_policy_gradient():
+    # d/dx (x - eta (W - 1/2))^2 at x = 0 is -2 eta (W - 1/2), over the N = 2 of the mean
+    log_ratios = torch.zeros(2, requires_grad=True)
+    sppo_loss(log_ratios, torch.tensor([0.8, 0.25]), eta=10.0)[0].backward()
+    torch.testing.assert_close(log_ratios.grad, torch.tensor([-2 * 10 * 0.3 / 2, 2 * 10 * 0.25 / 2]))
+
+
+@pytest.mark.parametrize("log_ratio", [0.3, NAN, math.inf])
+def test_a_nan_win_rate_is_as_if_dropped(log_ratio):
+    rates = torch.tensor([0.9, NAN, 0.2])
+    log_ratios = torch.tensor([0.5, log_ratio, -0.1], requires_grad=True)
+    loss, metrics = sppo_loss(log_ratios, rates, eta=2.0)
+    loss.backward()
+    kept = torch.tensor([0.5, -0.1], requires_grad=True)
+    expected, expected_metrics = sppo_loss(kept, rates[[0, 2]], eta=2.0)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(log_ratios.grad[[0, 2]], kept.grad)
+    assert log_ratios.grad[1].item() == 0
+    torch.testing.assert_close(metrics, expected_metrics)
+
+
+def test_no_win_rate_at_all_gives_zero_loss_and_zero_gradient():
+    log_ratios = torch.tensor([1.0, 2.0], requires_grad=True)
+    loss, metrics = sppo_loss(log_ratios, torch.tensor([NAN, NAN]), eta=2.0)
+    loss.backward()
+    assert loss.item() == 0 and log_ratios.grad.tolist() == [0.0, 0.0]
+    assert all(value.isnan() for value in metrics.values())
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    generator = torch.Generator().manual_seed(1)
+    log_ratios, rates = torch.randn(7, generator=generator), torch.rand(7, generator=generator)
+    whole, _ = sppo_loss(log_ratios, rates, eta=5.0)
+    for split in ([3, 4], [1, 1, 5], [7]):
+        parts = zip(log_ratios.split(split), rates.split(split), strict=True)
+        torch.testing.assert_close(sum(sppo_loss(x, w, eta=5.0, num_items=7)[0] for x, w in parts), whole)
+
+
+def test_weights_scale_each_completion_and_not_the_count():
+    # ((1 - 1)^2 * 3 + (0 + 1)^2 * 0.5) / 2
+    loss, _ = sppo_loss(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), 2.0, weights=torch.tensor([3.0, 0.5]))
+    assert loss.item() == pytest.approx(0.25)
+
+
+def test_larger_eta_means_larger_targets():
+    rates = torch.tensor([1.0, 0.5, 0.0])
+    torch.testing.assert_close(sppo_targets(rates, 1000.0), torch.tensor([500.0, 0.0, -500.0]))
+
+
+def test_two_completions_and_hard_labels_are_trl_sppo_hard(tiny_model, tiny_tokenizer, tmp_path):
+    """Loss and gradient equal those of TRL's own DPO trainer with `loss_type="sppo_hard"`, beta = 1 / eta."""
+    from datasets import Dataset
+
+    beta = 0.25
+    pairs = Dataset.from_dict({"prompt": ["ab", "fgh"], "chosen": ["cde", "aa"], "rejected": ["h", "bcb"]})
+    args = DPOConfig(
+        str(tmp_path), loss_type="sppo_hard", beta=beta, per_device_train_batch_size=2, gradient_checkpointing=False,
+        bf16=False, use_cpu=True, report_to="none", disable_dropout=True, precompute_ref_log_probs=False,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        tiny_model,
+        ref_model=tiny_model_like(tiny_model),
+        args=args,
+        train_dataset=pairs,
+        processing_class=tiny_tokenizer,
+    )
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    expected = trainer.compute_loss(trainer.model, batch)
+    expected.backward()
+    expected_gradient = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+
+    # Independently: sum the log-probabilities of the completion tokens of the same batch
+    def completion_logps(model):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+        return (logps * batch["completion_mask"][:, 1:]).sum(1)
+
+    with torch.no_grad():
+        reference = completion_logps(trainer.ref_model)
+    log_ratios = completion_logps(trainer.model) - reference
+    # TRL concatenates the chosen and then the rejected; it sums the two errors of a pair, where SPPO takes the mean
+    win_rates = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    loss = 2 * sppo_loss(log_ratios, win_rates, eta=1 / beta)[0]
+    loss.backward()
+    assert abs(log_ratios).max() > 0.01  # a reference equal to the policy would prove little
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected_gradient[name], rtol=1e-5, atol=1e-5)
+
+
+def tiny_model_like(model):
+    """Another model of the same architecture, with slightly other weights."""
+    other = type(model)(model.config)
+    with torch.no_grad():
+        for target, source in zip(other.parameters(), model.parameters(), strict=True):
+            target.copy_(source + 0.02 * torch.randn_like(source))
+    return other
+
+
+def test_select_all_leaves_out_nan_and_groups_without_spread():
+    rates = torch.tensor([[1.0, NAN, 0.0], [0.5, 0.5, 0.5], [NAN, 1.0, NAN]])
+    expected = torch.tensor([[True, False, True], [False, False, False], [False, False, False]])
+    assert torch.equal(select_completions(rates), expected)
+
+
+def test_select_best_and_worst():
+    rates = torch.tensor([[0.4, 1.0, NAN, 0.0, 0.6], [0.75, 0.75, 0.25, 0.25, 0.5], [0.5, 0.5, 0.5, 0.5, 0.5]])
+    chosen = select_completions(rates, train_on="best_and_worst")
+    assert chosen.nonzero().tolist() == [[0, 1], [0, 3], [1, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threshold_includes_both_of_its_ends(dtype):
+    rates = torch.tensor([[0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0]], dtype=dtype)
+    assert select_completions(rates, threshold=0.6).tolist() == [[True, True, True, False, True, True, True]]
+    assert select_completions(rates, threshold=0.7).tolist() == [[True, True, False, False, False, True, True]]
+    assert select_completions(rates, threshold=0.5).all()
+    assert select_completions(rates, threshold=1.0).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sppo_loss(torch.zeros(2), torch.zeros(2), eta=0.0), "eta must be positive, got 0.0: .* eta=1000"),
+        (lambda: sppo_loss(torch.zeros(2), torch.zeros(2), eta=-1.0), "eta must be positive, got -1.0"),
+        (lambda: sppo_loss(torch.zeros(2), torch.zeros(3), eta=1.0), r"same shape \(N,\), got \(2,\) and \(3,\)"),
+    ],
+)
+def test_messages(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,1 @@
+"""A first SPPO run on real models that install from PyPI: no hub, no GPU."""

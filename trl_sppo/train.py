@@ -1,0 +1,220 @@
+"""What `trl-sppo train` runs in each process: arguments in, a trained and saved policy out."""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from .config import SPPOConfig
+
+
+@dataclass
+class SPPOScriptArguments(ScriptArguments):
+    """
+    Arguments of the SPPO training script, besides those of [`SPPOConfig`] and [`~trl.ModelConfig`].
+
+    Args:
+        reward_model_name_or_path (`list[str]`, *optional*):
+            Reward models: ids on the hub or folders. Each is an oracle of its own.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: names in `trl.rewards`, or dotted import paths such as `my_rewards.brevity`.
+    """
+
+    reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward models (sequence classifiers with one label): ids on the hub or folders."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions: names in trl.rewards, or dotted import paths ('my_rewards.brevity')."},
+    )
+
+    def __post_init__(self):
+        # A YAML recipe may give one name instead of a list
+        if isinstance(self.reward_model_name_or_path, str):
+            self.reward_model_name_or_path = [self.reward_model_name_or_path]
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [self.reward_funcs]
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def fail(message: object) -> NoReturn:
+    """End the program with a one-message error, status 2."""
+    print(f"trl-sppo: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_parser(prog: str = "trl-sppo train") -> TrlParser:
+    return _Parser((SPPOScriptArguments, SPPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog, allow_abbrev=False)
+
+
+def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
+    """
+    Find the arguments that are for `accelerate launch` and not for training, in the recipe and on the command line.
+
+    Args:
+        parser ([`~trl.TrlParser`]):
+            The training parser.
+        argv (`list[str]`):
+            Arguments, possibly with `--config recipe.yaml`.
+
+    Returns:
+        `list[str]`: those arguments, the recipe's first.
+
+    Raises:
+        `ValueError`: if the recipe is missing or is no mapping, or an option is neither for training nor for launching.
+    """
+    from accelerate.commands.launch import launch_command_parser
+
+    training, launching = (
+        {option.lstrip("-").replace("-", "_") for action in p._actions for option in action.option_strings}
+        for p in (parser, launch_command_parser())
+    )
+    launching |= {"accelerate_config"}
+    known = sorted(training | launching | {"config", "env"})
+
+    found: list[str] = []
+    argv = list(argv)
+    where = "command line"
+    if "--config" in argv:
+        position = argv.index("--config")
+        path = argv[position + 1] if position + 1 < len(argv) else ""
+        del argv[position : position + 2]
+        where = f"recipe {path} or command line"
+        for name, value in read_recipe(path).items():
+            if name not in training | {"env"}:
+                found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    found += parser.parse_known_args(argv)[1]
+    for token in found:
+        name = token[2:].split("=")[0].replace("-", "_")
+        if token.startswith("--") and name not in launching:
+            nearest = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else "`trl-sppo train --help` lists all options."
+            raise ValueError(f"{where}: there is no option {name!r}. {hint}")
+    return found
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read a YAML recipe. Raises `ValueError` if it is missing, is no YAML, or no mapping."""
+    if not Path(path).is_file():
+        raise ValueError(f"recipe {path!r} (--config) is not a file. The recipes of this package are in recipes/.")
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."
+        )
+    return recipe
+
+
+def load_reward_funcs(names: list[str]) -> list:
+    """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
+    functions = []
+    for name in names:
+        module, _, attribute = (name if "." in name else f"trl.rewards.{name}").rpartition(".")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            functions.append(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"reward function {name!r} (--reward_funcs) could not be imported: {error}. Give a name in trl.rewards "
+                "or a dotted path, such as my_rewards.brevity for the function `brevity` in my_rewards.py."
+            ) from error
+    return functions
+
+
+def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
+    """Load the training split, and the test split if `evaluate`."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("dataset_name and datasets are both given. Keep one: a dataset, or a mixture of them.")
+    if dataset_args.datasets:
+        splits = get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        try:
+            splits = load_dataset(
+                script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+            )
+        except (OSError, ConnectionError) as error:
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
+                f"dataset that can be had from the Hugging Face hub. Check the path. ({error})"
+            ) from error
+    else:
+        raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
+    wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
+    for split in wanted:
+        if split not in splits:
+            raise ValueError(
+                f"the dataset has no split {split!r}, but {sorted(splits)}. Set dataset_train_split and, if "
+                "eval_strategy is not 'no', dataset_test_split."
+            )
+    return splits[wanted[0]], splits[wanted[1]] if evaluate else None
+
+
+def build_trainer(argv: list[str]):
+    """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
+    from trl import get_peft_config, get_quantization_config
+
+    from .trainer import SPPOTrainer
+
+    parser = make_parser()
+    launch_arguments(parser, argv)  # refuses unknown options; those for accelerate have done their work by now
+    script_args, training_args, model_args, dataset_args, *_ = parser.parse_args_and_config(
+        argv, return_remaining_strings=True
+    )
+    if not model_args.model_name_or_path:
+        raise ValueError("no model: give model_name_or_path, a folder or an id on the hub.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
+    return SPPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=[
+            *(script_args.reward_model_name_or_path or []),
+            *load_reward_funcs(script_args.reward_funcs or []),
+        ],
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def main(argv: list[str] | None = None):
+    """Train as the arguments say, save the policy to `output_dir`, and return the trainer."""
+    try:
+        trainer = build_trainer(sys.argv[1:] if argv is None else argv)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        fail(error)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"Saved the policy to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+if __name__ == "__main__":
+    main().end()
