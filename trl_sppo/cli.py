@@ -58,7 +58,7 @@ def quickstart(argv: list[str]) -> int:
 
 
 def recipe(name: str):
-    """A recipe of this package as a context manager of its path: installed, or in the repository of an editable one."""
+    """A context manager of the path of a recipe of this package, installed or beside it in the repository."""
     installed = files("trl_sppo") / "recipes" / name
     return as_file(installed if installed.is_file() else files("trl_sppo") / ".." / "recipes" / name)
 

@@ -60,8 +60,8 @@ class SPPOConfig(GRPOConfig):
 
     Parameters:
         eta (`float`, *optional*, defaults to `10.0`):
-            The paper's η: completions are regressed to a log-ratio of `eta * (win_rate - 1/2)` nats. The `beta` of DPO
-            and of the official SPPO code is `1 / eta`. The paper uses `eta=1000`.
+            The paper's η: completions are regressed to a log-ratio of `eta * (win_rate - 1/2)` nats. The `beta` of
+            DPO and of the official SPPO code is `1 / eta`. The paper uses `eta=1000`.
         comparison (`str`, *optional*, defaults to `"hard"`):
             How two scores become a preference: `"hard"` (the higher wins, ties are ½) or `"bradley_terry"`
             (`sigmoid((s_i - s_j) / bt_temperature)`).
@@ -81,8 +81,8 @@ class SPPOConfig(GRPOConfig):
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6` (the paper, Section 5).
     > - `temperature`: Defaults to `0.8` instead of `1.0`.
     > - `max_completion_length`: Defaults to `1024` instead of `512`.
-    > - `disable_dropout`: Defaults to `True` instead of `False`: the log-ratio compares two passes over a completion, and
-    >   dropout would add noise to it (DPO's default, for the same reason).
+    > - `disable_dropout`: Defaults to `True` instead of `False`: the log-ratio compares two passes over a completion,
+    >   and dropout would add noise to it (DPO's default, for the same reason).
     """
 
     # Parameters whose default values are overridden from GRPOConfig
@@ -163,10 +163,10 @@ class SPPOConfig(GRPOConfig):
                     f"Remove it (its default is {defaults[name]!r})."
                 )
 
-        if not self.eta > 0:
+        if not 0 < self.eta < float("inf"):
             raise ValueError(
-                f"eta must be positive, got {self.eta}: it scales the SPPO target. The paper's beta = 1/eta = 0.001 is "
-                "eta=1000."
+                f"eta must be positive, got {self.eta}: it scales the SPPO target. "
+                "The paper's beta = 1/eta = 0.001 is eta=1000."
             )
         if self.comparison not in ("hard", "bradley_terry"):
             raise ValueError(f"comparison must be 'hard' or 'bradley_terry', got {self.comparison!r}.")
@@ -189,11 +189,12 @@ class SPPOConfig(GRPOConfig):
                 )
         if self.reward_weights is not None and (min(self.reward_weights) < 0 or sum(self.reward_weights) == 0):
             raise ValueError(
-                f"reward_weights must not be negative nor all zero, got {self.reward_weights}: they weight each reward "
-                "source's vote. To prefer low scores, negate the reward function."
+                f"reward_weights must not be negative nor all zero, got {self.reward_weights}: they weight each "
+                "reward source's vote. To prefer low scores, negate the reward function."
             )
         if self.reward_batch_size < 1:
             raise ValueError(f"reward_batch_size must be at least 1, got {self.reward_batch_size}.")
+        assert self.steps_per_generation is not None  # GRPOConfig has set it
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "

@@ -121,7 +121,7 @@ def sample_completions(
             add_special_tokens=False,
             return_tensors="pt",
         ).to(model.device)
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max_completion_length,
             do_sample=True,

@@ -38,8 +38,8 @@ def select_completions(
         win_rates (`torch.Tensor` of shape `(groups, K)`):
             Win rates in [0, 1]. NaN is never chosen.
         train_on (`str`, *optional*, defaults to `"all"`):
-            `"all"`, or `"best_and_worst"` for the completion with the highest and the one with the lowest win rate (the
-            paper's experiments, Section 5; the first one where several tie).
+            `"all"`, or `"best_and_worst"` for the completion with the highest and the one with the lowest win rate
+            (the paper's experiments, Section 5; the first one where several tie).
         threshold (`float`, *optional*):
             Win-rate threshold in [0.5, 1]: of those, only completions with W >= threshold or W <= 1 - threshold.
 
@@ -122,7 +122,8 @@ def sppo_loss(
     """
     if not eta > 0:
         raise ValueError(
-            f"eta must be positive, got {eta}: it scales the SPPO target. The paper's beta = 1/eta = 0.001 is eta=1000."
+            f"eta must be positive, got {eta}: it scales the SPPO target. "
+            "The paper's beta = 1/eta = 0.001 is eta=1000."
         )
     if log_ratios.shape != win_rates.shape or log_ratios.ndim != 1:
         raise ValueError(
@@ -148,3 +149,18 @@ def sppo_loss(
         "loser_log_ratio": log_ratios[targets < 0].mean(),
     }
     return loss, metrics
+
+
+def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
+    """
+    Estimate KL(pi_t || pi_theta) from samples of pi_t: r - 1 - log r with r = pi_theta / pi_t, which is unbiased and
+    never negative (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        log_ratios (`torch.Tensor` of any shape):
+            log pi_theta / pi_t of the samples, in nats.
+
+    Returns:
+        `torch.Tensor` of the shape of `log_ratios`: one estimate per sample, in nats.
+    """
+    return log_ratios.exp() - 1 - log_ratios

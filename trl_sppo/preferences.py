@@ -17,9 +17,7 @@ def _check_scores(scores: torch.Tensor, comparison: str, temperature: float) -> 
     if comparison not in ("hard", "bradley_terry"):
         raise ValueError(f"comparison must be 'hard' or 'bradley_terry', got {comparison!r}.")
     if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}: it divides score differences in the Bradley-Terry model."
-        )
+        raise ValueError(f"temperature must be positive, got {temperature}: it divides the difference of two scores.")
 
 
 def preferences_from_scores(
@@ -212,6 +210,21 @@ def share_of_ties(scores: torch.Tensor) -> torch.Tensor:
     tied_pairs = tied.masked_fill(scores.isnan(), 0).sum(dim=1)
     shares = tied_pairs.to(scores.dtype) / (num_scorable * (num_scorable - 1))
     return shares.masked_fill(num_scorable < 2, torch.nan)
+
+
+def win_rate_spread(win_rates: torch.Tensor) -> torch.Tensor:
+    """
+    How far apart the win rates of a group are: their standard deviation, the mean over groups.
+
+    Args:
+        win_rates (`torch.Tensor` of shape `(groups, K)`):
+            Win rates in [0, 1], NaN where unscorable (left out).
+
+    Returns:
+        Scalar `torch.Tensor`, at most 1/2. NaN if nothing is scorable.
+    """
+    centred = win_rates - win_rates.nanmean(dim=1, keepdim=True)
+    return centred.square().nanmean(dim=1).sqrt().nanmean()
 
 
 def _rank(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Reward models: checked before they are loaded, and run in micro-batches."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ def load_reward_models(
     processing_classes: Sequence[PreTrainedTokenizerBase | None],
     conversational: bool,
     trust_remote_code: bool = False,
-) -> tuple[list[PreTrainedModel | Callable], list[PreTrainedTokenizerBase | None]]:
+) -> tuple[list[Any], list[Any]]:
     """
     Check all reward models, and only then load those given by path.
 
@@ -81,8 +82,8 @@ def load_reward_models(
     for source, tokenizer in zip(reward_funcs, processing_classes, strict=True):
         if isinstance(source, str):
             _check_config(source, trust_remote_code)
-        elif isinstance(source, PreTrainedModel) and source.config.num_labels != 1:
-            _raise_labels(source.config._name_or_path, source.config.num_labels)
+        elif isinstance(source, PreTrainedModel):
+            _check_labels(source.config._name_or_path, source.config.num_labels)
         if isinstance(source, (str, PreTrainedModel)):
             name = source if isinstance(source, str) else source.config._name_or_path
             if tokenizer is None:
@@ -117,16 +118,16 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
             "and a head made now would give random scores. Use a checkpoint of a `...ForSequenceClassification` model "
             "with one label, such as those that TRL's RewardTrainer saves."
         )
-    labels = config.get("num_labels") or len(config.get("id2label") or {})
-    if labels > 1:
-        _raise_labels(path, labels)
+    # Absent from some configs of reward models: loading with num_labels=1 then decides
+    _check_labels(path, config.get("num_labels") or len(config.get("id2label") or [0]))
 
 
-def _raise_labels(name: str, labels: int) -> None:
-    raise ValueError(
-        f"reward model {name!r} has {labels} labels, but a reward is one number: it must have num_labels=1. To use one "
-        "of a classifier's labels as the reward, wrap it in a reward function that returns that logit."
-    )
+def _check_labels(name: str, labels: int | None) -> None:
+    if labels != 1:
+        raise ValueError(
+            f"reward model {name!r} has {labels} labels, but a reward is one number: it must have num_labels=1. To "
+            "use one of a classifier's labels as the reward, wrap it in a reward function that returns that logit."
+        )
 
 
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:

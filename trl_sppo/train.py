@@ -55,7 +55,8 @@ def fail(message: object) -> NoReturn:
 
 
 def make_parser(prog: str = "trl-sppo train") -> TrlParser:
-    return _Parser((SPPOScriptArguments, SPPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog, allow_abbrev=False)
+    types: Any = (SPPOScriptArguments, SPPOConfig, ModelConfig, DatasetMixtureConfig)
+    return _Parser(types, prog=prog, allow_abbrev=False)
 
 
 def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
@@ -72,7 +73,7 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         `list[str]`: those arguments, the recipe's first.
 
     Raises:
-        `ValueError`: if the recipe is missing or is no mapping, or an option is neither for training nor for launching.
+        `ValueError`: if the recipe is missing or is no mapping, or an option is known to neither.
     """
     from accelerate.commands.launch import launch_command_parser
 
@@ -130,8 +131,8 @@ def load_reward_funcs(names: list[str]) -> list:
             functions.append(getattr(importlib.import_module(module), attribute))
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"reward function {name!r} (--reward_funcs) could not be imported: {error}. Give a name in trl.rewards "
-                "or a dotted path, such as my_rewards.brevity for the function `brevity` in my_rewards.py."
+                f"reward function {name!r} (--reward_funcs) could not be imported: {error}. Give a name in "
+                "trl.rewards or a dotted path, such as my_rewards.brevity for `brevity` in my_rewards.py."
             ) from error
     return functions
 

@@ -1,0 +1,390 @@
+"""SPPOTrainer end to end on tiny models: what is trained on what, and that it is the published objective."""
+
+import copy
+import math
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOTrainer
+
+
+NAN = math.nan
+# Completions of letters (ids 3 to 28) by prompt and position in the group: all different, some of equal score
+COMPLETIONS = {
+    prompt: [[*[3 + (7 * p + 5 * k) % 26, 3 + (p + 11 * k) % 26, 3 + k][: 1 + k % 3], 1] for k in range(4)]
+    for p, prompt in enumerate(["ab", "fgh", "cd e", "xyz"])
+}
+
+
+def fixed_rollout(prompts, trainer):
+    """A `rollout_func` without chance: the k-th copy of a prompt gets the k-th completion of the table."""
+    seen: dict[str, int] = {}
+    completion_ids = []
+    for prompt in prompts:
+        k = seen.get(prompt, 0)
+        seen[prompt] = k + 1
+        completion_ids.append(COMPLETIONS[prompt][k % 4])
+    prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+
+def alphabet_score(completion_ids, **kwargs) -> list[float]:
+    """Sum of the letters' places in the alphabet, in steps of 10: with ties."""
+    return [float(sum(ids[:-1]) // 10) for ids in completion_ids]
+
+
+def independent_loss(model, tokenizer, prompts, eta, temperature, keep=lambda w: True) -> torch.Tensor:
+    """The paper's loss at pi_theta = pi_t, written out: plain softmax, quadratic loop, one completion at a time."""
+    errors = []
+    for prompt in prompts:
+        group = COMPLETIONS[prompt]
+        scores = alphabet_score(group)
+        for i, completion in enumerate(group):
+            wins = [float(scores[i] > s) + 0.5 * float(scores[i] == s) for j, s in enumerate(scores) if j != i]
+            win_rate = sum(wins) / len(wins)
+            if not keep(win_rate):
+                continue
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            logits = model(torch.tensor([prompt_ids + completion])).logits[0] / temperature
+            logps = logits.log_softmax(-1)
+            positions = range(len(prompt_ids) - 1, len(prompt_ids) + len(completion) - 1)
+            logp = sum(logps[t, token] for t, token in zip(positions, completion, strict=True))
+            errors.append((logp - logp.detach() - eta * (win_rate - 0.5)) ** 2)
+    return torch.stack(errors).mean()
+
+
+@pytest.fixture
+def fixed(make_trainer, monkeypatch):
+    """A trainer whose rollouts are the table above and whose optimizer is plain gradient descent."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def make(trainer_kwargs=None, **options):
+        options = {
+            "optim": "sgd", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+            "max_steps": 1, "per_device_train_batch_size": 16, "prompts": list(COMPLETIONS),
+            "reward_funcs": alphabet_score, **options,
+        }  # fmt: skip
+        return make_trainer(trainer_kwargs={"rollout_func": fixed_rollout, **(trainer_kwargs or {})}, **options)
+
+    return make
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+# ---- The objective
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_one_step_equals_the_papers_loss_written_out(fixed, tiny_model, tiny_tokenizer, temperature):
+    expected_model = copy.deepcopy(tiny_model)
+    expected = independent_loss(expected_model, tiny_tokenizer, COMPLETIONS, eta=10.0, temperature=temperature)
+    expected.backward()
+    trainer = fixed(model=tiny_model, temperature=temperature)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    for (name, actual), parameter in zip(weights(trainer).items(), expected_model.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter - 1e-3 * parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_threshold_trains_on_the_clear_winners_and_losers_only(fixed, tiny_model, tiny_tokenizer):
+    expected = independent_loss(
+        tiny_model, tiny_tokenizer, COMPLETIONS, eta=10.0, temperature=1.0, keep=lambda w: w >= 0.8 or w <= 0.2
+    )
+    trainer = fixed(model=tiny_model, win_rate_threshold=0.8)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert 0 < log["win_rate/kept"] < 1
+
+
+@pytest.mark.parametrize("options", [{}, {"win_rate_threshold": 0.8}, {"train_on": "best_and_worst"}])
+@pytest.mark.parametrize("split", [(8, 2), (2, 8), (1, 16)])
+def test_gradient_does_not_depend_on_the_split_into_micro_batches(fixed, tiny_model, options, split):
+    start = copy.deepcopy(tiny_model)
+    whole = fixed(model=tiny_model, **options)
+    whole.train()
+    per_device, steps = split
+    parts = fixed(model=start, per_device_train_batch_size=per_device, gradient_accumulation_steps=steps, **options)
+    parts.train()
+    assert parts.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-5)
+    for name, parameter in weights(parts).items():
+        torch.testing.assert_close(parameter, weights(whole)[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_later_steps_of_an_iteration_are_relative_to_the_rollout_policy(fixed, tiny_model):
+    """pi_t is the policy that sampled the batch, not the one before the step and not the initial one."""
+    trainer = fixed(model=tiny_model, num_iterations=3, max_steps=6, learning_rate=1e-2)
+    log_ratios = []
+    loss = trainer._compute_loss
+
+    def record(model, inputs):
+        result = loss(model, inputs)
+        log_ratios.append(trainer._metrics["train"]["log_ratio_to_target"][-1])
+        return result
+
+    trainer._compute_loss = record
+    trainer.train()
+    # Each iteration starts at its own policy and moves towards its targets; the second starts anew
+    assert log_ratios[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < log_ratios[1] < log_ratios[2]
+    assert log_ratios[3] == pytest.approx(0, abs=1e-6)
+    assert 0 < log_ratios[4] < log_ratios[5]
+
+
+def test_several_optimizer_steps_per_iteration_use_every_kept_row_once(fixed, tiny_model, monkeypatch):
+    import trl_sppo.trainer
+
+    trained = []
+    original = trl_sppo.trainer.sppo_loss
+
+    def record(log_ratios, win_rates, **kwargs):
+        trained.extend(win_rates[~win_rates.isnan()].tolist())
+        return original(log_ratios, win_rates, **kwargs)
+
+    monkeypatch.setattr(trl_sppo.trainer, "sppo_loss", record)
+    trainer = fixed(
+        model=tiny_model, per_device_train_batch_size=4, steps_per_generation=4, max_steps=4, win_rate_threshold=0.7
+    )
+    trainer.train()
+    scores = torch.tensor([alphabet_score(group) for group in COMPLETIONS.values()])
+    rates = torch.stack([(s[:, None] > s).float() + 0.5 * (s[:, None] == s).float() for s in scores])
+    rates = (rates.sum(2) - 0.5) / 3
+    expected = rates[(rates > 0.7 - 1e-6) | (rates < 0.3 + 1e-6)]
+    assert sorted(trained) == pytest.approx(sorted(expected.tolist()))
+
+
+def test_win_rates_of_several_sources_are_a_weighted_vote(fixed, tiny_model):
+    def length(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def opposite(completion_ids, **kwargs):
+        return [-1000 * score for score in length(completion_ids)]
+
+    # The scale of a source does not matter, its weight does: 3 votes for long, 1 for short
+    trainer = fixed(model=tiny_model, reward_funcs=[length, opposite], reward_weights=[3.0, 1.0], log_completions=True)
+    trainer.train()
+    # lengths 2, 3, 4, 2: the longer wins by 3/4, so 4 -> 3/4, 3 -> (3/4 + 3/4 + 1/4) / 3, 2 -> (1/2 + 1/4 + 1/4) / 3
+    table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    by_length = {2: (0.5 + 0.25 + 0.25) / 3, 3: (0.75 + 0.75 + 0.25) / 3, 4: 0.75}
+    expected = [by_length[len(completion) + 1] for completion in table["completion"]]
+    assert table["win_rate"].tolist() == pytest.approx(expected)
+
+
+def test_bradley_terry_and_include_self_reach_the_win_rates(fixed, tiny_model):
+    trainer = fixed(
+        model=tiny_model, comparison="bradley_terry", bt_temperature=2.0, include_self=True, log_completions=True
+    )
+    trainer.train()
+    table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    scores = torch.tensor(table["alphabet_score"].tolist()).view(-1, 4)
+    expected = torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / 2).mean(2)  # the diagonal is sigmoid(0)
+    torch.testing.assert_close(torch.tensor(table["win_rate"].tolist()).view(-1, 4).float(), expected)
+    # and the column that GRPO calls advantage is SPPO's target
+    torch.testing.assert_close(
+        torch.tensor(table["advantage"].tolist()).view(-1, 4).float(), 10 * (expected - 0.5), rtol=1e-5, atol=1e-5
+    )
+
+
+# ---- What is not trained on
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_dropped_completions_cost_no_forward(fixed, tiny_model, monkeypatch, num_iterations):
+    rows = []
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def count(self, model, input_ids, *args, **kwargs):
+        rows.append(len(input_ids))
+        return original(self, model, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", count)
+    trainer = fixed(
+        model=tiny_model, train_on="best_and_worst", num_iterations=num_iterations, max_steps=num_iterations
+    )
+    trainer.train()
+    # Four groups of four: 8 of 16 rows. More than one pass needs the log-probabilities of pi_t: those rows, once.
+    assert rows == ([8] if num_iterations == 1 else [8, 8, 8])
+
+
+def test_a_batch_in_which_all_tie_teaches_nothing_and_says_so(fixed, tiny_model, caplog):
+    trainer = fixed(model=tiny_model, reward_funcs=lambda completions, **kwargs: [1.0] * len(completions))
+    before = weights(trainer)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == 0 and log["win_rate/kept"] == 0 and log["win_rate/tied_pairs"] == 1
+    assert log["win_rate/groups_without_signal"] == 1
+    assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
+    assert "nothing is learned from it" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [None, NAN, math.inf, -math.inf])
+def test_unscorable_completions_take_no_part(fixed, tiny_model, caplog, bad):
+    def score(completion_ids, **kwargs):  # the second of each group of four cannot be scored
+        return [bad if i % 4 == 1 else s for i, s in enumerate(alphabet_score(completion_ids))]
+
+    trainer = fixed(model=tiny_model, reward_funcs=score, log_completions=True)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["win_rate/unscorable"] == 0.25 and math.isfinite(log["loss"]) and math.isfinite(log["reward"])
+    assert "gave no finite score (None, NaN or infinite) for 4 of 16 completions" in caplog.text
+    table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    assert table["win_rate"].isna().tolist() == [False, True, False, False] * 4
+    assert table["win_rate"].mean() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [None, NAN, math.inf])
+def test_nothing_scorable_at_all(fixed, tiny_model, caplog, bad):
+    trainer = fixed(model=tiny_model, reward_funcs=lambda completions, **kwargs: [bad] * len(completions))
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["win_rate/unscorable"] == 1
+    assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
+    assert "for 16 of 16 completions" in caplog.text and "nothing is learned from it" in caplog.text
+
+
+def test_truncated_completions_can_be_masked(fixed, tiny_model, monkeypatch):
+    cut = {
+        prompt: [ids[:-1] if k == 2 else ids for k, ids in enumerate(group)] for prompt, group in COMPLETIONS.items()
+    }
+    monkeypatch.setattr("test_trainer.COMPLETIONS", cut)
+    import trl_sppo.trainer
+
+    trained = []
+    original = trl_sppo.trainer.sppo_loss
+
+    def record(log_ratios, win_rates, **kwargs):
+        trained.append((~win_rates.isnan()).sum().item())
+        return original(log_ratios, win_rates, **kwargs)
+
+    monkeypatch.setattr(trl_sppo.trainer, "sppo_loss", record)
+    fixed(model=tiny_model, mask_truncated_completions=True).train()
+    assert trained == [12]
+
+
+def test_tool_tokens_do_not_count(fixed, tiny_model, tiny_tokenizer):
+    """Tokens that the environment wrote (`env_mask` 0) are not part of the log-ratio."""
+
+    def rollout(prompts, trainer):
+        output = fixed_rollout(prompts, trainer)
+        output["env_mask"] = [[0] + [1] * (len(ids) - 1) for ids in output["completion_ids"]]
+        return output
+
+    trainer = fixed(model=tiny_model, trainer_kwargs={"rollout_func": rollout}, num_iterations=2, max_steps=2)
+    masks = []
+    loss = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: masks.append(inputs["tool_mask"]) or loss(model, inputs)
+    trainer.train()
+    assert all((mask[:, 0] == 0).all() for mask in masks)
+    # The first token of a two-token completion is the environment's: its log-ratio is that of EOS alone, so moving
+    # pi_theta gives another log-ratio than with all tokens
+    with_all = fixed(model=tiny_model, num_iterations=2, max_steps=2)
+    with_all.train()
+    assert trainer.state.log_history[1]["log_ratio"] != pytest.approx(with_all.state.log_history[1]["log_ratio"])
+
+
+# ---- Training
+
+
+def test_training_on_samples_raises_the_reward(make_trainer):
+    trainer = make_trainer(max_steps=40, per_device_train_batch_size=32, num_generations=8, max_completion_length=8)
+    trainer.train()
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 1
+
+
+def test_lora_trains_the_adapter_only(make_trainer, tiny_model):
+    base = {name: parameter.clone() for name, parameter in tiny_model.named_parameters()}
+    trainer = make_trainer(
+        model=tiny_model,
+        num_iterations=2,
+        max_steps=4,
+        trainer_kwargs={"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")},
+    )
+    adapter = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert adapter and all("lora_" in name for name in adapter)
+    moved = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any(not torch.equal(adapter[name], moved[name]) for name in adapter)
+    for name, parameter in base.items():
+        wrapped = dict(trainer.model.base_model.model.named_parameters())
+        actual = wrapped.get(name, wrapped.get(name.replace(".weight", ".base_layer.weight")))
+        actual = wrapped.get(name.replace(".bias", ".base_layer.bias")) if actual is None else actual
+        assert torch.equal(actual, parameter), name
+    assert trainer.ref_model is None
+    # pi_t is the adapter at rollout, not the base model: the second iteration starts at a log-ratio of zero again
+    log = [row for row in trainer.state.log_history if "log_ratio" in row]
+    assert log[2]["log_ratio"] == pytest.approx(0, abs=1e-5) and log[3]["log_ratio"] != 0
+
+
+def test_metrics_and_evaluation(make_trainer):
+    trainer = make_trainer(
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+        num_generations_eval=2,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"]})},
+    )
+    trainer.train()
+    train = next(row for row in trainer.state.log_history if "loss" in row)
+    evaluation = next(row for row in trainer.state.log_history if "eval_loss" in row)
+    expected = {
+        "reward", "reward_std", "rewards/count_abc/mean", "win_rate/spread", "win_rate/tied_pairs", "win_rate/kept",
+        "win_rate/unscorable", "win_rate/groups_without_signal", "log_ratio", "log_ratio_to_target",
+        "winner_log_ratio", "loser_log_ratio", "kl_to_rollout_policy", "entropy",
+        "completions/winners_mean_length", "completions/losers_mean_length",
+    }  # fmt: skip
+    assert expected <= train.keys()
+    assert {f"eval_{name}" for name in expected} <= evaluation.keys()
+
+
+def test_evaluation_with_one_completion_per_prompt_has_rewards_and_no_win_rates(make_trainer):
+    trainer = make_trainer(
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"]})},
+    )
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_reward"]) and metrics["eval_win_rate/kept"] == 0
+
+
+def test_conversational_prompts_and_empty_completions(make_trainer, tiny_model):
+    """The policy always answers with EOS at once: an empty text is an answer like any other."""
+    with torch.no_grad():
+        tiny_model.lm_head.weight.zero_()
+    bias = torch.zeros(tiny_model.config.vocab_size)
+    bias[1] = 1e4
+    tiny_model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
+    seen = []
+
+    def score(completions, **kwargs):
+        seen.extend(completion[0]["content"] for completion in completions)
+        return [0.0] * len(completions)
+
+    prompts = [[{"role": "user", "content": text}] for text in ("ab", "fgh")]
+    make_trainer(model=tiny_model, prompts=prompts, reward_funcs=score, max_steps=1).train()
+    assert seen == [""] * 8
+
+
+def test_moe_load_balancing_loss_is_added(make_trainer, fixed):
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config)
+    losses = {}
+    for coefficient in (0.0, 0.5):
+        trainer = fixed(model=copy.deepcopy(model), router_aux_loss_coef=coefficient)
+        trainer.train()
+        losses[coefficient] = trainer.state.log_history[0]
+    extra = 0.5 * losses[0.5]["aux_loss"]
+    assert extra > 0
+    assert losses[0.5]["loss"] == pytest.approx(losses[0.0]["loss"] + extra, rel=1e-4)

@@ -1,0 +1,66 @@
+"""Checks of a trainer's arguments, before any model is loaded."""
+
+import importlib.util
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig
+from trl.data_utils import is_conversational
+
+from .config import SPPOConfig
+
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+
+
+def check_vllm(args: SPPOConfig) -> None:
+    """Raise `ImportError` if vLLM is asked for and not installed."""
+    if args.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]`, or set "
+            "use_vllm=False to generate with transformers."
+        )
+
+
+def check_model_path(model: str, args: SPPOConfig) -> None:
+    kwargs: Any = args.model_init_kwargs or {}
+    try:
+        AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"model {model!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
+            f"Face hub. Check the path (--model_name_or_path). ({error})"
+        ) from error
+
+
+def check_datasets(
+    args: SPPOConfig, train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+) -> bool:
+    """Check what can be checked without a model. Returns whether the prompts are conversational."""
+    if train_dataset is None:
+        return True  # an environment may bring the prompts; TRL checks that
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"{name} is empty. It needs rows with a 'prompt' column.")
+        columns = dataset.column_names
+        if columns is not None and "prompt" not in columns:
+            raise ValueError(
+                f"{name} has no 'prompt' column, but {columns}. Rename the column that holds the prompts: "
+                "`dataset.rename_column('...', 'prompt')`."
+            )
+        if columns is not None and {"image", "images"} & set(columns):
+            raise ValueError(f"{name} has an image column: this release of SPPOTrainer trains on text only.")
+    assert args.generation_batch_size is not None and args.num_generations is not None  # GRPOConfig has set them
+    num_prompts = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {num_prompts} of one generation batch "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so there "
+            "would be no training step. Lower per_device_train_batch_size or steps_per_generation, or add prompts."
+        )
+    return is_conversational(next(iter(train_dataset)))
