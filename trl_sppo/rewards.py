@@ -118,8 +118,9 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
             "and a head made now would give random scores. Use a checkpoint of a `...ForSequenceClassification` model "
             "with one label, such as those that TRL's RewardTrainer saves."
         )
-    # Absent from some configs of reward models: loading with num_labels=1 then decides
-    _check_labels(path, config.get("num_labels") or len(config.get("id2label") or [0]))
+    # Two labels are the default, and then not written to config.json
+    labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})
+    _check_labels(path, labels.num_labels)
 
 
 def _check_labels(name: str, labels: int | None) -> None:

@@ -84,25 +84,27 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     launching |= {"accelerate_config"}
     known = sorted(training | launching | {"config", "env"})
 
+    def check(name: str, where: str) -> None:
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else "`trl-sppo train --help` lists all options."
+            raise ValueError(f"{where}: there is no option {name!r}. {hint}")
+
     found: list[str] = []
     argv = list(argv)
-    where = "command line"
     if "--config" in argv:
         position = argv.index("--config")
         path = argv[position + 1] if position + 1 < len(argv) else ""
         del argv[position : position + 2]
-        where = f"recipe {path} or command line"
         for name, value in read_recipe(path).items():
-            if name not in training | {"env"}:
+            check(str(name), f"recipe {path}")
+            if name in launching - training:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    found += parser.parse_known_args(argv)[1]
-    for token in found:
-        name = token[2:].split("=")[0].replace("-", "_")
-        if token.startswith("--") and name not in launching:
-            nearest = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else "`trl-sppo train --help` lists all options."
-            raise ValueError(f"{where}: there is no option {name!r}. {hint}")
-    return found
+    remaining = parser.parse_known_args(argv)[1]
+    for token in remaining:
+        if token.startswith("--"):
+            check(token[2:].split("=")[0].replace("-", "_"), "command line")
+    return found + remaining
 
 
 def read_recipe(path: str) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""The command line: recipes and options in, one message or a trained policy out."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import count_abc, make_tokenizer
+
+from trl_sppo import __version__, cli, train
+
+
+count_abc = count_abc  # `--reward_funcs test_cli.count_abc`
+
+
+def test_help():
+    result = subprocess.run([sys.executable, "-m", "trl_sppo", "--help"], capture_output=True, text=True, check=True)
+    assert "train" in result.stdout and "quickstart" in result.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0 and __version__ in capsys.readouterr().out
+
+
+def test_help_of_train_lists_the_options(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for option in ("--eta", "--win_rate_threshold", "--use_peft", "--load_in_4bit", "--num_generations"):
+        assert option in printed
+
+
+@pytest.fixture
+def workdir(tiny_policy, tmp_path, monkeypatch):
+    """A folder with a tiny policy, prompts and a recipe; returns a function that writes the recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    for split in ("train", "test"):
+        rows = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in ("ab", "fgh", "cd e", "xyz")]
+        (tmp_path / "prompts" / f"{split}.jsonl").write_text("\n".join(rows))
+
+    def write(**changes):
+        recipe = {
+            "model_name_or_path": "policy", "reward_funcs": "conftest.count_abc", "dataset_name": "prompts",
+            "output_dir": "out", "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4,
+            "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
+            "gradient_checkpointing": False, **changes,
+        }  # fmt: skip
+        lines = [f"{name}: {json.dumps(value)}" for name, value in recipe.items() if value is not None]
+        (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+        return ["--config", "recipe.yaml"]
+
+    return write
+
+
+def message(capsys, argv, run=train.main) -> str:
+    with pytest.raises(SystemExit) as exit:
+        run(argv)
+    assert exit.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed.split("trl-sppo: error: ")[1]
+
+
+def test_train_in_this_process(workdir, tmp_path):
+    trainer = train.main([*workdir(), "--eta", "3", "--use_peft", "--lora_r", "2"])
+    assert trainer.args.eta == 3.0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_train_through_accelerate(workdir, tmp_path):
+    """The command as a user types it, full fine-tuning with evaluation, with a launch argument in the recipe."""
+    argv = workdir(num_processes=1, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_sppo", "train", *argv, "--eta", "3", "--mixed_precision", "no"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Saved the policy to out." in result.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_reward" in row for row in history)
+
+
+def test_an_error_in_the_process_is_one_message_and_a_status(workdir):
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_sppo", "train", *workdir(model_name_or_path="./nowhere")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("trl-sppo: error: model './nowhere' is neither a folder") == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("run", [train.main, lambda argv: cli.main(["train", *argv])], ids=["process", "launcher"])
+def test_unknown_options_are_fatal_and_the_nearest_is_named(workdir, capsys, run):
+    assert "recipe recipe.yaml: there is no option 'learning_rat'. Did you mean learning_rate?" in message(
+        capsys, workdir(learning_rat=1e-6), run
+    )
+    assert "command line: there is no option 'num_generation'. Did you mean num_generations?" in message(
+        capsys, [*workdir(), "--num_generation", "4"], run
+    )
+    assert "there is no option 'zzz'. `trl-sppo train --help` lists all" in message(capsys, workdir(zzz=1), run)
+
+
+def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):
+    argv = [*workdir(num_processes=2, accelerate_config="multi_gpu"), "--main_process_port", "1234", "--eta", "2"]
+    assert train.launch_arguments(train.make_parser(), argv) == [
+        "--num_processes", "2", "--accelerate_config", "multi_gpu", "--main_process_port", "1234",
+    ]  # fmt: skip
+
+
+def test_recipe_files(tmp_path, capsys):
+    assert "recipe 'nowhere.yaml' (--config) is not a file" in message(capsys, ["--config", "nowhere.yaml"])
+    assert "recipe '' (--config) is not a file" in message(capsys, ["--config"])
+    for text, expected in [
+        ("- a\n- b", "must be a YAML mapping"),
+        ("", "must be a YAML mapping"),
+        ("a: [", "not valid"),
+    ]:
+        (tmp_path / "r.yaml").write_text(text)
+        assert expected in message(capsys, ["--config", str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_name_or_path": None}, "no model: give model_name_or_path"),
+        ({"model_name_or_path": "./nowhere"}, "model './nowhere' is neither a folder with a config.json nor"),
+        ({"dataset_name": None}, "no dataset: give dataset_name"),
+        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) is neither a folder"),
+        ({"dataset_train_split": "trian"}, "the dataset has no split 'trian', but ['test', 'train']"),
+        ({"reward_funcs": None}, "no reward source: pass `reward_funcs`"),
+        ({"reward_funcs": "nowhere.f"}, "reward function 'nowhere.f' (--reward_funcs) could not be imported"),
+        ({"reward_funcs": "accuracy_rewad"}, "reward function 'accuracy_rewad' (--reward_funcs) could not be"),
+        ({"reward_model_name_or_path": "./nowhere"}, "reward model './nowhere' is neither a folder"),
+        ({"reward_model_name_or_path": "policy"}, "reward model 'policy' has no scoring head"),
+        ({"eta": 0}, "eta must be positive, got 0"),
+        ({"eta": "much"}, "argument --eta: invalid float value: 'much'"),
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"per_device_train_batch_size": 6}, "must be divisible by num_generations (4)"),
+        ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8 of one generation batch"),
+        ({"beta": 0.1}, "set `eta` instead: eta = 1/beta"),
+    ],
+)
+def test_bad_input(workdir, capsys, changes, expected):
+    assert expected in message(capsys, workdir(**changes))
+
+
+def test_named_reward_functions():
+    from trl.rewards import accuracy_reward
+
+    assert train.load_reward_funcs(["accuracy_reward", "conftest.count_abc"]) == [accuracy_reward, count_abc]
+
+
+def test_two_reward_models(workdir, tmp_path):
+    from test_rewards import encoder
+
+    for name in ("one", "two"):
+        encoder().save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    argv = workdir(reward_funcs=None, reward_model_name_or_path=["one", "two"], reward_weights=[1.0, 2.0])
+    trainer = train.main(argv)
+    assert trainer.reward_func_names == ["one", "two"]

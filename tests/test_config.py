@@ -1,0 +1,120 @@
+"""Options: defaults, checks, and that every field of GRPOConfig is either honoured or refused."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+from transformers import TrainingArguments
+from trl import GRPOConfig
+
+from trl_sppo import SPPOConfig
+from trl_sppo.config import REJECTED_OPTIONS
+
+
+def config(tmp_path, **options):
+    return SPPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+
+
+# Fields of GRPOConfig that are inherited and do what they do in GRPO. Their effect is TRL's; what SPPO does with those
+# that touch the loss, the groups or the scores is tested where it is named.
+HONOURED = {
+    # the policy
+    "model_init_kwargs", "trust_remote_code", "disable_dropout", "cast_lm_head_to_fp32",
+    "router_aux_loss_coef",  # test_trainer.py::test_moe_load_balancing_loss_is_added
+    # data and generation
+    "max_completion_length", "ds3_gather_for_generation", "shuffle_dataset",
+    "pad_to_multiple_of", "temperature", "top_p", "top_k", "min_p", "generation_kwargs", "chat_template_kwargs",
+    "repetition_penalty", "cache_implementation", "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config", "use_transformers_paged", "max_tool_calling_iterations",
+    "num_generations", "num_generations_eval",  # test_trainer.py::test_metrics_and_evaluation
+    "generation_batch_size", "steps_per_generation",  # test_trainer.py::test_several_optimizer_steps_...
+    "num_iterations",  # test_trainer.py::test_later_steps_of_an_iteration_...
+    "mask_truncated_completions",  # test_trainer.py::test_truncated_completions_can_be_masked
+    "reward_weights",  # test_trainer.py::test_win_rates_of_several_sources_are_a_weighted_vote
+    # vLLM
+    "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+    # sequence-level modes weight a completion's loss: test_contract.py::test_vllm_importance_ratio_...
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+    # logging
+    "log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo",
+}  # fmt: skip
+
+
+def test_every_field_of_grpo_is_honoured_or_refused():
+    """Fails when a new TRL adds an option: honour it, and test that, or refuse it with a reason."""
+    grpo = {field.name for field in fields(GRPOConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert HONOURED & REJECTED_OPTIONS.keys() == set()
+    assert grpo == HONOURED | REJECTED_OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", REJECTED_OPTIONS)
+def test_options_without_a_meaning_are_refused_with_the_reason(tmp_path, name):
+    field = next(field for field in fields(GRPOConfig) if field.name == name)
+    assert field.default is not MISSING
+    others = {type(None): 0.123, str: "another", bool: not field.default, float: 0.123, int: 77}
+    with pytest.raises(ValueError, match=f"^{name}=.* is an option of GRPO that SPPO does not use: .*Remove it"):
+        config(tmp_path, **{name: others[type(field.default)]})
+
+
+def test_defaults(tmp_path):
+    args = config(tmp_path)
+    assert (args.num_generations, args.eta, args.temperature, args.learning_rate) == (8, 10.0, 0.8, 5e-7)
+    assert (args.max_completion_length, args.comparison, args.train_on, args.win_rate_threshold) == (
+        1024, "hard", "all", None,
+    )  # fmt: skip
+    assert args.disable_dropout and not args.include_self and args.beta == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1: a win rate compares"),
+        ({"num_generations": 0}, "num_generations must be at least 2, got 0"),
+        ({"eta": 0.0}, "eta must be positive, got 0.0: it scales the SPPO target.*eta=1000"),
+        ({"eta": -1.0}, "eta must be positive, got -1.0"),
+        ({"eta": float("nan")}, "eta must be positive, got nan"),
+        ({"beta": 0.1}, "beta=0.1 .* set `eta` instead: eta = 1/beta"),
+        ({"comparison": "soft"}, "comparison must be 'hard' or 'bradley_terry', got 'soft'"),
+        ({"bt_temperature": 0.0}, "bt_temperature must be positive, got 0.0"),
+        ({"train_on": "some"}, "train_on must be 'all' or 'best_and_worst', got 'some'"),
+        ({"win_rate_threshold": 0.4}, r"win_rate_threshold must be in \[0.5, 1\], got 0.4"),
+        ({"win_rate_threshold": 1.1}, r"win_rate_threshold must be in \[0.5, 1\], got 1.1"),
+        (
+            {"win_rate_threshold": 0.6, "train_on": "best_and_worst"},
+            "win_rate_threshold=0.6 and train_on='best_and_worst' both choose.*Set only one",
+        ),
+        ({"reward_weights": [1.0, -1.0]}, r"reward_weights must not be negative nor all zero, got \[1.0, -1.0\]"),
+        ({"reward_weights": [0.0]}, "reward_weights must not be negative nor all zero"),
+        ({"reward_batch_size": 0}, "reward_batch_size must be at least 1, got 0"),
+        (
+            {"per_device_train_batch_size": 6},
+            r"generation_batch_size \(6\) must be divisible by num_generations \(8\)",
+        ),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+            r"steps_per_generation \(2\) must be a multiple of gradient_accumulation_steps \(4\): .*generation batch",
+        ),
+        (
+            {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"},
+            "vllm_importance_sampling_mode='token_truncate' weights single tokens.*'sequence_mask'",
+        ),
+    ],
+)
+def test_messages(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_p", 0.9), ("top_k", 50), ("min_p", 0.1), ("repetition_penalty", 1.2)]
+)
+def test_filtered_sampling_is_warned_about(tmp_path, caplog, name, value):
+    config(tmp_path, **{name: value})
+    assert f"{name}={value} samples from another distribution" in caplog.text
+
+
+def test_plain_sampling_is_not_warned_about(tmp_path, caplog):
+    config(tmp_path, temperature=0.7)
+    assert "another distribution" not in caplog.text

@@ -1,0 +1,132 @@
+"""The seams of GRPOTrainer that SPPOTrainer stands on. When TRL changes one, the message says what to look at."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from trl_sppo import SPPOTrainer
+
+
+SIGNATURES = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_generate": ["self", "prompts"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_log_completion_extra": ["self", "column", "values"],
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    actual = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+    assert actual == SIGNATURES[name], f"TRL changed GRPOTrainer.{name}: compare it with SPPOTrainer.{name}"
+
+
+def test_signature_of_the_log_probability_pass():
+    actual = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+    assert actual[:7] == expected and "compute_aux_loss" in actual, (
+        "TRL changed GRPOTrainer._get_per_token_logps_and_entropies: SPPOTrainer passes the first four by position"
+    )
+
+
+def test_what_is_overridden_and_nothing_else():
+    overridden = {name for name in vars(SPPOTrainer) if name in dir(GRPOTrainer) and callable(vars(SPPOTrainer)[name])}
+    assert overridden - {"__init__"} == {
+        "_generate_and_score_completions", "_generate", "_calculate_rewards", "_get_per_token_logps_and_entropies",
+        "_compute_loss",
+    }  # fmt: skip
+
+
+def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
+    """TRL: generate, then log-probabilities, then scores, then the batch is shuffled and split into slices."""
+    calls = []
+
+    def spy(name):
+        original = getattr(GRPOTrainer, name)
+
+        def record(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            calls.append((name, args, result))
+            return result
+
+        monkeypatch.setattr(GRPOTrainer, name, record)
+
+    for name in ("_generate", "_get_per_token_logps_and_entropies", "_calculate_rewards"):
+        spy(name)
+    # 16 completions (4 groups of 4), 2 optimizer steps per generation batch: pi_t needs a log-probability pass
+    trainer = make_trainer(steps_per_generation=2, max_steps=1)
+    trainer.train()
+    names = [name for name, _, _ in calls]
+    assert names == [
+        "_generate",
+        "_calculate_rewards",  # SPPOTrainer's, right after generation; TRL's own later call gets the same scores
+        "_get_per_token_logps_and_entropies",  # pi_t
+        "_get_per_token_logps_and_entropies",  # pi_theta
+    ], "TRL changed the order of a rollout: see the seams in trl_sppo/trainer.py"
+
+    generated = calls[0][2]
+    assert len(generated) == 8, "TRL changed what GRPOTrainer._generate returns: SPPOTrainer._generate unpacks it"
+    _, completion_ids, tool_mask, completions, _, extra_fields, *_ = generated
+    assert len(completion_ids) == len(completions) == 16 and isinstance(completion_ids[0], list)
+    assert tool_mask is None and extra_fields == {}
+    scores = calls[1][2]
+    assert scores.shape == (16, 1), "SPPOTrainer takes (completions of all processes, reward sources) for the scores"
+    logps, entropies, _ = calls[3][2]
+    assert logps.shape == entropies.shape
+
+    assert len(trainer._buffered_inputs) == 2, "SPPOTrainer counts kept completions in TRL's _buffered_inputs"
+    for piece in trainer._buffered_inputs:
+        assert {
+            "prompt_ids",
+            "prompt_mask",
+            "completion_ids",
+            "completion_mask",
+            "old_per_token_logps",
+        } <= piece.keys()
+        assert len(piece["win_rates"]) == len(piece["kept"]) == len(piece["completion_ids"])
+        assert "advantages" not in piece
+
+
+def test_groups_are_consecutive(make_trainer, monkeypatch):
+    seen = []
+    original = GRPOTrainer._calculate_rewards
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_calculate_rewards",
+        lambda self, inputs, prompts, *args: seen.append(prompts) or original(self, inputs, prompts, *args),
+    )
+    make_trainer(max_steps=1).train()
+    assert len(seen[0]) == 8 and all(len(set(seen[0][i : i + 4])) == 1 for i in (0, 4)), (
+        "TRL changed the order of a generation batch: win rates reshape it to (groups, num_generations)"
+    )
+
+
+def test_trl_leaves_the_loss_unscaled_for_accumulation():
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, (
+        "SPPOTrainer divides its loss by the completions of the whole optimizer step; nobody may divide it again"
+    )
+
+
+def test_trl_reads_nan_log_probabilities_as_unknown():
+    """SPPOTrainer gives NaN for completions that are dropped; TRL's importance ratio must be 1 there and not NaN."""
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "per_token_logps_diff = torch.nan_to_num(per_token_logps_diff, nan=0.0)" in source
+    assert "delta = delta[mask & ~torch.isnan(delta)]" in source
+
+
+def test_vllm_importance_ratio_weights_a_completions_loss(make_trainer):
+    """A sequence-level ratio, shape (B, 1) as TRL makes it, multiplies the squared error of its completion."""
+    trainer = make_trainer(steps_per_generation=2, max_steps=1, max_completion_length=3)
+    trainer.train()
+    piece = {key: value for key, value in trainer._buffered_inputs[0].items() if value is not None}
+    trainer._step = 0
+    plain = trainer._compute_loss(trainer.model, piece).item()
+    doubled = trainer._compute_loss(
+        trainer.model, {**piece, "importance_sampling_ratio": torch.full((len(piece["kept"]), 1), 2.0)}
+    ).item()
+    assert math.isfinite(plain) and plain > 0
+    assert doubled == pytest.approx(2 * plain)
