@@ -112,6 +112,7 @@ def main():
         "pearson": round(torch.corrcoef(torch.stack([scores, ratings[held_out]]))[0, 1].item(), 3),
         "pair_accuracy": round(pair_accuracy(scores, ratings[held_out]), 3),
     }
+    model.peft_config["default"].base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"  # not a local path
     model.save_pretrained(args.output_dir)
     (args.output_dir / "README.md").unlink(missing_ok=True)  # a card with blanks: metrics.json says what this is
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
