@@ -169,3 +169,12 @@ def test_two_reward_models(workdir, tmp_path):
     argv = workdir(reward_funcs=None, reward_model_name_or_path=["one", "two"], reward_weights=[1.0, 2.0])
     trainer = train.main(argv)
     assert trainer.reward_func_names == ["one", "two"]
+
+
+def test_qlora(workdir, tmp_path):
+    """4-bit loading by bitsandbytes, on the CPU: the adapter is trained and saved."""
+    trainer = train.main([*workdir(), "--use_peft", "--load_in_4bit", "--learning_rate", "1e-2"])
+    assert trainer.model.is_loaded_in_4bit
+    trained = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert trained and any(p.abs().max() > 0 for p in trained)  # LoRA's B starts at zero
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

