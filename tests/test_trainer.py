@@ -388,3 +388,74 @@ def test_moe_load_balancing_loss_is_added(make_trainer, fixed):
     extra = 0.5 * losses[0.5]["aux_loss"]
     assert extra > 0
     assert losses[0.5]["loss"] == pytest.approx(losses[0.0]["loss"] + extra, rel=1e-4)
+
+
+# ---- vLLM, up to its door: what TRL does with its completions and log-probabilities
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    """A stand-in for TRL's vLLM backend: the table's completions, with the policy's log-probs shifted per position."""
+    shifts = [0.0, 0.0, 0.0, 0.0]
+
+    class Backend:
+        def __init__(self, model, processing_class, **kwargs):
+            self.model, self.tokenizer, self.syncs = model, processing_class, 0
+
+        def sync_weights(self):
+            self.syncs += 1
+
+        def generate(self, prompts, images, num_generations, profiler):
+            seen: dict[str, int] = {}
+            completion_ids, logprobs = [], []
+            for ids in prompts:
+                prompt = self.tokenizer.decode(ids)
+                k = seen.get(prompt, 0) % 4
+                seen[prompt] = k + 1
+                completion = COMPLETIONS[prompt][k]
+                with torch.no_grad():
+                    logps = self.model(torch.tensor([ids + completion])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+                own = logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+                completion_ids.append(completion)
+                logprobs.append([[value + shifts[k] / len(completion)] for value in own.tolist()])
+            return None, completion_ids, logprobs, None
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Backend)
+    monkeypatch.setattr("trl_sppo.trainer.check_vllm", lambda args: None)
+    return shifts
+
+
+@pytest.mark.parametrize("options", [{}, {"train_on": "best_and_worst"}])
+def test_exact_vllm_log_probabilities_change_nothing(fixed, fake_vllm, tiny_model, options):
+    start = copy.deepcopy(tiny_model)
+    plain = fixed(model=tiny_model, num_iterations=2, max_steps=2, **options)
+    plain.train()
+    by_vllm = fixed(
+        model=start, use_vllm=True, num_iterations=2, max_steps=2, trainer_kwargs={"rollout_func": None}, **options
+    )
+    by_vllm.train()
+    assert by_vllm.vllm_generation.syncs == 1
+    log = by_vllm.state.log_history[0]
+    assert log["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-4)  # NaN rows are left out
+    assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    for name, parameter in weights(by_vllm).items():
+        torch.testing.assert_close(parameter, weights(plain)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_vllm_importance_correction_weights_the_completion(fixed, fake_vllm, tiny_model, tiny_tokenizer):
+    # vLLM believes its second completion of each group twice as likely as the trainer does: pi_t / pi_vllm is 1/2
+    fake_vllm[1] = math.log(2)
+    scores = [alphabet_score(group) for group in COMPLETIONS.values()]
+    errors = []
+    for group in scores:
+        for k, score in enumerate(group):
+            wins = [float(score > other) + 0.5 * float(score == other) for j, other in enumerate(group) if j != k]
+            errors.append((0.5 if k == 1 else 1.0) * (10 * (sum(wins) / 3 - 0.5)) ** 2)
+    trainer = fixed(
+        model=tiny_model,
+        use_vllm=True,
+        vllm_importance_sampling_mode="sequence_truncate",
+        trainer_kwargs={"rollout_func": None},
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
