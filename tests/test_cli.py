@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 from conftest import count_abc, make_tokenizer
@@ -113,8 +114,64 @@ def test_unknown_options_are_fatal_and_the_nearest_is_named(workdir, capsys, run
 def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):
     argv = [*workdir(num_processes=2, accelerate_config="multi_gpu"), "--main_process_port", "1234", "--eta", "2"]
     assert train.launch_arguments(train.make_parser(), argv) == [
-        "--num_processes", "2", "--accelerate_config", "multi_gpu", "--main_process_port", "1234",
+        "--config_file", str(resources.files("trl.accelerate_configs") / "multi_gpu.yaml"),
+        "--num_processes", "2", "--main_process_port", "1234",
     ]  # fmt: skip
+    # What a recipe switches off stays off
+    assert train.launch_arguments(train.make_parser(), workdir(multi_gpu=False, num_machines=1)) == [
+        "--num_machines", "1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["recipe.yaml"], "'recipe.yaml' belongs to no option. A recipe is given with --config."),
+        (["--config", "recipe.yaml", "--eta", "3", "4"], "'4' belongs to no option."),
+        (["--config", "recipe.yaml", "--config", "recipe.yaml"], "--config is given more than once"),
+        (["--config=nowhere.yaml"], "recipe 'nowhere.yaml' (--config) is not a file"),
+    ],
+)
+@pytest.mark.parametrize("run", [train.main, lambda argv: cli.main(["train", *argv])], ids=["process", "launcher"])
+def test_arguments_that_belong_nowhere(workdir, capsys, argv, expected, run):
+    workdir()
+    assert expected in message(capsys, argv, run)
+
+
+def test_negated_options_work_on_the_command_line_and_are_refused_in_a_recipe(workdir, capsys):
+    assert train.parse_arguments([*workdir(), "--no_disable_dropout"])[1].disable_dropout is False
+    assert "there is no option 'no_disable_dropout'" in message(capsys, workdir(no_disable_dropout=True))
+
+
+def test_the_environment_of_a_recipe_reaches_the_processes(workdir, tmp_path):
+    (tmp_path / "rewards_of_test.py").write_text(
+        "import os\nfrom conftest import count_abc\n"
+        "def seen_at_import(completions, **kwargs):\n"
+        "    assert os.environ['HF_HOME'] == 'elsewhere'\n"
+        "    from huggingface_hub.constants import HF_HOME\n"
+        "    assert HF_HOME == 'elsewhere', HF_HOME\n"
+        "    return count_abc(completions)\n"
+    )
+    argv = workdir(env={"HF_HOME": "elsewhere"}, reward_funcs="rewards_of_test.seen_at_import")
+    environment = {**os.environ, "PYTHONPATH": f"{os.path.dirname(__file__)}{os.pathsep}{tmp_path}"}
+    subprocess.run([sys.executable, "-m", "trl_sppo", "train", *argv], check=True, env=environment)
+
+
+def test_the_quickstart_looks_at_its_options_before_it_prepares_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = lambda argv: cli.main(["quickstart", *argv])  # noqa: E731
+    assert "Did you mean learning_rate?" in message(capsys, ["--learning_rte", "1"], run)
+    assert "eta must be positive" in message(capsys, ["--eta", "-1"], run)
+    with pytest.raises(SystemExit) as exit:
+        run(["--help"])
+    assert exit.value.code == 0 and "--win_rate_threshold" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_quickstart_names_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("trl_sppo.cli.find_spec", lambda name: None if name == "rich" else object())
+    assert cli.main(["quickstart"]) == 2
+    assert "the quickstart needs rich: install the extra with `pip install" in capsys.readouterr().err
 
 
 def test_recipe_files(tmp_path, capsys):
@@ -142,12 +199,15 @@ def test_recipe_files(tmp_path, capsys):
         ({"reward_funcs": "accuracy_rewad"}, "reward function 'accuracy_rewad' (--reward_funcs) could not be"),
         ({"reward_model_name_or_path": "./nowhere"}, "reward model './nowhere' is neither a folder"),
         ({"reward_model_name_or_path": "policy"}, "reward model 'policy' has no scoring head"),
-        ({"eta": 0}, "eta must be positive, got 0"),
+        ({"eta": 0}, "eta must be positive and finite, got 0"),
         ({"eta": "much"}, "argument --eta: invalid float value: 'much'"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ({"per_device_train_batch_size": 6}, "must be divisible by num_generations (4)"),
         ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8 of one generation batch"),
         ({"beta": 0.1}, "set `eta` instead: eta = 1/beta"),
+        ({"reward_weights": 1.0}, "reward_weights must be a list, one weight per reward source, got 1.0"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got [1.0, 2.0]"),
+        ({"reward_funcs": "conftest.TINY"}, "reward function 'conftest.TINY' (--reward_funcs) is no function"),
     ],
 )
 def test_bad_input(workdir, capsys, changes, expected):
@@ -158,6 +218,8 @@ def test_named_reward_functions():
     from trl.rewards import accuracy_reward
 
     assert train.load_reward_funcs(["accuracy_reward", "conftest.count_abc"]) == [accuracy_reward, count_abc]
+    (overlong,) = train.load_reward_funcs(["get_soft_overlong_punishment"])  # a factory in TRL
+    assert overlong(completion_ids=[[1] * 10, [1] * 2000]) == [0.0, -1.0]
 
 
 def test_two_reward_models(workdir, tmp_path):

@@ -72,9 +72,10 @@ def test_defaults(tmp_path):
     [
         ({"num_generations": 1}, "num_generations must be at least 2, got 1: a win rate compares"),
         ({"num_generations": 0}, "num_generations must be at least 2, got 0"),
-        ({"eta": 0.0}, "eta must be positive, got 0.0: it scales the SPPO target.*eta=1000"),
-        ({"eta": -1.0}, "eta must be positive, got -1.0"),
-        ({"eta": float("nan")}, "eta must be positive, got nan"),
+        ({"eta": 0.0}, "eta must be positive and finite, got 0.0: it scales the SPPO target.*eta=1000"),
+        ({"eta": -1.0}, "eta must be positive and finite, got -1.0"),
+        ({"eta": float("nan")}, "eta must be positive and finite, got nan"),
+        ({"eta": float("inf")}, "eta must be positive and finite, got inf"),
         ({"beta": 0.1}, "beta=0.1 .* set `eta` instead: eta = 1/beta"),
         ({"comparison": "soft"}, "comparison must be 'hard' or 'bradley_terry', got 'soft'"),
         ({"bt_temperature": 0.0}, "bt_temperature must be positive, got 0.0"),
@@ -86,6 +87,7 @@ def test_defaults(tmp_path):
             "win_rate_threshold=0.6 and train_on='best_and_worst' both choose.*Set only one",
         ),
         ({"reward_weights": [1.0, -1.0]}, r"reward_weights must not be negative nor all zero, got \[1.0, -1.0\]"),
+        ({"reward_weights": 2.0}, "reward_weights must be a list, one weight per reward source, got 2.0"),
         ({"reward_weights": [0.0]}, "reward_weights must not be negative nor all zero"),
         ({"reward_batch_size": 0}, "reward_batch_size must be at least 1, got 0"),
         (

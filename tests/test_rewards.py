@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TINY, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -172,6 +172,13 @@ def test_refused_by_the_trainer_before_the_policy_is_loaded(make_trainer, saved,
         make_trainer(reward_funcs=folder)
 
 
+def test_a_model_whose_tokenizer_nobody_knows(reward_model):
+    with pytest.raises(ValueError, match="was not loaded from a checkpoint, so no tokenizer is known for it"):
+        load(reward_model)
+    with pytest.raises(ValueError, match=r"Sequential is no PreTrainedModel.*merge_and_unload"):
+        load(torch.nn.Sequential(reward_model))
+
+
 def test_number_of_processing_classes(make_trainer, reward_model):
     with pytest.raises(ValueError, match=r"one entry per reward source \(1\), got 2"):
         make_trainer(reward_funcs=reward_model, trainer_kwargs={"reward_processing_classes": [make_tokenizer()] * 2})
@@ -198,6 +205,29 @@ def test_a_reward_function_that_returns_the_wrong_number(make_trainer):
 def test_datasets(make_trainer, dataset, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(model="./not-even-looked-at", trainer_kwargs={"train_dataset": Dataset.from_dict(dataset)})
+
+
+@pytest.mark.parametrize(("rows", "message"), [([], "is empty"), ([{"text": "a"}], "has no 'prompt' column")])
+def test_streamed_datasets(make_trainer, rows, message):
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match=f"train_dataset {message}"):
+        make_trainer(model="./not-even-looked-at", trainer_kwargs={"train_dataset": stream})
+
+
+def test_a_list_is_no_dataset(make_trainer):
+    with pytest.raises(TypeError, match=r"must be a datasets.Dataset or IterableDataset, got list.*from_list"):
+        make_trainer(model="./not-even-looked-at", trainer_kwargs={"train_dataset": [{"prompt": "a"}]})
+
+
+def test_only_the_prompt_says_whether_prompts_are_conversational(make_trainer, tiny_model):
+    from trl_sppo.checks import check_datasets
+
+    args = make_trainer().args
+    message = [{"role": "user", "content": "a"}]
+    for prompt, expected in (("a", False), (message, True)):
+        other = "a" if expected else message
+        rows = Dataset.from_list([{"prompt": prompt, "chosen": other, "rejected": other, "messages": other}] * 8)
+        assert check_datasets(args, rows, None) is expected
 
 
 def test_eval_dataset_without_prompts(make_trainer):

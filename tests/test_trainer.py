@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from conftest import count_abc
 from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOTrainer
@@ -262,8 +263,9 @@ def test_truncated_completions_can_be_masked(fixed, tiny_model, monkeypatch):
         return original(log_ratios, win_rates, **kwargs)
 
     monkeypatch.setattr(trl_sppo.trainer, "sppo_loss", record)
-    fixed(model=tiny_model, mask_truncated_completions=True).train()
-    assert trained == [12]
+    trainer = fixed(model=tiny_model, mask_truncated_completions=True)
+    trainer.train()
+    assert trained == [12] and trainer.state.log_history[0]["win_rate/kept"] == 12 / 16
 
 
 def test_tool_tokens_do_not_count(fixed, tiny_model, tiny_tokenizer):
@@ -388,6 +390,195 @@ def test_moe_load_balancing_loss_is_added(make_trainer, fixed):
     extra = 0.5 * losses[0.5]["aux_loss"]
     assert extra > 0
     assert losses[0.5]["loss"] == pytest.approx(losses[0.0]["loss"] + extra, rel=1e-4)
+
+
+# ---- Metrics: their values, on completions that are known
+
+
+def entropies_and_log_ratios(before, after, tokenizer, keep):
+    """Per token of the kept completions: entropy of pi_theta, and log pi_theta / pi_t."""
+    entropies, log_ratios = [], []
+    for prompt, group in COMPLETIONS.items():
+        for k, completion in enumerate(group):
+            if not keep(alphabet_score(group), k):
+                continue
+            ids = tokenizer(prompt)["input_ids"]
+            positions = slice(len(ids) - 1, len(ids) + len(completion) - 1)
+            with torch.no_grad():
+                old, new = (
+                    model(torch.tensor([ids + completion])).logits[0, positions].log_softmax(-1)
+                    for model in (before, after)
+                )
+            entropies += (-(new.exp() * new).sum(-1)).tolist()
+            log_ratios.append([(new - old)[i, token].item() for i, token in enumerate(completion)])
+    return entropies, log_ratios
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4, 16])
+def test_metrics_of_the_loss_are_means_over_the_whole_step(fixed, tiny_model, tiny_tokenizer, micro_batches):
+    """Whatever the split: entropy and KL per token, log-ratios per completion. The second pass has log-ratios."""
+    before = copy.deepcopy(tiny_model)
+    trainer = fixed(
+        model=tiny_model,
+        num_iterations=2,
+        max_steps=2,
+        per_device_train_batch_size=16 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        win_rate_threshold=0.8,
+    )
+    after_one_step = []
+    loss = trainer._compute_loss
+
+    def keep_weights(model, inputs):
+        if trainer.state.global_step == 1 and not after_one_step:
+            after_one_step.append(copy.deepcopy(tiny_model.state_dict()))
+        return loss(model, inputs)
+
+    trainer._compute_loss = keep_weights
+    trainer.train()
+
+    def win_rate(scores, k):
+        others = [score for j, score in enumerate(scores) if j != k]
+        return sum((scores[k] > s) + 0.5 * (scores[k] == s) for s in others) / len(others)
+
+    def keep(scores, k):
+        return win_rate(scores, k) >= 0.8 or win_rate(scores, k) <= 0.2
+
+    after = copy.deepcopy(before)
+    after.load_state_dict(after_one_step[0])
+    entropies, log_ratios = entropies_and_log_ratios(before, after, tiny_tokenizer, keep)
+    rates = [
+        win_rate(alphabet_score(group), k)
+        for group in COMPLETIONS.values()
+        for k in range(4)
+        if keep(alphabet_score(group), k)
+    ]
+    sums = [sum(per_token) for per_token in log_ratios]
+    targets = [10 * (rate - 0.5) for rate in rates]
+    tokens = [value for per_token in log_ratios for value in per_token]
+    winners = [s for s, rate in zip(sums, rates, strict=True) if rate > 0.5]
+    losers = [s for s, rate in zip(sums, rates, strict=True) if rate < 0.5]
+    expected = {
+        "entropy": sum(entropies) / len(entropies),
+        "kl_to_rollout_policy": sum(math.exp(x) - 1 - x for x in tokens) / len(tokens),
+        "log_ratio": sum(sums) / len(sums),
+        "winner_log_ratio": sum(winners) / len(winners),
+        "loser_log_ratio": sum(losers) / len(losers),
+        "log_ratio_to_target": sum(s * t for s, t in zip(sums, targets, strict=True)) / sum(t * t for t in targets),
+    }
+    log = trainer.state.log_history[1]
+    for name, value in expected.items():
+        assert log[name] == pytest.approx(value, rel=1e-3, abs=1e-7), name
+
+
+def test_metrics_of_the_win_rates(fixed, tiny_model):
+    # Letters by group, scored by length: lengths with EOS are 2, 3, 4, 2 in each group, so two of four tie.
+    # Win rates: 4 -> 1, 3 -> 2/3, 2 -> (1/2) / 3 = 1/6. One pair of six ties.
+    trainer = fixed(
+        model=tiny_model, reward_funcs=lambda completion_ids, **kwargs: [float(len(ids)) for ids in completion_ids]
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    rates = [1, 2 / 3, 1 / 6, 1 / 6]
+    assert log["win_rate/spread"] == pytest.approx(math.sqrt(sum((rate - 0.5) ** 2 for rate in rates) / 4))
+    assert log["win_rate/tied_pairs"] == pytest.approx(1 / 6)
+    assert log["win_rate/kept"] == 1 and log["win_rate/unscorable"] == 0 and log["win_rate/groups_without_signal"] == 0
+    assert log["completions/winners_mean_length"] == pytest.approx((4 + 3) / 2)
+    assert log["completions/losers_mean_length"] == pytest.approx(2)
+    assert log["reward"] == pytest.approx((2 + 3 + 4 + 2) / 4)
+
+
+# ---- The rest of TRL's doors
+
+
+def test_an_interrupted_rollout_leaves_nothing_behind(fixed, tiny_model, monkeypatch):
+    calls = []
+
+    def score(completion_ids, **kwargs):
+        calls.append(len(completion_ids))
+        return alphabet_score(completion_ids)
+
+    trainer = fixed(model=tiny_model, reward_funcs=score, num_iterations=2, max_steps=2)
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", original)
+    trainer.train()
+    assert calls == [16, 16]
+
+
+def test_an_evaluation_batch_may_exceed_the_generation_batch(make_trainer):
+    trainer = make_trainer(
+        per_device_eval_batch_size=32,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"] * 8})},
+    )
+    assert math.isfinite(trainer.evaluate()["eval_reward"])
+
+
+def test_async_reward_functions_and_their_logs(make_trainer):
+    async def score(completions, log_metric, log_extra, **kwargs):
+        log_metric("mine", 3.0)
+        log_extra("column", ["x"] * len(completions))
+        return count_abc(completions)
+
+    trainer = make_trainer(reward_funcs=score, log_completions=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["mine"] == 3.0
+    table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    assert table["column"].tolist() == ["x"] * 8 and table["win_rate"].notna().all()
+
+
+def test_streamed_prompts(make_trainer):
+    stream = Dataset.from_dict({"prompt": ["ab", "fgh", "cd e", "xyz"] * 4}).to_iterable_dataset()
+    trainer = make_trainer(trainer_kwargs={"train_dataset": stream})
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_what_a_rollout_function_adds_reaches_the_reward_functions(fixed, tiny_model):
+    seen = []
+
+    def rollout(prompts, trainer):
+        return {**fixed_rollout(prompts, trainer), "turns": list(range(len(prompts))), "short": [7], "shared": "s"}
+
+    def score(completion_ids, turns, shared, short, **kwargs):
+        seen.append((turns, shared, short))
+        return alphabet_score(completion_ids)
+
+    prompts = Dataset.from_list([{"prompt": prompt, "short": None} for prompt in COMPLETIONS])
+    kwargs = {"rollout_func": rollout, "train_dataset": prompts}
+    fixed(model=tiny_model, reward_funcs=score, trainer_kwargs=kwargs).train()
+    assert seen == [(list(range(16)), ["s"] * 16, [7] + [None] * 15)]
+
+
+def test_padding_that_only_dropped_completions_needed_is_cut(fixed, tiny_model, monkeypatch):
+    """The long completions are in the middle of each group: best and worst have two tokens."""
+    table = {p: [[3 + k, 1] if k in (0, 3) else [3 + k, 4, 5, 6, 7, 8, 1] for k in range(4)] for p in COMPLETIONS}
+    monkeypatch.setattr("test_trainer.COMPLETIONS", table)
+    shapes = []
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def record(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
+        shapes.append((len(input_ids), logits_to_keep))
+        return original(self, model, input_ids, attention_mask, logits_to_keep, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record)
+    fixed(
+        model=tiny_model,
+        reward_funcs=lambda completion_ids, **kwargs: [float(ids[0]) for ids in completion_ids],
+        train_on="best_and_worst",
+    ).train()
+    assert shapes == [(8, 2)]
+
+
+def test_images_are_refused(fixed, tiny_model, monkeypatch):
+    original = GRPOTrainer._generate
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate", lambda self, prompts: (*original(self, prompts)[:6], [["an image"]], [])
+    )
+    with pytest.raises(ValueError, match="trains on text only"):
+        fixed(model=tiny_model).train()
 
 
 # ---- vLLM, up to its door: what TRL does with its completions and log-probabilities

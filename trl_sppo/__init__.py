@@ -19,6 +19,7 @@ _PUBLIC = {
     "win_rates": "preferences",
     "win_rates_from_scores": "preferences",
 }
+_MODULES = {"config", "evaluation", "objectives", "preferences", "rewards", "trainer"}
 
 if TYPE_CHECKING:
     from .config import SPPOConfig as SPPOConfig
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, *_MODULES])

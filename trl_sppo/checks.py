@@ -34,26 +34,50 @@ def check_model_path(model: str, args: SPPOConfig) -> None:
 
 
 def check_datasets(
-    args: SPPOConfig, train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+    args: SPPOConfig,
+    train_dataset: AnyDataset | None,
+    eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
+    needs_prompts: bool = True,
 ) -> bool:
-    """Check what can be checked without a model. Returns whether the prompts are conversational."""
-    if train_dataset is None:
-        return True  # an environment may bring the prompts; TRL checks that
-    datasets = {"train_dataset": train_dataset}
+    """
+    Check what can be checked without a model.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        train_dataset, eval_dataset:
+            Datasets, as for [`SPPOTrainer`].
+        needs_prompts (`bool`, *optional*, defaults to `True`):
+            Whether the datasets have to bring the prompts. Environments may bring their own.
+
+    Returns:
+        `bool`: whether the prompts are conversational.
+
+    Raises:
+        `TypeError` or `ValueError`: for what could not be trained on.
+    """
+    if not needs_prompts:
+        return True
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"train_dataset must be a datasets.Dataset or IterableDataset, got {type(train_dataset).__name__}. "
+            "`Dataset.from_list` makes one of a list of rows."
+        )
+    datasets: dict[str, AnyDataset] = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
     elif eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
     for name, dataset in datasets.items():
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
+        row = next(iter(dataset), None)
+        if row is None:
             raise ValueError(f"{name} is empty. It needs rows with a 'prompt' column.")
-        columns = dataset.column_names
-        if columns is not None and "prompt" not in columns:
+        if "prompt" not in row:
             raise ValueError(
-                f"{name} has no 'prompt' column, but {columns}. Rename the column that holds the prompts: "
+                f"{name} has no 'prompt' column, but {list(row)}. Rename the column that holds the prompts: "
                 "`dataset.rename_column('...', 'prompt')`."
             )
-        if columns is not None and {"image", "images"} & set(columns):
+        if {"image", "images"} & row.keys():
             raise ValueError(f"{name} has an image column: this release of SPPOTrainer trains on text only.")
     assert args.generation_batch_size is not None and args.num_generations is not None  # GRPOConfig has set them
     num_prompts = args.generation_batch_size // args.num_generations
@@ -63,4 +87,5 @@ def check_datasets(
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so there "
             "would be no training step. Lower per_device_train_batch_size or steps_per_generation, or add prompts."
         )
-    return is_conversational(next(iter(train_dataset)))
+    # Of the prompt alone: other columns may have another format
+    return is_conversational({"prompt": next(iter(train_dataset))["prompt"]})

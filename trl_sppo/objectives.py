@@ -100,10 +100,11 @@ def sppo_loss(
             batch into micro-batches passes the number in the whole batch, so that the split does not matter.
 
     Returns:
-        `tuple` of the scalar loss and a `dict` of detached scalar metrics, each a mean over the completions with a win
-        rate (NaN if there is none): `log_ratio` (nats), `log_ratio_to_target` (how far towards the targets the policy
-        has moved: sum of log-ratio times target over the sum of squared targets, 0 at the start and 1 at the
-        minimum), `winner_log_ratio` and `loser_log_ratio` (nats; win rates above and below 1/2).
+        `tuple` of the scalar loss and a `dict` of detached metrics of shape `(2,)`: numerator and denominator, so that
+        those of micro-batches can be added up before dividing. `log_ratio` is the mean log-ratio in nats,
+        `winner_log_ratio` and `loser_log_ratio` are that of win rates above and below 1/2, and `log_ratio_to_target`
+        says how far towards the targets the policy has moved (sum of log-ratio times target over the sum of squared
+        targets: 0 at the start, 1 at the minimum).
 
     Raises:
         `ValueError`: if `eta` is not positive, or the shapes differ.
@@ -115,8 +116,8 @@ def sppo_loss(
     >>> loss, metrics = sppo_loss(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), eta=4.0)
     >>> loss  # ((1 - 2)^2 + (0 + 2)^2) / 2
     tensor(2.5000)
-    >>> metrics["log_ratio_to_target"]  # (1 * 2 + 0 * -2) / (2^2 + 2^2)
-    tensor(0.2500)
+    >>> metrics["log_ratio_to_target"]  # 1 * 2 + 0 * -2 and 2^2 + 2^2
+    tensor([2., 8.])
 
     ```
     """
@@ -142,19 +143,20 @@ def sppo_loss(
     loss = per_completion_loss.sum() / num_items
 
     log_ratios = log_ratios.detach()
+    winners, losers = targets > 0, targets < 0
     metrics = {
-        "log_ratio": log_ratios.sum() / counted.sum(),
-        "log_ratio_to_target": (log_ratios * targets).sum() / targets.square().sum(),
-        "winner_log_ratio": log_ratios[targets > 0].mean(),
-        "loser_log_ratio": log_ratios[targets < 0].mean(),
+        "log_ratio": torch.stack([log_ratios.sum(), counted.sum()]),
+        "log_ratio_to_target": torch.stack([(log_ratios * targets).sum(), targets.square().sum()]),
+        "winner_log_ratio": torch.stack([log_ratios[winners].sum(), winners.sum()]),
+        "loser_log_ratio": torch.stack([log_ratios[losers].sum(), losers.sum()]),
     }
     return loss, metrics
 
 
 def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
     """
-    Estimate KL(pi_t || pi_theta) from samples of pi_t: r - 1 - log r with r = pi_theta / pi_t, which is unbiased and
-    never negative (http://joschu.net/blog/kl-approx.html).
+    Estimate KL(pi_t || pi_theta) from samples of pi_t: r - 1 - log r with r = pi_theta / pi_t, which is never negative,
+    and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html).
 
     Args:
         log_ratios (`torch.Tensor` of any shape):

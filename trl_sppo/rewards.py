@@ -63,7 +63,8 @@ def load_reward_models(
 
     Args:
         reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
-            Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are.
+            Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are. Checkpoints are loaded from
+            safetensors only, in their own dtype.
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
             Tokenizer of each reward model; `None` takes the one saved beside it.
         conversational (`bool`):
@@ -84,8 +85,18 @@ def load_reward_models(
             _check_config(source, trust_remote_code)
         elif isinstance(source, PreTrainedModel):
             _check_labels(source.config._name_or_path, source.config.num_labels)
+        elif isinstance(source, nn.Module) and tokenizer is None:
+            raise ValueError(
+                f"reward model {type(source).__name__} is no PreTrainedModel, so no tokenizer is known for it: pass "
+                "one in `reward_processing_classes` (and merge an adapter first, with `merge_and_unload`)."
+            )
         if isinstance(source, (str, PreTrainedModel)):
             name = source if isinstance(source, str) else source.config._name_or_path
+            if tokenizer is None and not name:
+                raise ValueError(
+                    f"reward model {type(source).__name__} was not loaded from a checkpoint, so no tokenizer is "
+                    "known for it: pass one in `reward_processing_classes`."
+                )
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             _check_tokenizer(name, tokenizer, conversational)

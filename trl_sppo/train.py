@@ -73,38 +73,49 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         `list[str]`: those arguments, the recipe's first.
 
     Raises:
-        `ValueError`: if the recipe is missing or is no mapping, or an option is known to neither.
+        `ValueError`: if the recipe is missing or is no mapping, or an argument is known to neither.
     """
     from accelerate.commands.launch import launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    training, launching = (
-        {option.lstrip("-").replace("-", "_") for action in p._actions for option in action.option_strings}
-        for p in (parser, launch_command_parser())
-    )
-    launching |= {"accelerate_config"}
-    known = sorted(training | launching | {"config", "env"})
+    launcher = launch_command_parser()
+    training = {action.dest for action in parser._actions} - {"help"} | {"env"}
+    launching = {action.dest for action in launcher._actions} - training - {"help"} | {"accelerate_config"}
 
     def check(name: str, where: str) -> None:
-        if name not in known:
-            nearest = get_close_matches(name, known, n=1)
+        if name not in training | launching:
+            nearest = get_close_matches(name, sorted(training | launching | {"config"}), n=1)
             hint = f"Did you mean {nearest[0]}?" if nearest else "`trl-sppo train --help` lists all options."
             raise ValueError(f"{where}: there is no option {name!r}. {hint}")
 
     found: list[str] = []
     argv = list(argv)
+    if argv.count("--config") > 1:
+        raise ValueError("command line: --config is given more than once. Keep one recipe.")
     if "--config" in argv:
         position = argv.index("--config")
         path = argv[position + 1] if position + 1 < len(argv) else ""
         del argv[position : position + 2]
         for name, value in read_recipe(path).items():
             check(str(name), f"recipe {path}")
-            if name in launching - training:
+            if name in launching and value is not None and value is not False:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     remaining = parser.parse_known_args(argv)[1]
     for token in remaining:
         if token.startswith("--"):
             check(token[2:].split("=")[0].replace("-", "_"), "command line")
-    return found + remaining
+    found = resolve_accelerate_config_argument(found + remaining)
+    # What accelerate would take for the script to run is an argument that belongs to no option
+    script = launcher.parse_args([*found, "--module", "trl_sppo.train"]).training_script
+    if script != "trl_sppo.train":
+        recipe = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else ""
+        raise ValueError(f"command line: {script!r} belongs to no option.{recipe}")
+    return found
+
+
+def split_config(argv: list[str]) -> list[str]:
+    """TRL's parser knows `--config recipe.yaml` only: write `--config=recipe.yaml` as that."""
+    return [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -126,16 +137,24 @@ def load_reward_funcs(names: list[str]) -> list:
     """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
     functions = []
     for name in names:
+        if name == "get_soft_overlong_punishment":  # a factory, which `trl grpo` calls with these values
+            from trl.rewards import get_soft_overlong_punishment
+
+            functions.append(get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
+            continue
         module, _, attribute = (name if "." in name else f"trl.rewards.{name}").rpartition(".")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
-            functions.append(getattr(importlib.import_module(module), attribute))
+            function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(
                 f"reward function {name!r} (--reward_funcs) could not be imported: {error}. Give a name in "
                 "trl.rewards or a dotted path, such as my_rewards.brevity for `brevity` in my_rewards.py."
             ) from error
+        if not callable(function):
+            raise ValueError(f"reward function {name!r} (--reward_funcs) is no function, but {function!r}.")
+        functions.append(function)
     return functions
 
 
@@ -170,24 +189,40 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
     return splits[wanted[0]], splits[wanted[1]] if evaluate else None
 
 
+def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, ModelConfig, DatasetMixtureConfig]:
+    """The options of a training process. Raises `ValueError` for unknown or contradictory ones."""
+    parser = make_parser()
+    argv = split_config(argv)
+    launch_arguments(parser, argv)  # refuses what is unknown; what is accelerate's has done its work by now
+    return parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]  # type: ignore[return-value]
+
+
+def check_arguments(argv: list[str]) -> None:
+    """End the program with a message if the options are wrong, or with the list of options if it asks for help."""
+    if {"-h", "--help"} & set(argv):
+        make_parser().print_help()
+        raise SystemExit(0)
+    try:
+        parse_arguments(argv)
+    except ValueError as error:
+        fail(error)
+
+
 def build_trainer(argv: list[str]):
     """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
     from trl import get_peft_config, get_quantization_config
 
     from .trainer import SPPOTrainer
 
-    parser = make_parser()
-    launch_arguments(parser, argv)  # refuses unknown options; those for accelerate have done their work by now
-    script_args, training_args, model_args, dataset_args, *_ = parser.parse_args_and_config(
-        argv, return_remaining_strings=True
-    )
+    script_args, training_args, model_args, dataset_args = parse_arguments(argv)
     if not model_args.model_name_or_path:
         raise ValueError("no model: give model_name_or_path, a folder or an id on the hub.")
+    init_kwargs: Any = training_args.model_init_kwargs or {}
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **init_kwargs,
     }
     train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
     return SPPOTrainer(
@@ -208,7 +243,7 @@ def main(argv: list[str] | None = None):
     """Train as the arguments say, save the policy to `output_dir`, and return the trainer."""
     try:
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         fail(error)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)

@@ -1,5 +1,6 @@
 """[`SPPOTrainer`]: SPPO on TRL's GRPO trainer. Wiring only; the formulas are in `preferences` and `objectives`."""
 
+import math
 import textwrap
 from collections import deque
 from dataclasses import dataclass
@@ -129,15 +130,21 @@ class SPPOTrainer(GRPOTrainer):
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
         reward_funcs = _as_list(reward_funcs)
-        if not reward_funcs and kwargs.get("environment_factory") is None:
+        has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
+        if not reward_funcs and not has_environment:
             raise ValueError(
                 "no reward source: pass `reward_funcs`, a reward model (path or model) or a reward function. On the "
                 "command line that is --reward_model_name_or_path or --reward_funcs."
             )
         check_vllm(args)
-        conversational = check_datasets(args, train_dataset, eval_dataset)
+        conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         if isinstance(model, str):
             check_model_path(model, args)
+        if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+            raise ValueError(
+                f"reward_weights must have one entry per reward source ({len(reward_funcs)}), got "
+                f"{args.reward_weights}."
+            )
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
         if len(processing_classes) != len(reward_funcs):
             raise ValueError(
@@ -149,6 +156,8 @@ class SPPOTrainer(GRPOTrainer):
         )
 
         self._verdict: _Verdict | None = None  # set while a rollout is being made
+        self._sums: dict[str, torch.Tensor] = {}  # metrics of the optimizer step: numerators and denominators
+        self._warned: set[str] = set()
 
         super().__init__(
             model=model,
@@ -160,8 +169,6 @@ class SPPOTrainer(GRPOTrainer):
             reward_processing_classes=processing_classes,
             **kwargs,
         )
-        if self.reward_weights.numel() != len(self.reward_funcs):  # an environment brought its own reward
-            self.reward_weights = torch.ones(len(self.reward_funcs))
         self.reward_funcs = [
             MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
             for source in self.reward_funcs
@@ -172,35 +179,48 @@ class SPPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         self._rollout_inputs = inputs
+        self._verdict = None  # of an earlier rollout, if that one was interrupted
         batch = super()._generate_and_score_completions(inputs)
         verdict, self._verdict = self._verdict, None
         assert verdict is not None  # _generate has set it
 
         # The table of completions shows what is regressed instead of GRPO's advantage
         table = cast(deque, self._logs["advantages"])
-        for _ in range(verdict.win_rates.numel()):
+        for _ in range(min(len(table), verdict.win_rates.numel())):
             table.pop()
         table.extend(sppo_targets(verdict.win_rates.flatten(), self.args.eta).tolist())
 
         del batch["advantages"]
         rows = verdict.rows
         batch = _take_rows(batch, rows)
-        has_tokens = _loss_mask(batch).any(dim=1)  # false where truncated completions are masked
         batch["win_rates"] = self._local(verdict.win_rates)[rows]
-        batch["kept"] = has_tokens & (torch.arange(len(rows), device=rows.device) < verdict.num_kept)
+        batch["kept"] = torch.arange(len(rows), device=rows.device) < verdict.num_kept
         return batch
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
-        _, completion_ids, _, completions, _, extra_fields, *_ = generated
+        _, completion_ids, tool_mask, completions, _, extra_fields, images, _ = generated
+        if images is not None:
+            raise ValueError("the prompts or tools bring images: this release of SPPOTrainer trains on text only.")
         # Like TRL, hand what a `rollout_func` returned besides the completions to the reward functions
-        inputs = [
-            {**row, **{name: value[i] if isinstance(value, list) else value for name, value in extra_fields.items()}}
-            for i, row in enumerate(self._rollout_inputs)
-        ]
+        inputs = [dict(row) for row in self._rollout_inputs]
+        for name, value in extra_fields.items():
+            for i, row in enumerate(inputs):
+                if not isinstance(value, list) or i < len(value):
+                    row[name] = value[i] if isinstance(value, list) else value
         scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-        self._verdict = self._judge(scores)
-        self._log_verdict(self._verdict, completion_ids)
+
+        # Tokens that the policy sampled, and whether the completion may be trained on at all
+        lengths = [len(ids) if tool_mask is None else sum(tool_mask[i]) for i, ids in enumerate(completion_ids)]
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        usable = [
+            length > 0 and not (self.mask_truncated_completions and ids[-1] not in ends)
+            for length, ids in zip(lengths, completion_ids, strict=True)
+        ]
+        local = torch.tensor([lengths, usable], device=scores.device, dtype=torch.float32).T.contiguous()
+        lengths_and_usable = self.accelerator.gather(local)
+        self._verdict = self._judge(scores, lengths_and_usable[:, 1].bool())
+        self._log_verdict(self._verdict, lengths_and_usable[:, 0])
         return generated
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -209,14 +229,16 @@ class SPPOTrainer(GRPOTrainer):
         scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for name, column in zip(self.reward_func_names, scores.T, strict=True):
             unscorable = (~column.isfinite()).sum().item()
-            if unscorable:
+            if unscorable and name not in self._warned:
+                self._warned.add(name)
                 logger.warning(
                     f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
-                    f"{len(column)} completions: they take no part in its comparisons."
+                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
+                    "metric win_rate/unscorable goes on counting the completions that no source could score."
                 )
         return scores.masked_fill(~scores.isfinite(), torch.nan)
 
-    def _judge(self, scores: torch.Tensor) -> "_Verdict":
+    def _judge(self, scores: torch.Tensor, usable: torch.Tensor) -> "_Verdict":
         """From scores `(completions of all processes, reward sources)` to win rates and the rows to carry on with."""
         args = self.args
         sources = self._by_source(scores)
@@ -225,7 +247,7 @@ class SPPOTrainer(GRPOTrainer):
         else:
             matrices = [preferences_from_scores(source, args.comparison, args.bt_temperature) for source in sources]
             rates = win_rates(mean_preferences(matrices, self.reward_weights.tolist()), args.include_self)
-        kept = select_completions(rates, args.train_on, args.win_rate_threshold)
+        kept = select_completions(rates, args.train_on, args.win_rate_threshold) & usable.view_as(rates)
 
         # Every process carries the same number of rows, so that all take the same number of forward passes (sharded
         # models need that) and each slice of the generation batch gets as many: the kept rows, then copies of row 0
@@ -236,18 +258,17 @@ class SPPOTrainer(GRPOTrainer):
         rows = self._local(kept).nonzero().squeeze(1)
         return _Verdict(scores, rates, kept, nn.functional.pad(rows, (0, num_rows - len(rows))), len(rows))
 
-    def _log_verdict(self, verdict: "_Verdict", completion_ids: list[list[int]]) -> None:
+    def _log_verdict(self, verdict: "_Verdict", lengths: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         rates, kept = verdict.win_rates, verdict.kept
-        if not kept.any():
+        if mode == "train" and not kept.any():
             logger.warning(
-                f"no group of this {mode} batch has two completions with different win rates: nothing is learned from "
-                "it. If this goes on, the reward source does not tell the completions apart, or sampling makes them "
-                "equal (temperature)."
+                "no completion of this batch can be trained on: nothing is learned from it. If this goes on, the "
+                "reward source does not tell the completions of a prompt apart, or sampling makes them equal "
+                "(temperature), or all are truncated (mask_truncated_completions)."
             )
         self._log_completion_extra("win_rate", self._local(rates).tolist())
-        lengths = torch.tensor([len(ids) for ids in completion_ids], device=rates.device, dtype=torch.float32)
-        lengths = self.accelerator.gather(lengths).view_as(rates)
+        lengths = lengths.view_as(rates)
         ties = [share_of_ties(source) for source in self._by_source(verdict.scores)]
         metrics = {
             "win_rate/spread": win_rate_spread(rates),
@@ -294,6 +315,8 @@ class SPPOTrainer(GRPOTrainer):
         # Rows that are not trained on cost nothing. One stays if there is no other: every process has to take part.
         rows = inputs["kept"].nonzero().squeeze(1)
         inputs = _take_rows(inputs, rows if len(rows) else rows.new_zeros(1))
+        if self.pad_to_multiple_of is None:
+            inputs = _trim_completions(inputs)
 
         completion_ids = inputs["completion_ids"]
         mask = _loss_mask(inputs)
@@ -320,15 +343,28 @@ class SPPOTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
-            metrics["aux_loss"] = aux_loss.detach()
+            metrics["aux_loss"] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)])
 
         tokens = mask & inputs["kept"].unsqueeze(1)
-        metrics["kl_to_rollout_policy"] = kl_to_rollout_policy(per_token_log_ratios.detach()[tokens]).mean()
-        metrics["entropy"] = entropies.detach()[tokens].mean()
-        gathered = self.accelerator.gather(torch.stack([value.float() for value in metrics.values()]))
-        for name, value in zip(metrics, gathered.view(-1, len(metrics)).nanmean(dim=0).tolist(), strict=True):
-            self._metrics[mode][name].append(value)
+        kl = kl_to_rollout_policy(per_token_log_ratios.detach()[tokens])
+        metrics["kl_to_rollout_policy"] = torch.stack([kl.sum(), tokens.sum()])
+        metrics["entropy"] = torch.stack([entropies.detach()[tokens].sum(), tokens.sum()])
+        if ratio is not None:
+            weights = ratio.squeeze(1)[inputs["kept"]]
+            metrics["importance_weight"] = torch.stack([weights.sum(), inputs["kept"].sum()])
+        self._log_sums(metrics, mode)
         return loss
+
+    def _log_sums(self, metrics: dict[str, torch.Tensor], mode: str) -> None:
+        """Add up numerators and denominators over the micro-batches of an optimizer step, then over the processes."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value.float()
+        if mode == "eval" or self.accelerator.sync_gradients:
+            sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+            for name, (numerator, denominator) in zip(self._sums, sums.tolist(), strict=True):
+                # NaN, which TRL leaves out of its logs, where nothing was trained on
+                self._metrics[mode][name].append(numerator / denominator if denominator else math.nan)
+            self._sums = {}
 
     def _count_kept(self, inputs: dict[str, Any], mode: str) -> torch.Tensor:
         """Number of completions trained on in this optimizer step, over its micro-batches and all processes."""
@@ -352,6 +388,13 @@ def _take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
         name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
         for name, value in batch.items()
     }
+
+
+def _trim_completions(batch: dict[str, Any]) -> dict[str, Any]:
+    """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
+    longest = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
+    names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps"}
+    return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
 
 
 def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:

@@ -26,12 +26,13 @@ def main(argv: list[str]) -> None:
     """Run the quickstart in the working directory. `argv` overrides options of its recipe."""
     start = time.monotonic()
     console = Console()
-    console.rule("1/3 Preparing models and prompts")
-    assets.prepare(FOLDER)
-
-    console.rule("2/3 Training with SPPO")
     with cli.recipe("quickstart.yaml") as recipe:
-        trainer = train.main(["--config", str(recipe), *argv])
+        argv = ["--config", str(recipe), *argv]
+        train.check_arguments(argv)  # before anything is prepared
+        console.rule("1/3 Preparing models and prompts")
+        assets.prepare(FOLDER)
+        console.rule("2/3 Training with SPPO")
+        trainer = train.main(argv)
     args = trainer.args
     history = trainer.state.log_history
     del trainer  # what is compared is what was saved
