@@ -194,8 +194,9 @@ def test_bradley_terry_and_include_self_reach_the_win_rates(fixed, tiny_model):
 # ---- What is not trained on
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 16])
 @pytest.mark.parametrize("num_iterations", [1, 2])
-def test_dropped_completions_cost_no_forward(fixed, tiny_model, monkeypatch, num_iterations):
+def test_dropped_completions_cost_no_forward(fixed, tiny_model, monkeypatch, num_iterations, micro_batches):
     rows = []
     original = GRPOTrainer._get_per_token_logps_and_entropies
 
@@ -205,11 +206,18 @@ def test_dropped_completions_cost_no_forward(fixed, tiny_model, monkeypatch, num
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", count)
     trainer = fixed(
-        model=tiny_model, train_on="best_and_worst", num_iterations=num_iterations, max_steps=num_iterations
+        model=tiny_model,
+        train_on="best_and_worst",
+        num_iterations=num_iterations,
+        max_steps=num_iterations,
+        per_device_train_batch_size=16 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
     )
     trainer.train()
     # Four groups of four: 8 of 16 rows. More than one pass needs the log-probabilities of pi_t: those rows, once.
-    assert rows == ([8] if num_iterations == 1 else [8, 8, 8])
+    # Of 16 micro-batches 8 have nothing to train on, and make no forward pass.
+    one_pass = [8 // min(micro_batches, 8)] * min(micro_batches, 8)
+    assert rows == (one_pass if num_iterations == 1 else [8, *one_pass, *one_pass])
 
 
 def test_a_batch_in_which_all_tie_teaches_nothing_and_says_so(fixed, tiny_model, caplog):

@@ -155,8 +155,8 @@ def sppo_loss(
 
 def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
     """
-    Estimate KL(pi_t || pi_theta) from samples of pi_t: r - 1 - log r with r = pi_theta / pi_t, which is never negative,
-    and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html).
+    Estimate KL(pi_t || pi_theta) from samples of pi_t: r - 1 - log r with r = pi_theta / pi_t, which is never
+    negative, and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html).
 
     Args:
         log_ratios (`torch.Tensor` of any shape):

@@ -39,6 +39,7 @@ class _Verdict:
     kept: torch.Tensor  # (groups, K), of all processes: whether a completion is trained on
     rows: torch.Tensor  # local rows to carry on with
     num_kept: int  # how many of `rows`, the first ones, are trained on
+    num_logps: int  # how many of `rows`, the first ones, need log-probabilities: the most that any process keeps
 
 
 class SPPOTrainer(GRPOTrainer):
@@ -252,11 +253,12 @@ class SPPOTrainer(GRPOTrainer):
         # Every process carries the same number of rows, so that all take the same number of forward passes (sharded
         # models need that) and each slice of the generation batch gets as many: the kept rows, then copies of row 0
         # that are not trained on.
-        num_kept = kept.view(self.accelerator.num_processes, -1).sum(dim=1)
+        num_logps = max(int(kept.view(self.accelerator.num_processes, -1).sum(dim=1).max()), 1)
         slices = (self.model.training and args.steps_per_generation) or 1
-        num_rows = -(-max(int(num_kept.max()), 1) // slices) * slices
+        num_rows = -(-num_logps // slices) * slices
         rows = self._local(kept).nonzero().squeeze(1)
-        return _Verdict(scores, rates, kept, nn.functional.pad(rows, (0, num_rows - len(rows))), len(rows))
+        padded = nn.functional.pad(rows, (0, num_rows - len(rows)))
+        return _Verdict(scores, rates, kept, padded, len(rows), num_logps)
 
     def _log_verdict(self, verdict: "_Verdict", lengths: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
@@ -299,7 +301,7 @@ class SPPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
         # During a rollout: only for the rows that will be trained on. The others are NaN, which TRL's vLLM importance
         # correction reads as "unknown", and which would not stay unnoticed in a loss.
-        rows = self._verdict.rows
+        rows = self._verdict.rows[: self._verdict.num_logps]
         outputs = super()._get_per_token_logps_and_entropies(
             model, input_ids[rows], attention_mask[rows], *args, **kwargs
         )
@@ -312,8 +314,12 @@ class SPPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         num_items = self._count_kept(inputs, mode)
-        # Rows that are not trained on cost nothing. One stays if there is no other: every process has to take part.
+        # Rows that are not trained on cost nothing. Only if there are other processes, and nothing is to be trained on
+        # here, one row stays: every process has to take part.
         rows = inputs["kept"].nonzero().squeeze(1)
+        if len(rows) == 0 and self.accelerator.num_processes == 1:
+            self._log_sums({}, mode)
+            return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
         inputs = _take_rows(inputs, rows if len(rows) else rows.new_zeros(1))
         if self.pad_to_multiple_of is None:
             inputs = _trim_completions(inputs)
@@ -359,7 +365,7 @@ class SPPOTrainer(GRPOTrainer):
         """Add up numerators and denominators over the micro-batches of an optimizer step, then over the processes."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.float()
-        if mode == "eval" or self.accelerator.sync_gradients:
+        if self._sums and (mode == "eval" or self.accelerator.sync_gradients):
             sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
             for name, (numerator, denominator) in zip(self._sums, sums.tolist(), strict=True):
                 # NaN, which TRL leaves out of its logs, where nothing was trained on
