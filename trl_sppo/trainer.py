@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections import deque
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,31 +14,12 @@ from trl import GRPOTrainer
 
 from .checks import check_datasets, check_model_path, check_vllm
 from .config import SPPOConfig
-from .objectives import kl_to_rollout_policy, select_completions, sppo_loss, sppo_targets
-from .preferences import (
-    mean_preferences,
-    preferences_from_scores,
-    share_of_ties,
-    win_rate_spread,
-    win_rates,
-    win_rates_from_scores,
-)
+from .objectives import kl_to_rollout_policy, sppo_loss, sppo_targets
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
+from .rollouts import Verdict, loss_mask, take_rows, trim_completions
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class _Verdict:
-    """What scoring says of a rollout."""
-
-    scores: torch.Tensor  # (completions of all processes, reward sources)
-    win_rates: torch.Tensor  # (groups, K), of all processes
-    kept: torch.Tensor  # (groups, K), of all processes: whether a completion is trained on
-    rows: torch.Tensor  # local rows to carry on with
-    num_kept: int  # how many of `rows`, the first ones, are trained on
-    num_logps: int  # how many of `rows`, the first ones, need log-probabilities: the most that any process keeps
 
 
 class SPPOTrainer(GRPOTrainer):
@@ -156,7 +136,7 @@ class SPPOTrainer(GRPOTrainer):
             reward_funcs, processing_classes, conversational, args.trust_remote_code
         )
 
-        self._verdict: _Verdict | None = None  # set while a rollout is being made
+        self._verdict: Verdict | None = None  # set while a rollout is being made
         self._sums: dict[str, torch.Tensor] = {}  # metrics of the optimizer step: numerators and denominators
         self._warned: set[str] = set()
 
@@ -193,7 +173,7 @@ class SPPOTrainer(GRPOTrainer):
 
         del batch["advantages"]
         rows = verdict.rows
-        batch = _take_rows(batch, rows)
+        batch = take_rows(batch, rows)
         batch["win_rates"] = self._local(verdict.win_rates)[rows]
         batch["kept"] = torch.arange(len(rows), device=rows.device) < verdict.num_kept
         return batch
@@ -220,7 +200,21 @@ class SPPOTrainer(GRPOTrainer):
         ]
         local = torch.tensor([lengths, usable], device=scores.device, dtype=torch.float32).T.contiguous()
         lengths_and_usable = self.accelerator.gather(local)
-        self._verdict = self._judge(scores, lengths_and_usable[:, 1].bool())
+        if self.model.training:
+            group_size, num_slices = self.num_generations, self.args.steps_per_generation
+        else:
+            group_size, num_slices = self.num_generations_eval, 1
+        assert group_size is not None and num_slices is not None  # GRPOConfig has set them
+        self._verdict = Verdict.of(
+            scores,
+            usable=lengths_and_usable[:, 1].bool(),
+            group_size=group_size,
+            weights=self.reward_weights.tolist(),
+            args=self.args,
+            num_slices=num_slices,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+        )
         self._log_verdict(self._verdict, lengths_and_usable[:, 0])
         return generated
 
@@ -239,56 +233,17 @@ class SPPOTrainer(GRPOTrainer):
                 )
         return scores.masked_fill(~scores.isfinite(), torch.nan)
 
-    def _judge(self, scores: torch.Tensor, usable: torch.Tensor) -> "_Verdict":
-        """From scores `(completions of all processes, reward sources)` to win rates and the rows to carry on with."""
-        args = self.args
-        sources = self._by_source(scores)
-        if len(sources) == 1:
-            rates = win_rates_from_scores(sources[0], args.comparison, args.bt_temperature, args.include_self)
-        else:
-            matrices = [preferences_from_scores(source, args.comparison, args.bt_temperature) for source in sources]
-            rates = win_rates(mean_preferences(matrices, self.reward_weights.tolist()), args.include_self)
-        kept = select_completions(rates, args.train_on, args.win_rate_threshold) & usable.view_as(rates)
-
-        # Every process carries the same number of rows, so that all take the same number of forward passes (sharded
-        # models need that) and each slice of the generation batch gets as many: the kept rows, then copies of row 0
-        # that are not trained on.
-        num_logps = max(int(kept.view(self.accelerator.num_processes, -1).sum(dim=1).max()), 1)
-        slices = (self.model.training and args.steps_per_generation) or 1
-        num_rows = -(-num_logps // slices) * slices
-        rows = self._local(kept).nonzero().squeeze(1)
-        padded = nn.functional.pad(rows, (0, num_rows - len(rows)))
-        return _Verdict(scores, rates, kept, padded, len(rows), num_logps)
-
-    def _log_verdict(self, verdict: "_Verdict", lengths: torch.Tensor) -> None:
+    def _log_verdict(self, verdict: Verdict, lengths: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
-        rates, kept = verdict.win_rates, verdict.kept
-        if mode == "train" and not kept.any():
+        if mode == "train" and not verdict.kept.any():
             logger.warning(
                 "no completion of this batch can be trained on: nothing is learned from it. If this goes on, the "
                 "reward source does not tell the completions of a prompt apart, or sampling makes them equal "
                 "(temperature), or all are truncated (mask_truncated_completions)."
             )
-        self._log_completion_extra("win_rate", self._local(rates).tolist())
-        lengths = lengths.view_as(rates)
-        ties = [share_of_ties(source) for source in self._by_source(verdict.scores)]
-        metrics = {
-            "win_rate/spread": win_rate_spread(rates),
-            "win_rate/tied_pairs": torch.stack(ties).nanmean(),
-            "win_rate/kept": kept.float().mean(),
-            "win_rate/unscorable": rates.isnan().float().mean(),
-            "win_rate/groups_without_signal": (~kept.any(dim=1)).float().mean(),
-            "completions/winners_mean_length": lengths[rates > 0.5].mean(),
-            "completions/losers_mean_length": lengths[rates < 0.5].mean(),
-        }
-        for name, value in metrics.items():
+        self._log_completion_extra("win_rate", self._local(verdict.win_rates).tolist())
+        for name, value in verdict.metrics(lengths).items():
             self._metrics[mode][name].append(value.item())
-
-    def _by_source(self, scores: torch.Tensor) -> torch.Tensor:
-        """`(completions of all processes, sources)` to `(sources, groups, K)`."""
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        assert group_size is not None
-        return scores.T.reshape(scores.size(1), -1, group_size)
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's part of values over the completions of all processes."""
@@ -320,12 +275,12 @@ class SPPOTrainer(GRPOTrainer):
         if len(rows) == 0 and self.accelerator.num_processes == 1:
             self._log_sums({}, mode)
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
-        inputs = _take_rows(inputs, rows if len(rows) else rows.new_zeros(1))
+        inputs = take_rows(inputs, rows if len(rows) else rows.new_zeros(1))
         if self.pad_to_multiple_of is None:
-            inputs = _trim_completions(inputs)
+            inputs = trim_completions(inputs)
 
         completion_ids = inputs["completion_ids"]
-        mask = _loss_mask(inputs)
+        mask = loss_mask(inputs)
         per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
@@ -387,23 +342,3 @@ class SPPOTrainer(GRPOTrainer):
 
 def _as_list(value) -> list:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-        for name, value in batch.items()
-    }
-
-
-def _trim_completions(batch: dict[str, Any]) -> dict[str, Any]:
-    """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
-    longest = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
-    names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps"}
-    return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
-
-
-def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """Completion tokens that the policy sampled: neither padding nor a tool's words."""
-    mask = batch["completion_mask"]
-    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()

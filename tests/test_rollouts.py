@@ -1,0 +1,61 @@
+"""The verdict on a rollout: which rows each process carries on with."""
+
+import torch
+
+from trl_sppo import SPPOConfig
+from trl_sppo.rollouts import Verdict, take_rows, trim_completions
+
+
+# Three groups of three, of which the last ties
+SCORES = torch.tensor([[1.0], [2.0], [3.0], [5.0], [5.0], [9.0], [4.0], [4.0], [4.0]])
+
+
+def verdicts(tmp_path, num_slices=1, num_processes=3, scores=SCORES, usable=None, **options):
+    args = SPPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=3, generation_batch_size=24, **options)
+    usable = torch.ones(len(scores), dtype=torch.bool) if usable is None else usable
+    return [
+        Verdict.of(scores, usable, 3, [1.0], args, num_slices, num_processes, index) for index in range(num_processes)
+    ]
+
+
+def test_every_process_carries_as_many_rows(tmp_path):
+    # win rates: 0, 1/2, 1 | 1/4, 1/4, 1 | ties: 3, 3 and 0 of 3 are kept; the last carries copies of row 0
+    all_kept = verdicts(tmp_path)
+    assert [v.rows.tolist() for v in all_kept] == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
+    assert [v.num_kept for v in all_kept] == [3, 3, 0] and {v.num_logps for v in all_kept} == {3}
+    torch.testing.assert_close(all_kept[0].win_rates[:2], torch.tensor([[0, 0.5, 1], [0.25, 0.25, 1]]))
+    # best and worst: rows 0 and 2 of the first, 0 (the first of the two that tie) and 2 of the second
+    extremes = verdicts(tmp_path, train_on="best_and_worst")
+    assert [v.rows.tolist() for v in extremes] == [[0, 2], [0, 2], [0, 0]]
+
+
+def test_rows_fill_the_slices_and_padding_needs_no_log_probabilities(tmp_path):
+    (one,) = verdicts(tmp_path, num_slices=4, num_processes=1)
+    assert one.rows.tolist() == [0, 1, 2, 3, 4, 5, 0, 0] and one.num_kept == one.num_logps == 6
+
+
+def test_groups_may_straddle_processes(tmp_path):
+    # One row per process: every group is spread over three
+    ninths = verdicts(tmp_path, num_processes=9)
+    assert [v.num_kept for v in ninths] == [1, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert all(v.rows.tolist() == [0] for v in ninths)
+
+
+def test_unusable_completions_are_compared_and_not_kept(tmp_path):
+    usable = torch.tensor([True, True, False] + [True] * 6)
+    (one,) = verdicts(tmp_path, num_processes=1, usable=usable)
+    assert one.kept[0].tolist() == [True, True, False]
+    torch.testing.assert_close(one.win_rates[0], torch.tensor([0, 0.5, 1.0]))
+
+
+def test_take_rows_and_trim():
+    batch = {
+        "prompt_ids": torch.arange(8).view(2, 4),
+        "completion_ids": torch.arange(10).view(2, 5),
+        "completion_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
+        "num_items_in_batch": torch.tensor(6),
+        "absent": None,
+    }
+    row = trim_completions(take_rows(batch, torch.tensor([1])))
+    assert row["completion_ids"].tolist() == [[5, 6]] and row["completion_mask"].tolist() == [[1, 1]]
+    assert row["prompt_ids"].tolist() == [[4, 5, 6, 7]] and row["num_items_in_batch"].item() == 6
