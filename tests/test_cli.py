@@ -12,9 +12,6 @@ from conftest import count_abc, make_tokenizer
 from trl_sppo import __version__, cli, train
 
 
-count_abc = count_abc  # `--reward_funcs test_cli.count_abc`
-
-
 def test_help():
     result = subprocess.run([sys.executable, "-m", "trl_sppo", "--help"], capture_output=True, text=True, check=True)
     assert "train" in result.stdout and "quickstart" in result.stdout

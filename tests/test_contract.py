@@ -1,10 +1,8 @@
 """The seams of GRPOTrainer that SPPOTrainer stands on. When TRL changes one, the message says what to look at."""
 
 import inspect
-import math
 
 import pytest
-import torch
 from trl import GRPOTrainer
 
 from trl_sppo import SPPOTrainer
@@ -109,24 +107,3 @@ def test_trl_leaves_the_loss_unscaled_for_accumulation():
     assert GRPOTrainer.loss_is_scaled_for_ga is True, (
         "SPPOTrainer divides its loss by the completions of the whole optimizer step; nobody may divide it again"
     )
-
-
-def test_trl_reads_nan_log_probabilities_as_unknown():
-    """SPPOTrainer gives NaN for completions that are dropped; TRL's importance ratio must be 1 there and not NaN."""
-    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    assert "per_token_logps_diff = torch.nan_to_num(per_token_logps_diff, nan=0.0)" in source
-    assert "delta = delta[mask & ~torch.isnan(delta)]" in source
-
-
-def test_vllm_importance_ratio_weights_a_completions_loss(make_trainer):
-    """A sequence-level ratio, shape (B, 1) as TRL makes it, multiplies the squared error of its completion."""
-    trainer = make_trainer(steps_per_generation=2, max_steps=1, max_completion_length=3)
-    trainer.train()
-    piece = {key: value for key, value in trainer._buffered_inputs[0].items() if value is not None}
-    trainer._step = 0
-    plain = trainer._compute_loss(trainer.model, piece).item()
-    doubled = trainer._compute_loss(
-        trainer.model, {**piece, "importance_sampling_ratio": torch.full((len(piece["kept"]), 1), 2.0)}
-    ).item()
-    assert math.isfinite(plain) and plain > 0
-    assert doubled == pytest.approx(2 * plain)

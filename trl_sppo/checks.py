@@ -23,6 +23,7 @@ def check_vllm(args: SPPOConfig) -> None:
 
 
 def check_model_path(model: str, args: SPPOConfig) -> None:
+    """Raise `ValueError` if the policy's config.json cannot be had."""
     kwargs: Any = args.model_init_kwargs or {}
     try:
         AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)

@@ -160,7 +160,7 @@ class SPPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         self._rollout_inputs = inputs
-        self._verdict = None  # of an earlier rollout, if that one was interrupted
+        self._verdict, self._sums = None, {}  # of an earlier iteration, if that one was interrupted
         batch = super()._generate_and_score_completions(inputs)
         verdict, self._verdict = self._verdict, None
         assert verdict is not None  # _generate has set it
