@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOTrainer
 from trl_sppo.rollouts import IMAGE_FIELDS
@@ -14,6 +15,7 @@ SIGNATURES = {
     "_generate": ["self", "prompts"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "_log_completion_extra": ["self", "column", "values"],
 }
 
@@ -35,11 +37,17 @@ def test_signature_of_the_log_probability_pass():
     )
 
 
+def test_signatures_of_the_vllm_backend():
+    for name in ("sync_weights", "_iter_named_params"):
+        actual = list(inspect.signature(getattr(VLLMGeneration, name)).parameters)
+        assert actual == ["self"], f"TRL changed VLLMGeneration.{name}: trl_sppo/weight_sync.py replaces it"
+
+
 def test_what_is_overridden_and_nothing_else():
     overridden = {name for name in vars(SPPOTrainer) if name in dir(GRPOTrainer) and callable(vars(SPPOTrainer)[name])}
     assert overridden - {"__init__"} == {
         "_generate_and_score_completions", "_generate", "_calculate_rewards", "_get_per_token_logps_and_entropies",
-        "_compute_loss",
+        "_compute_loss", "_prepare_inputs",
     }  # fmt: skip
 
 

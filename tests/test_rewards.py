@@ -247,12 +247,6 @@ def test_missing_model(make_trainer):
         make_trainer(model="./nowhere")
 
 
-def test_vllm_without_vllm(make_trainer, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"use_vllm=True needs vLLM.*pip install trl-sppo\[vllm\]"):
-        make_trainer(model="./not-even-looked-at", use_vllm=True)
-
-
 def test_another_configuration_class(tiny_model, tmp_path):
     from trl import GRPOConfig
 

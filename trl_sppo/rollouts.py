@@ -183,6 +183,19 @@ def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with all its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def pin(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch in CPU memory, made ready for being copied to a GPU while that computes."""
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 def trim_completions(batch: dict[str, Any]) -> dict[str, Any]:
     """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
     longest = max(int(batch["completion_mask"].sum(dim=1).max()), 1)

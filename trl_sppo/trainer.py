@@ -19,7 +19,17 @@ from .config import SPPOConfig
 from .diagnostics import order_disagreement
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
-from .rollouts import IMAGE_FIELDS, Verdict, loss_mask, preferences_of_sources, take_rows, trim_completions
+from .rollouts import (
+    IMAGE_FIELDS,
+    Verdict,
+    loss_mask,
+    pin,
+    preferences_of_sources,
+    take_rows,
+    to_device,
+    trim_completions,
+)
+from .weight_sync import prepare_weight_sync
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +134,10 @@ class SPPOTrainer(GRPOTrainer):
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
         check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment)
-        check_vllm(args)
+        check_vllm(args, model, kwargs.get("quantization_config"))
+        if args.use_vllm and args.vllm_enable_sleep_mode and args.device.type == "cpu":
+            logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
+            args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         check_model(model, args, kwargs.get("peft_config") is not None)
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
@@ -161,6 +174,8 @@ class SPPOTrainer(GRPOTrainer):
             MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
             for source in self.reward_funcs
         ]
+        if args.use_vllm:
+            prepare_weight_sync(self.vllm_generation)
 
     @property
     def _mode(self) -> str:
@@ -192,11 +207,18 @@ class SPPOTrainer(GRPOTrainer):
         batch["win_rates"] = self._local(verdict.regressed)
         batch["baseline"] = self._local(verdict.baseline)
         batch["kept"] = self._local(verdict.kept)
-        if "num_images" in batch:  # pixels have no rows to choose from: dropped completions are only masked
-            return batch
-        batch = take_rows(batch, verdict.rows)
-        batch["kept"] = torch.arange(len(verdict.rows), device=verdict.rows.device) < verdict.num_kept
-        return batch
+        if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
+            batch = take_rows(batch, verdict.rows)
+            batch["kept"] = torch.arange(len(verdict.rows), device=verdict.rows.device) < verdict.num_kept
+        # Between uses rollouts live in CPU memory
+        return to_device(batch, torch.device("cpu"))
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor | Any]:
+        slices = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not slices and self.accelerator.device.type == "cuda":
+            self._buffered_inputs = [pin(micro_batch) for micro_batch in self._buffered_inputs]
+        return inputs
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
@@ -352,6 +374,7 @@ class SPPOTrainer(GRPOTrainer):
             inputs = take_rows(inputs, rows if len(rows) else rows.new_zeros(1))
             if self.pad_to_multiple_of is None:
                 inputs = trim_completions(inputs)
+        inputs = to_device(inputs, self.accelerator.device)
 
         completion_ids = inputs["completion_ids"]
         mask = loss_mask(inputs)
@@ -429,7 +452,7 @@ class SPPOTrainer(GRPOTrainer):
             first = self._step % self.args.steps_per_generation // steps * steps
             micro_batches = self._buffered_inputs[first : first + steps]
         count = torch.stack([micro_batch["kept"].sum() for micro_batch in micro_batches]).sum()
-        return self.accelerator.reduce(count, reduction="sum").clamp(min=1)
+        return self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").clamp(min=1)
 
 
 def _no_reward(completions: list, **kwargs) -> list[float | None]:

