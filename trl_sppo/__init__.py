@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
+    "ServedRewardModel": "served",
     "log_mean_exp_baseline": "objectives",
     "mean_preferences": "preferences",
     "preferences_from_answers": "preferences",
@@ -20,7 +21,17 @@ _PUBLIC = {
     "win_rates": "preferences",
     "win_rates_from_scores": "preferences",
 }
-_MODULES = {"config", "diagnostics", "evaluation", "judges", "objectives", "preferences", "rewards", "trainer"}
+_MODULES = {
+    "config",
+    "diagnostics",
+    "evaluation",
+    "judges",
+    "objectives",
+    "preferences",
+    "rewards",
+    "served",
+    "trainer",
+}
 
 if TYPE_CHECKING:
     from .config import SPPOConfig as SPPOConfig
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
     from .preferences import preferences_from_scores as preferences_from_scores
     from .preferences import win_rates as win_rates
     from .preferences import win_rates_from_scores as win_rates_from_scores
+    from .served import ServedRewardModel as ServedRewardModel
     from .trainer import SPPOTrainer as SPPOTrainer
 
 

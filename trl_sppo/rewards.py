@@ -1,6 +1,6 @@
 """Reward models: checked before they are loaded, and run in micro-batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .served import ServedRewardModel
 
-RewardSource = str | PreTrainedModel | Callable[..., list[float | None]]
+
+Scores = Sequence[float | None]
+RewardSource = str | PreTrainedModel | Callable[..., Scores | Coroutine[Any, Any, Scores]]
 
 
 class MicroBatchedRewardModel(nn.Module):
@@ -57,6 +60,7 @@ def load_reward_models(
     processing_classes: Sequence[PreTrainedTokenizerBase | None],
     conversational: bool,
     trust_remote_code: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """
     Check all reward models, and only then load those given by path.
@@ -64,24 +68,40 @@ def load_reward_models(
     Args:
         reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
             Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are. Checkpoints are loaded from
-            safetensors only, in their own dtype.
+            safetensors only, in their own dtype. A URL becomes a [`ServedRewardModel`].
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
             Tokenizer of each reward model; `None` takes the one saved beside it.
         conversational (`bool`):
             Whether prompts are lists of messages, which a reward model reads through its chat template.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code from the repositories of the reward models.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template, for reward models given by URL. TRL passes them to the others.
 
     Returns:
-        The reward sources with paths replaced by models, and their tokenizers.
+        The reward sources with paths and URLs replaced by models, and their tokenizers.
 
     Raises:
         `ValueError`: if a path cannot be found, or the model is no classifier with one label, or its tokenizer has no
-        padding token, or no chat template although the prompts are conversational.
+        padding token, or no chat template although the prompts are conversational; or if a server gives no score.
     """
+    reward_funcs = [
+        ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
+        if isinstance(source, str) and source.startswith(("http://", "https://"))
+        else source
+        for source in reward_funcs
+    ]
     tokenizers = []
     for source, tokenizer in zip(reward_funcs, processing_classes, strict=True):
-        if isinstance(source, str):
+        if isinstance(source, ServedRewardModel):
+            if tokenizer is not None:
+                raise ValueError(
+                    f"the reward model at {source.base_url!r} has a tokenizer and a chat template of its own: its "
+                    "entry in `reward_processing_classes` must be None. For another template, start the server with "
+                    "`--chat-template FILE`."
+                )
+            source.check(conversational)
+        elif isinstance(source, str):
             _check_config(source, trust_remote_code)
         elif isinstance(source, PreTrainedModel):
             _check_labels(source.config._name_or_path, source.config.num_labels)

@@ -1,6 +1,5 @@
 """A language model as the judge, behind an OpenAI-compatible endpoint."""
 
-import asyncio
 import json
 import math
 import os
@@ -8,14 +7,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from tqdm import tqdm
-from transformers.utils import logging
-
-from .local import check_positive, last_part
+from .endpoint import BadAnswerError, Endpoint
+from .local import last_part
 from .texts import Messages, completion_text, prompt_text
 
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_INSTRUCTIONS = (
     "You compare two answers to the same prompt. The better answer is the one that is more helpful, correct, honest "
@@ -30,7 +25,7 @@ DEFAULT_INSTRUCTIONS = (
 MIN_VERDICT_MASS = 0.01
 
 
-class LLMJudge:
+class LLMJudge(Endpoint):
     """
     A language model behind an OpenAI-compatible endpoint (such as `vllm serve`), asked which answer is better.
 
@@ -82,69 +77,34 @@ class LLMJudge:
     ):
         if find_spec("openai") is None:
             raise ImportError("LLMJudge needs openai, which is not installed: `pip install trl-sppo[judges]`.")
-        check_positive(max_concurrency=max_concurrency, timeout=timeout)
-        if max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, got {max_retries}. To ask only once, set it to 0.")
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url must be an http(s) URL such as 'http://localhost:8000/v1', got {base_url!r}.")
-        if api_key is not None and not api_key.isascii():
-            raise ValueError("api_key must be ASCII, as the header that carries it. Was something else pasted?")
+        api_key = api_key or os.environ.get("OPENAI_API_KEY")
+        super().__init__(base_url, api_key, max_concurrency, timeout, max_retries)
         self.__name__ = last_part(model)
         self.model = model
-        self.base_url = base_url
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
         self.instructions = instructions
-        self.num_lost = 0
-        self._api_key = api_key or os.environ.get("OPENAI_API_KEY") or "no-key"  # the client wants one
 
     async def __call__(
         self, prompts: Sequence[Messages], first: Sequence[Messages], second: Sequence[Messages], **kwargs: Any
     ) -> list[float | None]:
         """P(first beats second | prompt) for each of N comparisons, `None` where the endpoint gave no verdict."""
-        from openai import AsyncOpenAI, OpenAIError
-
-        comparisons = list(zip(prompts, first, second, strict=True))
-        lost: list[str] = []
         masses: list[float] = []
-        limit = asyncio.Semaphore(self.max_concurrency)
-        # One client per call: a client belongs to an event loop, and each call may run in one of its own
-        async with AsyncOpenAI(
-            base_url=self.base_url, api_key=self._api_key, timeout=self.timeout, max_retries=self.max_retries
-        ) as client:
-            with tqdm(total=len(prompts), desc=self.__name__, disable=None, leave=False) as progress:
 
-                async def ask(prompt: Messages, answer_a: Messages, answer_b: Messages) -> float | None:
-                    async with limit:
-                        try:
-                            response = await client.chat.completions.with_raw_response.create(
-                                model=self.model,
-                                messages=[{"role": "user", "content": self._request(prompt, answer_a, answer_b)}],
-                                temperature=0,
-                                max_tokens=1,
-                                logprobs=True,
-                                top_logprobs=20,  # the most that OpenAI and vLLM give
-                            )
-                            p_a, p_b = _verdict(response.text)
-                            masses.append(p_a + p_b)
-                            # P = p(A) / (p(A) + p(B))
-                            return p_a / (p_a + p_b)
-                        except (OpenAIError, _NoVerdictError) as error:
-                            lost.append(f"{type(error).__name__}: {error}")
-                            return None
-                        finally:
-                            progress.update()
-
-                verdicts = await asyncio.gather(*(ask(*comparison) for comparison in comparisons))
-        if lost and not self.num_lost:
-            # An endpoint may repeat the key that it was sent
-            reason = lost[0].replace(self._api_key, "***")[:500]
-            logger.warning(
-                f"{self.__name__} gave no verdict in {len(lost)} of {len(prompts)} comparisons (this is said once). "
-                f"The first: {reason}"
+        async def ask(client: Any, prompt: Messages, answer_a: Messages, answer_b: Messages) -> float:
+            response = await client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=[{"role": "user", "content": self._request(prompt, answer_a, answer_b)}],
+                temperature=0,
+                max_tokens=1,
+                logprobs=True,
+                top_logprobs=20,  # the most that OpenAI and vLLM give
             )
-        self.num_lost += len(lost)
+            p_a, p_b = _verdict(response.text)
+            masses.append(p_a + p_b)
+            # P = p(A) / (p(A) + p(B))
+            return p_a / (p_a + p_b)
+
+        verdicts, problems = await self._ask_all(ask, list(zip(prompts, first, second, strict=True)))
+        self._count_lost(problems, f"no verdict in {len(problems)} of {len(prompts)} comparisons")
         log_metric = kwargs.get("log_metric")
         if masses and log_metric is not None:
             log_metric(f"{self.__name__}/verdict_mass", sum(masses) / len(masses))
@@ -167,7 +127,7 @@ class LLMJudge:
         return f"{self.instructions}\n\n{text}\n\nWhich answer is better? Reply with one letter, A or B."
 
 
-class _NoVerdictError(Exception):
+class _NoVerdictError(BadAnswerError):
     """An endpoint's answer holds no verdict."""
 
 

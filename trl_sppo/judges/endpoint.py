@@ -1,0 +1,89 @@
+"""Asking a server many things at a time: what a judge and a reward model behind an endpoint share."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from .local import check_positive
+
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class BadAnswerError(Exception):
+    """A server's answer does not hold what it was asked for."""
+
+
+class Endpoint:
+    """
+    A server that is asked many things at a time, with retries and time-outs. What it fails to answer is lost, counted
+    in `num_lost`, and said once. Its key is never shown.
+    """
+
+    __name__: str
+    _url_option, _example = "base_url", "http://localhost:8000/v1"
+
+    def __init__(self, base_url: str, api_key: str | None, max_concurrency: int, timeout: float, max_retries: int):
+        check_positive(max_concurrency=max_concurrency, timeout=timeout)
+        if max_retries < 0:
+            raise ValueError(f"max_retries must not be negative, got {max_retries}. To ask only once, set it to 0.")
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"{self._url_option} must be an http(s) URL such as {self._example!r}, got {base_url!r}.")
+        if "@" in urlsplit(base_url).netloc:  # which messages would show
+            raise ValueError(f"{self._url_option} must hold no user name or password. Pass a key as `api_key`.")
+        if api_key is not None and not api_key.isascii():
+            raise ValueError("api_key must be ASCII, as the header that carries it. Was something else pasted?")
+        self.base_url = base_url
+        self.max_concurrency = max_concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.num_lost = 0
+        self._api_key = api_key or "no-key"  # the client wants one
+
+    def _client_options(self) -> dict[str, Any]:
+        return {
+            "base_url": self.base_url,
+            "api_key": self._api_key,
+            "timeout": self.timeout,
+            "max_retries": self.max_retries,
+        }
+
+    async def _ask_all(
+        self, ask: Callable[..., Awaitable[T]], questions: Sequence[tuple]
+    ) -> tuple[list[T | None], list[Exception]]:
+        """`await ask(client, *question)` for each: the answers, `None` where it failed, and what failed."""
+        from openai import AsyncOpenAI, OpenAIError
+
+        problems: list[Exception] = []
+        limit = asyncio.Semaphore(self.max_concurrency)
+        # One client per call: a client belongs to an event loop, and each call may run in one of its own
+        async with AsyncOpenAI(**self._client_options()) as client:
+            with tqdm(total=len(questions), desc=self.__name__, disable=None, leave=False) as progress:
+
+                async def ask_one(question: tuple) -> T | None:
+                    async with limit:
+                        try:
+                            return await ask(client, *question)
+                        except (OpenAIError, BadAnswerError) as error:
+                            problems.append(error)
+                            return None
+                        finally:
+                            progress.update()
+
+                answers = await asyncio.gather(*(ask_one(question) for question in questions))
+        return answers, problems
+
+    def _count_lost(self, problems: Sequence[Exception], what: str) -> None:
+        if problems and not self.num_lost:
+            logger.warning(f"{self.__name__} gave {what} (this is said once). The first: {self._reason(problems[0])}")
+        self.num_lost += len(problems)
+
+    def _reason(self, error: Exception) -> str:
+        # An endpoint may repeat the key that it was sent
+        return f"{type(error).__name__}: {error}".replace(self._api_key, "***")[:500]
