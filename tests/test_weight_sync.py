@@ -68,7 +68,7 @@ def test_a_quantized_policy_cannot_sample_with_vllm(make_trainer, tiny_policy, t
     if where == "checkpoint":
         model.save_pretrained(tmp_path / "quantized")
         model = str(tmp_path / "quantized")
-    message = r"use_vllm=True with a policy in 4 or 8 bit .*sample from another policy.*Set use_vllm=False"
+    message = r"use_vllm=True with a policy in [48] bit: .*sample from another policy.*Set use_vllm=False"
     with pytest.raises(ValueError, match=message):
         make_trainer(model=model, use_vllm=True, trainer_kwargs=kwargs, **options)
 

@@ -15,20 +15,16 @@ from .config import SPPOConfig
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-def check_vllm(args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None) -> None:
+def check_vllm(args: SPPOConfig) -> None:
     """
-    Check what can be known about vLLM before a model is loaded.
+    Check that the vLLM that is asked for can work here.
 
     Args:
         args ([`SPPOConfig`]):
             Configuration.
-        model (`str` or `nn.Module`):
-            The policy.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            How the policy is to be quantized.
 
     Raises:
-        `ValueError`: if server mode is asked for without a CUDA device, or a quantized policy is to sample with vLLM.
+        `ValueError`: if server mode is asked for without a CUDA device.
         `ImportError`: if vLLM is not installed.
     """
     if not args.use_vllm:
@@ -39,13 +35,6 @@ def check_vllm(args: SPPOConfig, model: str | nn.Module, quantization_config: An
             f"process computes on {args.device.type!r}. Use vllm_mode='colocate', which runs on a CPU too, or "
             "use_vllm=False."
         )
-    if _is_quantized(model, args, quantization_config):
-        raise ValueError(
-            "use_vllm=True with a policy in 4 or 8 bit (load_in_4bit, load_in_8bit): TRL would push the quantized "
-            "weights without their new scales, so vLLM would sample from another policy than the one that is trained; "
-            "and since 0.28 vLLM has no bitsandbytes of its own. Set use_vllm=False, or load the policy in bfloat16 "
-            "(with LoRA, use_peft=True, that is two bytes per parameter in the policy, and two in vLLM)."
-        )
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]` (on a "
@@ -53,8 +42,8 @@ def check_vllm(args: SPPOConfig, model: str | nn.Module, quantization_config: An
         )
 
 
-def _is_quantized(model: str | nn.Module, args: SPPOConfig, quantization_config: Any) -> bool:
-    """Whether the policy is, or would be, in bitsandbytes' 4 or 8 bit. An unknown path is no matter of this check."""
+def _quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any) -> int | None:
+    """4 or 8, if the policy is, or would be, in bitsandbytes' format. An unknown path is no matter of this check."""
     kwargs: Any = args.model_init_kwargs or {}
     config = quantization_config or kwargs.get("quantization_config")
     if config is None and isinstance(model, str):
@@ -63,12 +52,47 @@ def _is_quantized(model: str | nn.Module, args: SPPOConfig, quantization_config:
                 model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
         except OSError:
-            return False
+            return None
         config = getattr(config, "quantization_config", None)
     if config is None:
-        return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    config = config if isinstance(config, dict) else config.to_dict()
-    return bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+        loaded = {bits: getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
+    else:
+        config = config if isinstance(config, dict) else config.to_dict()
+        loaded = {bits: config.get(f"load_in_{bits}bit", False) for bits in (4, 8)}
+    return next((bits for bits in loaded if loaded[bits]), None)
+
+
+def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None) -> None:
+    """
+    Check what a policy in 4 or 8 bit cannot be combined with.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        model (`str` or `nn.Module`):
+            The policy.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            How the policy is to be quantized.
+
+    Raises:
+        `ValueError`: for vLLM, and for evaluations during a training on the CPU in 4 bit.
+    """
+    bits = _quantized_bits(model, args, quantization_config)
+    if bits is None:
+        return
+    if args.use_vllm:
+        raise ValueError(
+            f"use_vllm=True with a policy in {bits} bit: TRL would push the quantized weights without their new "
+            "scales, so vLLM would sample from another policy than the one that is trained, and vLLM 0.28 and later "
+            "have no bitsandbytes of their own. Set use_vllm=False, or load the policy in bfloat16 (with use_peft=True, "
+            "two bytes per parameter in the policy, and two in vLLM)."
+        )
+    if bits == 4 and args.eval_strategy != "no" and args.device.type == "cpu":
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy.value!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes "
+            "packs the weights at the first evaluation in a way that passes on no gradient afterwards. Set "
+            "eval_strategy='no' and evaluate after training, or use a GPU."
+        )
 
 
 def check_sources(

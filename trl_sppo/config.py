@@ -92,6 +92,9 @@ class SPPOConfig(GRPOConfig):
             Train only on completions with a win rate of at least this, or of at most one minus this. In [0.5, 1].
         reward_batch_size (`int`, *optional*, defaults to `16`):
             Completions per forward pass of a reward model. Bounds its memory, whatever the generation batch.
+        reward_quantization (`str`, *optional*):
+            Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4, double quantization), with
+            bitsandbytes. Their scoring heads stay as they are.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -211,6 +214,10 @@ class SPPOConfig(GRPOConfig):
         default=16,
         metadata={"help": "Completions per forward pass of a reward model."},
     )
+    reward_quantization: Literal["8bit", "4bit"] | None = field(
+        default=None,
+        metadata={"help": "Load reward models given by path in '8bit' or '4bit' (NF4), with bitsandbytes."},
+    )
 
     def __post_init__(self):
         if self.num_generations is None or self.num_generations < 2:
@@ -299,6 +306,11 @@ class SPPOConfig(GRPOConfig):
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(
                 f"missing_eos_penalty must be positive, got {self.missing_eos_penalty}: it is subtracted from scores."
+            )
+        if self.reward_quantization not in (None, "8bit", "4bit"):
+            raise ValueError(
+                f"reward_quantization must be '8bit' or '4bit', got {self.reward_quantization!r}. Leave it out to "
+                "load reward models as they were saved."
             )
         for name in ("reward_batch_size", "preference_batch_size"):
             if getattr(self, name) < 1:

@@ -1,5 +1,6 @@
 """Reward models: checked before they are loaded, and run in micro-batches."""
 
+import importlib.util
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +21,9 @@ from .served import ServedRewardModel
 
 Scores = Sequence[float | None]
 RewardSource = str | PreTrainedModel | Callable[..., Scores | Coroutine[Any, Any, Scores]]
+
+# Names of the scoring head in transformers' sequence classifiers. It is small, and what it rounds is the score itself
+HEADS = ["score", "classifier", "classification_head", "logits_proj"]
 
 
 class MicroBatchedRewardModel(nn.Module):
@@ -61,6 +66,7 @@ def load_reward_models(
     conversational: bool,
     trust_remote_code: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """
     Check all reward models, and only then load those given by path.
@@ -77,13 +83,16 @@ def load_reward_models(
             Whether to run code from the repositories of the reward models.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments of the chat template, for reward models given by URL. TRL passes them to the others.
+        quantization (`str`, *optional*):
+            `"8bit"` or `"4bit"`: how to load those given by path.
 
     Returns:
         The reward sources with paths and URLs replaced by models, and their tokenizers.
 
     Raises:
         `ValueError`: if a path cannot be found, or the model is no classifier with one label, or its tokenizer has no
-        padding token, or no chat template although the prompts are conversational; or if a server gives no score.
+        padding token, or no chat template although the prompts are conversational; or if a server gives no score; or
+        if there is nothing to quantize. `ImportError`: if bitsandbytes is needed and not installed.
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
@@ -91,6 +100,17 @@ def load_reward_models(
         else source
         for source in reward_funcs
     ]
+    if quantization is not None:
+        if not any(isinstance(source, str) for source in reward_funcs):
+            raise ValueError(
+                f"reward_quantization={quantization!r} is about reward models that are loaded from a path here, and "
+                "there is none. Remove it; a reward model behind a server is quantized when that is started."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(
+                f"reward_quantization={quantization!r} needs bitsandbytes, which is not installed: "
+                "`pip install trl-sppo[quantization]`."
+            )
     tokenizers = []
     for source, tokenizer in zip(reward_funcs, processing_classes, strict=True):
         if isinstance(source, ServedRewardModel):
@@ -123,13 +143,31 @@ def load_reward_models(
         tokenizers.append(tokenizer)
     models = [
         AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, trust_remote_code=trust_remote_code, use_safetensors=True
+            source,
+            num_labels=1,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            quantization_config=_quantization_config(quantization),
         )
         if isinstance(source, str)
         else source
         for source in reward_funcs
     ]
     return models, tokenizers
+
+
+def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=HEADS,  # despite its name it is heeded in 4 bit too
+        )
+    return None
 
 
 def _check_config(path: str, trust_remote_code: bool) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .checks import check_datasets, check_model, check_sources, check_vllm
+from .checks import check_datasets, check_model, check_quantization, check_sources, check_vllm
 from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
@@ -52,9 +52,10 @@ class SPPOTrainer(GRPOTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy to train, as in [`~trl.GRPOTrainer`].
         reward_funcs (`str`, [`~transformers.PreTrainedModel`], callable, or a list of them):
-            Reward models (sequence classifiers with one label, by path or loaded) or reward functions, as in
-            [`~trl.GRPOTrainer`]. Each is an oracle of its own: with several, their preferences are averaged, weighted
-            by `args.reward_weights`. `None`, NaN and infinite scores mark a completion as unscorable.
+            Reward models (sequence classifiers with one label: a path, a loaded one, or the URL of one behind a vLLM
+            server, see [`ServedRewardModel`]) or reward functions, as in [`~trl.GRPOTrainer`]. Each is an oracle of
+            its own: with several, their preferences are averaged, weighted by `args.reward_weights`. `None`, NaN and
+            infinite scores mark a completion as unscorable.
         args ([`SPPOConfig`], *optional*):
             Configuration. If `None`, the defaults.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -134,7 +135,8 @@ class SPPOTrainer(GRPOTrainer):
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
         check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment)
-        check_vllm(args, model, kwargs.get("quantization_config"))
+        check_quantization(args, model, kwargs.get("quantization_config"))
+        check_vllm(args)
         if args.use_vllm and args.vllm_enable_sleep_mode and args.device.type == "cpu":
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
@@ -142,7 +144,12 @@ class SPPOTrainer(GRPOTrainer):
         check_model(model, args, kwargs.get("peft_config") is not None)
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
         reward_sources, processing_classes = load_reward_models(
-            reward_funcs, processing_classes, conversational, args.trust_remote_code
+            reward_funcs,
+            processing_classes,
+            conversational,
+            args.trust_remote_code,
+            args.chat_template_kwargs,
+            args.reward_quantization,
         )
 
         self._verdict: Verdict | None = None  # set while a rollout is being made
