@@ -108,7 +108,6 @@ def test_reward_models_in_8_and_4_bit(make_trainer, reward_model, bits, bytes_pe
 
     _, full = scores()
     trainer, quantized = scores(reward_quantization=bits)
-    print("noise", (quantized - full).std() / full.std(), full.std())
     assert 0 < (quantized - full).std() < noise * full.std()
     trainer.train()
     assert trainer.state.log_history[0]["win_rate/kept"] > 0
@@ -125,10 +124,8 @@ def test_reward_models_in_8_and_4_bit(make_trainer, reward_model, bits, bytes_pe
 def test_messages(make_trainer, reward_model, monkeypatch):
     with pytest.raises(ValueError, match="reward_quantization must be '8bit' or '4bit', got 4"):
         make_trainer(reward_quantization=4)
-    with pytest.raises(
-        ValueError, match="reward_quantization='4bit' is about reward models that are loaded from a pa"
-    ):
-        make_trainer("./not-even-looked-at", reward_quantization="4bit")
+    with pytest.raises(ValueError, match="reward_quantization='4bit' is about reward models that are loaded from a "):
+        make_trainer(reward_quantization="4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"reward_quantization='8bit' needs bitsandbytes.*trl-sppo\[quantization\]"):
         load_reward_models([reward_model], [None], conversational=False, quantization="8bit")

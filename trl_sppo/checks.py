@@ -84,8 +84,8 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
         raise ValueError(
             f"use_vllm=True with a policy in {bits} bit: TRL would push the quantized weights without their new "
             "scales, so vLLM would sample from another policy than the one that is trained, and vLLM 0.28 and later "
-            "have no bitsandbytes of their own. Set use_vllm=False, or load the policy in bfloat16 (with use_peft=True, "
-            "two bytes per parameter in the policy, and two in vLLM)."
+            "have no bitsandbytes of their own. Set use_vllm=False, or load the policy in bfloat16 with use_peft=True "
+            "(two bytes per parameter in the policy, and two in vLLM)."
         )
     if bits == 4 and args.eval_strategy != "no" and args.device.type == "cpu":
         raise ValueError(
