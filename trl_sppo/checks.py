@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig
+from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import is_conversational
 
 from .comparisons import check_oracle
@@ -89,7 +90,7 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
         )
     if bits == 4 and args.eval_strategy != "no" and args.device.type == "cpu":
         raise ValueError(
-            f"eval_strategy={args.eval_strategy.value!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes "
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes "
             "packs the weights at the first evaluation in a way that passes on no gradient afterwards. Set "
             "eval_strategy='no' and evaluate after training, or use a GPU."
         )

@@ -148,7 +148,7 @@ class SPPOTrainer(GRPOTrainer):
             processing_classes,
             conversational,
             args.trust_remote_code,
-            args.chat_template_kwargs,
+            cast(Any, args.chat_template_kwargs),
             args.reward_quantization,
         )
 
