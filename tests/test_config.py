@@ -18,6 +18,7 @@ def config(tmp_path, **options):
 TRL = "TRL's alone: it acts before completions are there, or after the log"
 RUNS = "test_trainer.py::test_inherited_options_train"
 VLLM = "test_trainer.py::test_vllm_importance_correction_weights_the_completion"
+COLOCATED = "test_colocated_vllm.py::test_training_with_a_colocated_vllm"  # in .ci/run's environment with vLLM
 
 # Fields of GRPOConfig that are honoured, and the test that shows it. Those that this package's code never meets are
 # left to TRL's tests.
@@ -41,7 +42,7 @@ HONOURED = {
     "pad_to_multiple_of": "test_invariance.py::test_padding",
     "shuffle_dataset": RUNS,
     # the policy
-    "model_init_kwargs": "test_cli.py::test_qlora",
+    "model_init_kwargs": "test_quantization.py::test_qlora_trains_saves_loads_back_and_merges",
     "trust_remote_code": "test_rewards.py::test_remote_code_is_not_run_unasked",
     "disable_dropout": RUNS,
     "cast_lm_head_to_fp32": RUNS,
@@ -60,7 +61,10 @@ HONOURED = {
     "use_transformers_paged": TRL,
     "max_tool_calling_iterations": "test_trainer.py::test_tool_tokens_do_not_count",
     # vLLM
-    "use_vllm": "test_trainer.py::test_exact_vllm_log_probabilities_change_nothing",
+    "use_vllm": COLOCATED,
+    "vllm_mode": "test_weight_sync.py::test_server_mode_needs_a_cuda_device",
+    "vllm_enable_sleep_mode": COLOCATED,
+    "vllm_max_model_length": COLOCATED,
     "vllm_importance_sampling_correction": VLLM,
     "vllm_importance_sampling_mode": VLLM,
     "vllm_importance_sampling_clip_max": VLLM,
@@ -68,9 +72,9 @@ HONOURED = {
     "vllm_importance_sampling_cap": VLLM,
     **dict.fromkeys(
         [
-            "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
-            "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
-            "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+            "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
+            "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
+            "vllm_tensor_parallel_size",
         ],
         TRL,
     ),

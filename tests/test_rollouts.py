@@ -1,9 +1,12 @@
-"""The verdict on a rollout: which rows each process carries on with."""
+"""The verdict on a rollout: which rows each process carries on with. And where they live until they are used."""
+
+from types import SimpleNamespace
 
 import torch
+from trl import GRPOTrainer
 
-from trl_sppo import SPPOConfig, preferences_from_scores
-from trl_sppo.rollouts import Verdict, take_rows, trim_completions
+from trl_sppo import SPPOConfig, SPPOTrainer, preferences_from_scores
+from trl_sppo.rollouts import Verdict, take_rows, to_device, trim_completions
 
 
 # Three groups of three, of which the last ties
@@ -59,3 +62,42 @@ def test_take_rows_and_trim():
     row = trim_completions(take_rows(batch, torch.tensor([1])))
     assert row["completion_ids"].tolist() == [[5, 6]] and row["completion_mask"].tolist() == [[1, 1]]
     assert row["prompt_ids"].tolist() == [[4, 5, 6, 7]] and row["num_items_in_batch"].item() == 6
+
+
+# ---- Where rollouts live
+
+
+def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
+    """16 completions in 4 slices of which half is trained on: in CPU memory at once, on the device two at a time."""
+    moves = []
+
+    def record(batch, device):
+        moves.append((len(batch["completion_ids"]), str(device)))
+        return to_device(batch, device)
+
+    monkeypatch.setattr("trl_sppo.trainer.to_device", record)
+    trainer = fixed(
+        per_device_train_batch_size=4, steps_per_generation=4, train_on="best_and_worst", max_steps=4, num_iterations=1
+    )
+    trainer.train()
+    assert moves[0] == (8, "cpu")
+    assert [rows for rows, _ in moves[1:]] == [2, 2, 2, 2]
+    assert all(piece["completion_ids"].device.type == "cpu" for piece in trainer._buffered_inputs)
+
+
+def test_on_a_gpu_each_new_rollout_is_pinned_once(monkeypatch):
+    trainer = object.__new__(SPPOTrainer)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cuda"))
+    trainer._buffered_inputs = None
+    rollouts = iter([["a", "b"], ["c", "d"]])
+
+    def prepare(self, generation_batch):
+        if generation_batch == "new":
+            self._buffered_inputs = next(rollouts)
+        return self._buffered_inputs[0]
+
+    monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepare)
+    monkeypatch.setattr("trl_sppo.trainer.pin", lambda piece: f"pinned {piece}")
+    for batch in ("new", "used again", "new"):
+        trainer._prepare_inputs(batch)
+    assert trainer._buffered_inputs == ["pinned c", "pinned d"]

@@ -88,11 +88,12 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
             "have no bitsandbytes of their own. Set use_vllm=False, or load the policy in bfloat16 with use_peft=True "
             "(two bytes per parameter in the policy, and two in vLLM)."
         )
-    if bits == 4 and args.eval_strategy != "no" and args.device.type == "cpu":
+    evaluate = IntervalStrategy(args.eval_strategy).value
+    if bits == 4 and evaluate != "no" and args.device.type == "cpu":
         raise ValueError(
-            f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes "
-            "packs the weights at the first evaluation in a way that passes on no gradient afterwards. Set "
-            "eval_strategy='no' and evaluate after training, or use a GPU."
+            f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
+            "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
+            "evaluate after training, or use a GPU."
         )
 
 
