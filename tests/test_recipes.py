@@ -1,46 +1,171 @@
-"""Every recipe on disk parses, into the options it names, and has its header."""
+"""Every recipe on disk parses, into the options it names, has its header, and launches what it is meant to."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl.scripts.vllm_serve import ScriptArguments, build_command
 
 from trl_sppo.train import launch_arguments, make_parser
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
 PATHS = sorted(RECIPES.rglob("*.yaml"))
+SEVEN_BILLION = sorted((RECIPES / "qwen2.5-7b-instruct").glob("*.yaml"))
+
+# What is for `accelerate launch`: processes, and the file of TRL's that says how they share the model
+LAUNCHES = {"full-8gpu-fsdp2": (8, "fsdp2.yaml"), "full-8gpu-zero3": (8, "zero3.yaml")}
+# Completions of an iteration and of an optimizer step, where they are not 512 and 128
+BATCHES = {"quickstart": (64, 32), "qwen2.5-0.5b-instruct/lora": (128, 64), "qwen2.5-7b-instruct/qlora-24gb": (64, 32)}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(RECIPES).with_suffix(""))
+
+
+def options_of(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
+
+
+def header_of(path: Path) -> str:
+    return path.read_text().split("\n\n")[0]
+
+
+def command_in(header: str, start: str) -> list[str]:
+    """The words of the command in a header that begins with `start`, also over several lines."""
+    lines = re.sub(r" \\\n# +", " ", header).splitlines()
+    (line,) = [line for line in lines if f" {start}" in line]
+    return shlex.split(line[line.index(start) :])
 
 
 def test_there_are_recipes():
-    assert {"quickstart.yaml", "qwen2.5-7b-instruct/lora.yaml", "qwen2.5-0.5b-instruct/lora.yaml"} <= {
-        str(path.relative_to(RECIPES)) for path in PATHS
-    }
+    seven = {"lora", "qlora-24gb", "full-8gpu-fsdp2", "full-8gpu-zero3", "vllm-server", "served-reward-model"}
+    assert {path.stem for path in SEVEN_BILLION} == seven
+    assert {"quickstart", "qwen2.5-0.5b-instruct/lora"} <= {name_of(path) for path in PATHS}
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(RECIPES)))
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_recipe(path, monkeypatch):
+    recipe = options_of(path)
+    for name in recipe.get("env", {}):
+        monkeypatch.setenv(name, "")  # and unset it afterwards
     parser = make_parser()
-    assert launch_arguments(parser, ["--config", str(path)]) == []  # unknown options are an error
+    # What is known neither to training nor to accelerate is an error
+    found = launch_arguments(parser, ["--config", str(path)])
+    launch = launch_command_parser().parse_args([*found, "--module", "trl_sppo.train"])
+    processes, config = LAUNCHES.get(path.stem, (None, None))
+    assert launch.num_processes == processes
+    assert launch.config_file is None if config is None else Path(launch.config_file).name == config
+    launching = {"num_processes", "accelerate_config"} if processes else set()
+    assert len(found) == 2 * len(launching)
+
     # a GPU's bf16 cannot be asked for here: everything else is checked as it stands
-    script, sppo, model, _ = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "--bf16", "false"])
-    recipe = yaml.safe_load(path.read_text())
+    argv = ["--config", str(path), "--use_cpu", "--bf16", "false"]
+    script, sppo, model, *_ = parser.parse_args_and_config(argv, return_remaining_strings=True)
     for name, value in recipe.items():
-        if name in ("bf16", "use_cpu", "report_to"):
+        if name in {"bf16", "use_cpu", "report_to", "env"} | launching:
             continue
         owner = next(config for config in (script, sppo, model) if hasattr(config, name))
         actual = getattr(owner, name)
         expected = [value] if name == "reward_model_name_or_path" else value
+        if isinstance(actual, AcceleratorConfig):
+            expected = AcceleratorConfig(**value)
         assert getattr(actual, "value", actual) == expected, name
-    header = path.read_text().split("\n\n")[0]
     for part in ("# Goal:", "# Launch:", "# Override:", "# Hardware:", "# Expect:"):
-        assert part in header, f"the header of {path} lacks {part}"
+        assert part in header_of(path), f"the header of {path} lacks {part}"
+    if path.stem != "quickstart":
+        assert "NOT YET RUN ON A GPU" in header_of(path).replace("\n#            ", " ")
+        assert f"trl-sppo train --config recipes/{path.relative_to(RECIPES)}\n" in header_of(path)
+
+
+def assert_batches(options: dict, iteration: int, step: int) -> None:
+    """What the trainer needs, and what the recipe says: completions of an iteration and of an optimizer step."""
+    per_pass = options.get("num_processes", 1) * options["per_device_train_batch_size"]
+    slices, accumulated = options["steps_per_generation"], options["gradient_accumulation_steps"]
+    assert per_pass * slices == iteration and per_pass * accumulated == step
+    assert iteration % options["num_generations"] == 0 and slices % accumulated == 0
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
+def test_batches_of_all_processes(path):
+    options = options_of(path)
+    iteration, step = BATCHES.get(name_of(path), (512, 128))
+    assert_batches(options, iteration, step)
+    if path.stem != "quickstart":
+        text = r"One iteration: (\d+) prompts x (\d+) completions[^.]* for (\d) optimizer steps of (\d+) completions"
+        prompts, group, steps, completions = map(int, re.search(text, path.read_text()).groups())
+        assert prompts * group == steps * completions == iteration
+        assert group == options["num_generations"] and completions == step
 
 
 def test_the_seven_billion_recipe_is_the_configuration_that_was_asked_for():
-    recipe = yaml.safe_load((RECIPES / "qwen2.5-7b-instruct/lora.yaml").read_text())
+    recipe = options_of(RECIPES / "qwen2.5-7b-instruct/lora.yaml")
     asked = {
         "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "num_generations": 8, "eta": 10.0, "win_rate_threshold": 0.6,
         "learning_rate": 5e-7, "use_vllm": True, "temperature": 0.8, "max_completion_length": 1024,
     }  # fmt: skip
     assert asked.items() <= recipe.items()
+
+
+@pytest.mark.parametrize("path", SEVEN_BILLION, ids=name_of)
+def test_the_seven_billion_recipes_differ_only_in_where_things_are(path):
+    placement = {
+        "use_peft", "lora_r", "lora_alpha", "lora_target_modules",
+        "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "env", "generation_kwargs",
+        "reward_model_name_or_path", "reward_batch_size", "reward_quantization",
+        "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length",
+        "vllm_server_base_url", "num_processes", "accelerate_config", "accelerator_config",
+        "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
+    }  # fmt: skip
+    kept = [
+        {name: value for name, value in options_of(p).items() if name not in placement}
+        for p in (path, path.with_name("lora.yaml"))
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_fsdp2_divides_gradients_after_each_micro_batch():
+    """Else accelerate lets each GPU keep whole ones: docs/memory.md."""
+    options = options_of(RECIPES / "qwen2.5-7b-instruct/full-8gpu-fsdp2.yaml")
+    assert options["accelerator_config"] == {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    assert options["gradient_accumulation_steps"] > 1
+
+
+def test_the_vllm_server_is_launched_as_trl_needs_it():
+    path = RECIPES / "qwen2.5-7b-instruct/vllm-server.yaml"
+    options, header = options_of(path), header_of(path)
+    served = command_in(header, "CUDA_VISIBLE_DEVICES=1")
+    assert served[1:5] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", options["model_name_or_path"]]
+    assert options["vllm_server_base_url"] == f"http://localhost:{served[served.index('--port') + 1]}"
+    # What TRL's own, deprecated, command would add
+    needed = build_command(ScriptArguments(model=options["model_name_or_path"]))
+    needed = needed[needed.index("--weight-transfer-config") :]
+    assert len(needed) >= 6 and served[-len(needed) :] == needed
+    assert command_in(header, "CUDA_VISIBLE_DEVICES=0 ")[1:3] == ["trl-sppo", "train"]
+    more = command_in(header, "CUDA_VISIBLE_DEVICES=0,1,2,3")
+    changed = {more[i][2:]: int(more[i + 1]) for i in range(len(more)) if more[i].startswith("--")}
+    assert changed["num_processes"] == 4
+    assert_batches(options | changed, 512, 128)
+
+
+def test_the_reward_model_is_served_as_the_docs_say():
+    path = RECIPES / "qwen2.5-7b-instruct/served-reward-model.yaml"
+    served = command_in(header_of(path), "CUDA_VISIBLE_DEVICES=1")
+    (documented,) = re.findall(r"^(vllm serve .*--runner pooling.*)$", (ROOT / "docs/judges.md").read_text(), re.M)
+    documented = shlex.split(documented)
+    assert served[1:3] == documented[:2] and served[4:] == documented[3:]  # of another model
+    assert options_of(path)["reward_model_name_or_path"] == f"http://localhost:{served[-1]}"
+
+
+@pytest.mark.parametrize("name", ["vllm-server", "served-reward-model"])
+def test_the_docs_show_the_same_launches(name):
+    path = RECIPES / f"qwen2.5-7b-instruct/{name}.yaml"
+    page = re.sub(r" \\\n +", " ", (ROOT / "docs/memory.md").read_text())
+    blocks = [block.splitlines() for block in re.findall(r"```bash\n(.*?)\n```", page, re.S)]
+    commands = [command_in(header_of(path), f"CUDA_VISIBLE_DEVICES={gpu} ") for gpu in (1, 0)]
+    assert commands in [[shlex.split(line) for line in block] for block in blocks]

@@ -66,6 +66,15 @@ def test_a_micro_batch_is_padded_to_its_own_longest_text(reward_model):
     assert shapes == [(4, lengths[i]) for i in range(0, len(TEXTS), 4)]
 
 
+def test_a_decoder_keeps_no_cache():
+    """It would be 5 GB for a micro-batch of the 7B recipes, and nobody reads it."""
+    model = decoder()
+    kept = []
+    model.model.register_forward_hook(lambda module, args, output: kept.append(output.past_key_values))
+    MicroBatchedRewardModel(model, 4)(**tokenize(TEXTS[:4]))
+    assert kept == [None]
+
+
 def test_dropout_is_off(reward_model):
     reward_model.train()
     wrapped = MicroBatchedRewardModel(reward_model, batch_size=4)

@@ -44,6 +44,9 @@ class MicroBatchedRewardModel(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.batch_size = batch_size
+        config = getattr(model, "config", None)
+        if isinstance(config, PreTrainedConfig):  # decoders keep keys and values by default, and nobody reads them
+            config.get_text_config().use_cache = False
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: torch.Tensor
