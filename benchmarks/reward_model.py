@@ -3,7 +3,7 @@
     trl-sppo quickstart                                    # once: prepares the models in ./quickstart
     python benchmarks/reward_model.py                      # times of 64 completions, in turns; memory of up to 1,024
 
-The completions are the quickstart policy's own answers to the questions below, of up to 256 tokens each (sampled once,
+The completions are the quickstart policy's own answers to the questions below, of up to 448 tokens each (sampled once,
 into ./quickstart/completions.json). For more than those they are repeated. Scores have to be equal.
 """
 
@@ -43,7 +43,7 @@ def sample(folder: Path) -> list[str]:
         inputs: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
         )
-        ids = model.generate(**inputs, do_sample=True, temperature=0.8, max_new_tokens=256, num_return_sequences=4)
+        ids = model.generate(**inputs, do_sample=True, temperature=0.8, max_new_tokens=448, num_return_sequences=4)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
         path.write_text(json.dumps(texts, indent=0))
     return json.loads(path.read_text())

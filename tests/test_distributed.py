@@ -1,37 +1,102 @@
-"""Two real processes (gloo) give what one gives, when groups straddle them and one has little to train on."""
+"""Two real processes (gloo), with whole or sharded models, give what one gives, and none waits for ever."""
 
-import os
-import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import is_deepspeed_available
+from test_launch import ACCELERATE, run
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from two_processes import MODEL
 
 
-def run(processes: int, output: Path, *options: str) -> dict[str, torch.Tensor]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    subprocess.run(
-        [*command, str(Path(__file__).parent / "two_processes.py"), str(output), *options],
-        check=True,
-        env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    return torch.load(output, weights_only=True)
+TESTS = Path(__file__).parent
+# Groups straddle the two processes, which keep different numbers of rows; in the last case the second keeps none
+FIXED = ("all", "best_and_worst", "everything", "nothing")
+SAMPLED = ("sampled", "sampled_lora")  # what processes sample depends on their number
+SHARDED = [
+    "fsdp2",
+    *[
+        pytest.param(
+            mode,
+            marks=pytest.mark.skipif(
+                not is_deepspeed_available(),
+                reason="needs DeepSpeed, which needs a C++ compiler on a CPU: .ci/run has both",
+            ),
+        )
+        for mode in ("zero2", "zero3")
+    ],
+]
 
 
-@pytest.mark.parametrize(
-    ("micro_batches", "options", "kept"),
-    [("1", "all", 8 / 12), ("3", "best_and_worst", 4 / 12), ("2", "everything", None)],
-)
-def test_two_processes_equal_one(tmp_path, micro_batches, options, kept):
-    one = run(1, tmp_path / "one.pt", "1", options)
-    two = run(2, tmp_path / "two.pt", micro_batches, options)
-    assert one.keys() == two.keys() and one["loss"][1] < one["loss"][0]  # it did train
-    if kept is not None:
-        assert one["win_rate/kept"][0].item() == pytest.approx(kept)
-    if options == "everything":
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """A function that runs all cases in one or two processes, the latter with TRL's configuration of that name."""
+    done: dict[str, Path] = {}
+
+    def launch(mode: str) -> Path:
+        if mode in done:
+            return done[mode]
+        done[mode] = folder = tmp_path_factory.mktemp(mode)
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(Qwen2Config(**MODEL)).save_pretrained(folder / "policy")
+        command = [sys.executable]
+        if mode != "one":
+            config = resources.files("trl.accelerate_configs") / f"{mode}.yaml"
+            command = [*ACCELERATE, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+            command += ["--multi_gpu"] if mode == "two" else ["--config_file", str(config)]
+        cases = FIXED if mode == "one" else FIXED + SAMPLED
+        result = run([*command, str(TESTS / "two_processes.py"), str(folder), *cases], timeout=300)
+        assert result.returncode == 0, result.stderr
+        return folder
+
+    return launch
+
+
+def assert_same(expected: Path, actual: Path, case: str, atol: float) -> dict[str, torch.Tensor]:
+    """Compare logs and weights; return the expected ones."""
+    one, two = (torch.load(folder / f"{case}.pt", weights_only=True) for folder in (expected, actual))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        rtol = 1e-5 if name in ("loss", "eval_loss") else 0
+        torch.testing.assert_close(two[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+    return one
+
+
+def counts(folder: Path, case: str) -> dict:
+    return torch.load(folder / f"{case}.counts.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_two_processes_equal_one(launch, case):
+    one = assert_same(launch("one"), launch("two"), case, atol=1e-6)
+    assert one["loss"][-1] < one["loss"][0]  # it did train
+    kept = counts(launch("two"), case)["kept"]  # by process and micro-batch
+    if case == "all":
+        assert one["win_rate/kept"][0].item() == pytest.approx(8 / 12)
+    elif case == "best_and_worst":
+        assert one["win_rate/kept"][0].item() == pytest.approx(4 / 12)
+        assert kept[0].tolist() != kept[1].tolist() and (kept == 0).any()
+    elif case == "everything":
         assert 0 < one["preferences/oracle/lost"][0].item() < 1
         assert one["preferences/oracle/order_disagreement"][0].item() > 0.1
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, rtol=1e-5 if name == "loss" else 0, atol=1e-6, msg=name)
+    elif case == "nothing":
+        assert kept.shape == (2, 12) and len(one["loss"]) == 6  # six optimizer steps of two micro-batches
+        assert (kept[0] > 0).all() and (kept[1] == 0).all()
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_sharded_models_equal_whole_ones(launch, mode):
+    """Every process has to take part in each forward and backward pass, whatever it has to train on itself."""
+    for case in FIXED:
+        assert_same(launch("one"), launch(mode), case, atol=1e-5)
+    for case in SAMPLED:  # with real generation, a reward model, evaluation; full fine-tuning and LoRA
+        two = assert_same(launch("two"), launch(mode), case, atol=1e-5)
+        assert len(two["eval_loss"]) == 2 and two["completions/mean_length"].unique().numel() > 1
+        kept = counts(launch(mode), case)["kept"]
+        assert kept[0].tolist() != kept[1].tolist() and (kept == 0).any()
+    # They are sharded indeed. ZeRO-2 shards gradients and the optimizer's state only
+    share = counts(launch(mode), "all")["held"] / counts(launch("two"), "all")["held"]
+    assert share == 1 if mode == "zero2" else share < 0.51

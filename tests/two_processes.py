@@ -1,13 +1,28 @@
-"""Run by test_distributed.py under torchrun: one iteration on fixed completions; rank 0 saves the weights."""
+"""Run by test_distributed.py in one process or more: small trainings, whose logs and weights go to a folder."""
 
 import os
 import sys
+from pathlib import Path
+
+from conftest import TINY, make_tokenizer
+from fixed import COMPLETIONS, alphabet_score
+from test_rewards import encoder
+
+
+if FSDP := os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    # PyTorch shards on the CPU too, but accelerate only where it has found GPUs: tell it that these are some
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 import torch
-from conftest import TINY, make_tokenizer
+from accelerate.utils import gather_object
 from datasets import Dataset
-from fixed import COMPLETIONS, alphabet_score
 from peft import LoraConfig
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trl_sppo import SPPOConfig, SPPOTrainer
@@ -15,6 +30,7 @@ from trl_sppo import SPPOConfig, SPPOTrainer
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 PROMPTS = list(COMPLETIONS)[:3]  # 12 completions: of two processes, each has one and a half groups
+MODEL = {**TINY, "intermediate_size": 6400}  # DeepSpeed shards no matrix of less than 100,000 entries
 
 
 def rollout(prompts, trainer):
@@ -31,6 +47,13 @@ def score(prompts, completion_ids, **kwargs):
     return [0.0 if prompt == PROMPTS[2] else s for prompt, s in zip(prompts, scores, strict=True)]
 
 
+def score_of_first_half(prompts, completion_ids, **kwargs):
+    """Only the first six completions can be scored, so that in two processes the second has nothing to train on."""
+    scores = alphabet_score(completion_ids)
+    half = [*COMPLETIONS[PROMPTS[0]], *COMPLETIONS[PROMPTS[1]][:2]]
+    return [s if ids in half else None for ids, s in zip(completion_ids, scores, strict=True)]
+
+
 def oracle(prompts, first, second, marker, log_metric, **kwargs):
     """Intransitive, biased towards the first place, at times silent; the columns must be those of the prompts."""
     assert [PROMPTS[m] for m in marker] == prompts
@@ -41,47 +64,91 @@ def oracle(prompts, first, second, marker, log_metric, **kwargs):
     ]
 
 
-# LoRA, a pairwise oracle beside the scores, soft comparisons, the group's log Z and the KL term
-EVERYTHING = {"beta": 1.0, "forward_kl_share": 0.5, "baseline": "log_mean_exp", "comparison": "bradley_terry"}
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
 
-def main(output: str, micro_batches: int, train_on: str) -> None:
+def arguments(case: str) -> tuple[dict, dict]:
+    """Of a case: options, and arguments of the trainer."""
+    # Two processes take smaller micro-batches than one, which must not matter
+    micro_batches = {"best_and_worst": 3, "everything": 2}.get(case, 1) if WORLD > 1 else 1
+    options = {"gradient_accumulation_steps": micro_batches, "max_steps": 2}
+    kwargs = {"reward_funcs": score, "rollout_func": rollout}
+    if case == "best_and_worst":
+        options |= {"train_on": "best_and_worst"}
+    elif case == "everything":
+        # LoRA, a pairwise oracle beside the scores, soft comparisons, the group's log Z and the KL term
+        options |= {
+            "beta": 1.0, "forward_kl_share": 0.5, "baseline": "log_mean_exp", "comparison": "bradley_terry",
+        }  # fmt: skip
+        kwargs |= {"peft_config": lora(), "preference_func": oracle}
+    elif case == "nothing":
+        # Three optimizer steps, of two micro-batches each, twice over the generation batch
+        options |= {"steps_per_generation": 6, "gradient_accumulation_steps": 2, "max_steps": 6}
+        options |= {"shuffle_dataset": False}
+        kwargs |= {"reward_funcs": score_of_first_half}
+    elif case.startswith("sampled"):
+        # The policy's own completions, a reward model, the best and worst of several iterations, evaluation, KL term
+        options |= {"steps_per_generation": 2, "max_steps": 6, "train_on": "best_and_worst", "reward_batch_size": 4}
+        options |= {"eval_strategy": "steps", "eval_steps": 3, "max_completion_length": 8, "beta": 0.1}
+        kwargs |= {"reward_funcs": encoder(), "rollout_func": None, "reward_processing_classes": make_tokenizer()}
+        if case == "sampled_lora":
+            kwargs |= {"peft_config": lora()}
+    return options, kwargs
+
+
+def run(case: str, folder: Path) -> SPPOTrainer:
     torch.manual_seed(0)
-    everything = train_on == "everything"
-    options = EVERYTHING if everything else {"train_on": train_on}
-    kwargs = {}
-    if everything:
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-        kwargs = {"peft_config": lora, "preference_func": oracle}
-    args = SPPOConfig(
-        output + ".out", use_cpu=True, bf16=False, report_to="none", save_strategy="no", num_generations=4,
-        per_device_train_batch_size=12 // WORLD // micro_batches, gradient_accumulation_steps=micro_batches,
-        num_iterations=2, max_steps=2, optim="sgd", learning_rate=1e-3, lr_scheduler_type="constant",
-        max_grad_norm=0.0, logging_steps=1, gradient_checkpointing=False, disable_tqdm=True, temperature=1.0,
-        preference_batch_size=5, **options,
-    )  # fmt: skip
+    options, kwargs = arguments(case)
+    slices = options.get("steps_per_generation", options["gradient_accumulation_steps"])
+    args = SPPOConfig(**{
+        "output_dir": str(folder / case), "use_cpu": not FSDP, "bf16": False, "report_to": "none",
+        "save_strategy": "no", "num_generations": 4, "per_device_train_batch_size": 12 // WORLD // slices,
+        "per_device_eval_batch_size": 6, "num_iterations": 2, "optim": "sgd", "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "gradient_checkpointing": False,
+        "disable_tqdm": True, "temperature": 1.0, "preference_batch_size": 5, **options,
+    })  # fmt: skip
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "marker": list(range(3))})
     trainer = SPPOTrainer(
-        Qwen2ForCausalLM(Qwen2Config(**TINY)),
-        score,
-        args,
-        Dataset.from_dict({"prompt": PROMPTS, "marker": list(range(3))}),
+        str(folder / "policy") if case == "sampled" else Qwen2ForCausalLM(Qwen2Config(**MODEL)),
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=dataset if case.startswith("sampled") else None,
         processing_class=make_tokenizer(),
-        rollout_func=rollout,
         **kwargs,
     )
+    assert trainer.accelerator.num_processes == WORLD
+    kept = []  # rows with a target, of each micro-batch of this process
+    compute_loss = trainer._compute_loss
+
+    def counting(model, inputs):
+        kept.append(int(inputs["kept"].sum()))
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = counting
     trainer.train()
+    trainer.save_model()
+
+    # Between steps, FSDP has a shard of each parameter, and ZeRO-3 an empty tensor in the place of what is sharded
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainer.model.parameters())
+    kept = gather_object([kept])
     if RANK == 0:
-        assert trainer.accelerator.num_processes == WORLD
         log = trainer.state.log_history
         # "asked" and step_time depend on the processes
+        prefixes = "loss", "win_rate/", "preferences/", "completions/", "log_ratio", "kl_", "entropy", "eval_"
         logged = {
             name: torch.tensor([row[name] for row in log if name in row and row[name] is not None])
             for name in sorted({name for row in log for name in row})
-            if name.startswith(("loss", "win_rate/", "preferences/", "completions/", "log_ratio", "kl_", "entropy"))
+            if name.startswith(prefixes) and not name.endswith(("time", "runtime", "per_second"))
         }
-        parameters = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
-        torch.save({**logged, **{name: p.detach() for name, p in parameters.items()}}, output)
+        (weights,) = (folder / case).glob("*.safetensors")
+        torch.save({**logged, **load_file(weights)}, folder / f"{case}.pt")
+        torch.save({"kept": torch.tensor(kept), "held": held}, folder / f"{case}.counts.pt")
+    return trainer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    for case in sys.argv[2:]:
+        trainer = run(case, Path(sys.argv[1]))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """Start `trl_sppo.train` in one or more processes, through `accelerate launch` like `trl grpo`."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from .train import fail, launch_arguments, make_parser, read_recipe, split_config
 
@@ -49,8 +50,11 @@ def train(argv: list[str]) -> int:
         fail(error)
     if isinstance(env, dict):  # TRL's parser says so if not
         os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
-    # --quiet: a failing process has said why; no traceback of the launcher on top of it
-    launch_command(launch_command_parser().parse_args([*launch, "--quiet", "--module", "trl_sppo.train", *argv]))
+    # A failing process has said why: no traceback of the launcher on top of it, be there one process or several
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "--quiet", "--module", "trl_sppo.train", *argv]))
+    except ChildFailedError:
+        return 1
     return 0
 
 

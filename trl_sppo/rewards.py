@@ -42,7 +42,8 @@ class MicroBatchedRewardModel(nn.Module):
 
     def __init__(self, model: nn.Module, batch_size: int):
         super().__init__()
-        self.model = model.eval()
+        model.eval()  # DeepSpeed's returns None
+        self.model = model
         self.batch_size = batch_size
         config = getattr(model, "config", None)
         if isinstance(config, PreTrainedConfig):  # decoders keep keys and values by default, and nobody reads them

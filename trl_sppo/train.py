@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -94,6 +95,7 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
             raise ValueError(f"{where}: there is no option {name!r}. {hint}")
 
     found: list[str] = []
+    recipe: dict[str, Any] = {}
     argv = list(argv)
     if argv.count("--config") > 1:
         raise ValueError("command line: --config is given more than once. Keep one recipe.")
@@ -101,21 +103,76 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         position = argv.index("--config")
         path = argv[position + 1] if position + 1 < len(argv) else ""
         del argv[position : position + 2]
-        for name, value in read_recipe(path).items():
+        recipe = read_recipe(path)
+        for name, value in recipe.items():
             check(str(name), f"recipe {path}")
             if name in launching and value is not None and value is not False:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    remaining = parser.parse_known_args(argv)[1]
+    options, remaining = parser.parse_known_args(argv, Namespace(use_cpu=recipe.get("use_cpu", False)))
     for token in remaining:
         if token.startswith("--"):
             check(token[2:].split("=")[0].replace("-", "_"), "command line")
     found = resolve_accelerate_config_argument(found + remaining)
     # What accelerate would take for the script to run is an argument that belongs to no option
-    script = launcher.parse_args([*found, "--module", "trl_sppo.train"]).training_script
+    launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
+    script = launch.training_script
     if script != "trl_sppo.train":
-        recipe = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else ""
-        raise ValueError(f"command line: {script!r} belongs to no option.{recipe}")
+        hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else ""
+        raise ValueError(f"command line: {script!r} belongs to no option.{hint}")
+    # accelerate starts several processes for the CPU only by mpirun, or if told that there were several GPUs
+    strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
+    strategy = any(getattr(launch, name) for name in (*strategies, "mpirun_hostfile"))
+    if options.use_cpu and (launch.num_processes or 1) > 1 and not strategy:
+        found.append("--multi_gpu")
     return found
+
+
+def check_num_processes(launch: list[str]) -> None:
+    """
+    Stop a launch that has fallen back, without a word, to fewer processes than were asked for, or to whole models.
+
+    Args:
+        launch (`list[str]`):
+            What `launch_arguments` has found: the recipe and the command line may say how many are asked for.
+
+    Raises:
+        `ValueError`: if it has.
+    """
+    from accelerate import PartialState
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
+    state = PartialState()  # made by the options of training
+    if options.num_processes is not None:
+        asked, source = options.num_processes, f"num_processes is {options.num_processes}"
+    elif options.config_file is not None:
+        asked = load_config_from_file(options.config_file).num_processes
+        source = f"num_processes is {asked} in {options.config_file}"
+    elif "WORLD_SIZE" in os.environ:
+        asked = int(os.environ["WORLD_SIZE"])
+        source = f"{asked} processes were launched (WORLD_SIZE)"
+    elif {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        # `accelerate launch` that starts one process tells it an address only if more were asked for
+        asked = max(2, state.num_processes)
+        source = (
+            "`accelerate launch` was asked for several processes (or else something has set MASTER_ADDR: unset it)"
+        )
+    else:
+        asked = state.num_processes
+    if asked != state.num_processes:
+        raise ValueError(
+            f"{source}, but training would run in {state.num_processes}, with other batches than asked for. "
+            "accelerate quietly starts one process where it finds fewer than two GPUs, and processes without a GPU "
+            "find each other only with use_cpu. Ask for as many processes as there are GPUs. On the CPU: `trl-sppo "
+            "train --num_processes 2 --use_cpu`, which stands for `accelerate launch --multi_gpu --num_processes 2 "
+            "--module trl_sppo.train --use_cpu` (with --cpu instead, accelerate starts one)."
+        )
+    if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "FSDP on the CPU: accelerate shards on GPUs only, and would go on with a whole model in each process. "
+            "Leave out the FSDP configuration, or use DeepSpeed, which shards on a CPU too."
+        )
 
 
 def split_config(argv: list[str]) -> list[str]:
@@ -208,8 +265,14 @@ def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, M
     """The options of a training process. Raises `ValueError` for unknown or contradictory ones."""
     parser = make_parser()
     argv = split_config(argv)
-    launch_arguments(parser, argv)  # refuses what is unknown; what is accelerate's has done its work by now
-    return parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]  # type: ignore[return-value]
+    launch = launch_arguments(parser, argv)  # refuses what is unknown; what is accelerate's has done its work by now
+    try:
+        parsed: Any = parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
+    except ValueError:
+        check_num_processes(launch)  # which may be why: what fits two processes need not fit one
+        raise
+    check_num_processes(launch)
+    return parsed
 
 
 def check_arguments(argv: list[str]) -> None:
