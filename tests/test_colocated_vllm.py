@@ -14,7 +14,7 @@ LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 @pytest.fixture
 def policy(tmp_path):
-    """A small policy with sharp opinions, in bfloat16. Its heads are large enough for vLLM, which pads its vocabulary."""
+    """A small policy with sharp opinions, in bfloat16. Its heads are as large as vLLM wants them."""
     torch.manual_seed(0)
     config = {**TINY, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3}
     model = Qwen2ForCausalLM(Qwen2Config(**config))
