@@ -10,7 +10,6 @@ into ./quickstart/completions.json). For more than those they are repeated. Scor
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -63,10 +62,14 @@ def score(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def peak_memory(folder: Path, completions: int, batch_size: int | None, result) -> None:
+    def peak() -> float:  # of this process alone; `resource` would count what its parent had before it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
     model, inputs = load(folder, completions)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     score(model if batch_size is None else MicroBatchedRewardModel(model, batch_size), inputs)
-    result.put((before / 2**10, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
+    result.put((before, peak()))
 
 
 def main():
@@ -112,7 +115,7 @@ def main():
             process.start()
             before, after = result.get()
             process.join()
-            print(f"{name}, {number} completions: peak {after:.0f} MiB, of these {after - before:.0f} for scoring")
+            print(f"{name}, {number} completions: {after - before:.0f} MiB for scoring, peak {after:.0f} MiB")
 
 
 if __name__ == "__main__":
