@@ -29,7 +29,8 @@ def make_trainer(args: argparse.Namespace, prompts: list, use_vllm: bool) -> SPP
         max_completion_length=args.tokens,
         generation_kwargs={"ignore_eos": True} if use_vllm else {"min_new_tokens": args.tokens},
         gradient_checkpointing=False,
-        bf16=args.bf16,
+        bf16=False,
+        model_init_kwargs={"dtype": args.dtype},
         report_to="none",
     )
     return SPPOTrainer(
@@ -46,9 +47,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--completions", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="Timed, after one that warms up.")
-    parser.add_argument("--bf16", action="store_true", help="transformers in bfloat16 too; vLLM always is.")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="Timed, after one that warms up.")
+    parser.add_argument("--dtype", default="bfloat16", help="Of the policy in transformers. vLLM takes bfloat16.")
     args = parser.parse_args()
 
     prompts = load_dataset(str(args.folder / "prompts"), split="train")["prompt"][: args.completions // 8]
