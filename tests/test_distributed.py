@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
+from conftest import make_tokenizer
 from test_launch import ACCELERATE, run
+from test_rewards import encoder
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from two_processes import MODEL
 
@@ -42,6 +44,9 @@ def launch(tmp_path_factory):
         done[mode] = folder = tmp_path_factory.mktemp(mode)
         torch.manual_seed(0)
         Qwen2ForCausalLM(Qwen2Config(**MODEL)).save_pretrained(folder / "policy")
+        torch.manual_seed(0)
+        encoder().save_pretrained(folder / "reward_model")
+        make_tokenizer().save_pretrained(folder / "reward_model")
         command = [sys.executable]
         if mode != "one":
             config = resources.files("trl.accelerate_configs") / f"{mode}.yaml"

@@ -134,6 +134,13 @@ def test_what_was_asked_for_is_found_out(recipe, capsys, monkeypatch):
     train.parse_arguments(argv)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_a_launch_that_drops_the_sharding_is_an_error(recipe, capsys, name, kind):
+    """As many processes as asked for, by `torchrun`: it does not read the recipe's options of accelerate."""
+    argv = recipe(accelerate_config=name, num_processes=1, per_device_train_batch_size=4, use_cpu=True)
+    assert f"asks for {kind}, but this launch has not set it up" in message(capsys, argv)
+
+
 def test_fsdp_on_the_cpu_is_an_error(recipe, capsys, monkeypatch):
     """accelerate would train a whole model in each process."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

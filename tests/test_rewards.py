@@ -75,6 +75,28 @@ def test_a_decoder_keeps_no_cache():
     assert kept == [None]
 
 
+def test_deepspeeds_wrapper_keeps_no_cache_either():
+    engine = torch.nn.Module()  # DeepSpeedEngine: its config is not the model's, and its eval() returns None
+    engine.module, engine.config, engine.eval = decoder(), {"stage": 3}, lambda: None
+    wrapped = MicroBatchedRewardModel(engine, 4)
+    assert engine.module.config.use_cache is False and wrapped.model is engine
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_under_fsdp_each_process_has_the_weights(reward_model, tmp_path, monkeypatch, rank):
+    """TRL's fsdp2.yaml lets transformers load weights in the first process only. Nobody would fill the others'."""
+    folder = str(tmp_path / "reward")
+    reward_model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    (loaded,), _ = load_reward_models([folder], [None], conversational=False)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, reward_model.get_parameter(name)), name
+
+
 def test_dropout_is_off(reward_model):
     reward_model.train()
     wrapped = MicroBatchedRewardModel(reward_model, batch_size=4)

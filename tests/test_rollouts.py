@@ -59,7 +59,7 @@ def test_take_rows_and_trim():
         "num_items_in_batch": torch.tensor(6),
         "absent": None,
     }
-    row = trim_completions(take_rows(batch, torch.tensor([1])))
+    row = trim_completions(take_rows(batch, torch.tensor([1])), longest=2)
     assert row["completion_ids"].tolist() == [[5, 6]] and row["completion_mask"].tolist() == [[1, 1]]
     assert row["prompt_ids"].tolist() == [[4, 5, 6, 7]] and row["num_items_in_batch"].item() == 6
 
@@ -75,25 +75,29 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
         moves.append((len(batch["completion_ids"]), str(device)))
         return to_device(batch, device)
 
+    taken = []
     monkeypatch.setattr("trl_sppo.trainer.to_device", record)
+    monkeypatch.setattr("trl_sppo.trainer.take_rows", lambda *args: taken.append(len(moves)) or take_rows(*args))
     trainer = fixed(
         per_device_train_batch_size=4, steps_per_generation=4, train_on="best_and_worst", max_steps=4, num_iterations=1
     )
     trainer.train()
     assert moves[0] == (8, "cpu")
     assert [rows for rows, _ in moves[1:]] == [2, 2, 2, 2]
+    # Of a slice rows are taken on the device only: taken from pinned memory, they would not be pinned
+    assert taken == [0, 2, 3, 4, 5]
     assert all(piece["completion_ids"].device.type == "cpu" for piece in trainer._buffered_inputs)
 
 
 def test_on_a_gpu_each_new_rollout_is_pinned_once(monkeypatch):
     trainer = object.__new__(SPPOTrainer)
     trainer.accelerator = SimpleNamespace(device=torch.device("cuda"))
-    trainer._buffered_inputs = None
+    trainer._buffered_inputs, trainer._pinned = None, False
     rollouts = iter([["a", "b"], ["c", "d"]])
 
     def prepare(self, generation_batch):
         if generation_batch == "new":
-            self._buffered_inputs = next(rollouts)
+            self._buffered_inputs, self._pinned = next(rollouts), False  # as `_generate_and_score_completions` does
         return self._buffered_inputs[0]
 
     monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepare)

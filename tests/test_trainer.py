@@ -502,6 +502,7 @@ INHERITED = [
     {"generation_kwargs": {"num_beams": 1, "no_repeat_ngram_size": 2}, "cache_implementation": "dynamic"},
     {"chat_template_kwargs": {"unused": True}, "max_completion_length": 3, "shuffle_dataset": False},
     {"cast_lm_head_to_fp32": True, "disable_dropout": False},
+    {"generation_kwargs": {"prefill_chunk_size": 2}},  # as the recipe for 24 GB
     {"log_completions": True, "num_completions_to_print": 2, "log_unique_prompts": True},
 ]
 

@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
+from trl_sppo import SPPOConfig
+from trl_sppo.checks import check_sharding
 from trl_sppo.weight_sync import prepare_weight_sync
 
 
@@ -39,6 +41,23 @@ def test_a_hundred_syncs_of_an_adapter_leave_the_base_weights_as_they_were(tiny_
         assert torch.equal(parameter, before[name]), name
 
 
+def test_a_sync_that_fails_halfway_leaves_them_too(tiny_model):
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny_model.bfloat16(), lora)
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation.mode = model, "server"
+    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    prepare_weight_sync(generation)
+    sync = generation._iter_named_params()
+    next(sync)
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.merged
+    sync.close()  # what an exception in the receiver comes to
+    assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
     generation = object.__new__(VLLMGeneration)
     generation.model, generation.mode = tiny_model, "colocate"
@@ -46,6 +65,25 @@ def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
     before = dict(vars(generation))
     prepare_weight_sync(generation)
     assert vars(generation) == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "options", "has_adapter", "message"),
+    [
+        ("FSDP", {"use_vllm": True}, True, "use_vllm=True with an adapter under FSDP: .*ZeRO-3"),
+        ("FSDP", {"beta": 0.1}, False, "beta=0.1 needs the initial policy, of which transformers 5.17.0 .*5.23"),
+        ("DEEPSPEED", {"reward_quantization": "8bit"}, False, "reward_quantization='8bit' under DeepSpeed.*its URL"),
+    ],
+)
+def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    args = SPPOConfig("unused", use_cpu=True, bf16=False, **options)
+    with pytest.raises(ValueError, match=message):
+        check_sharding(args, has_adapter)
+    monkeypatch.delenv(f"ACCELERATE_USE_{variable}")
+    check_sharding(args, has_adapter)
 
 
 FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True)

@@ -1,9 +1,12 @@
 """Checks of a trainer's arguments, before any model is loaded."""
 
 import importlib.util
+import os
 from typing import Any, TypeAlias
 
+import transformers
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig
 from transformers.trainer_utils import IntervalStrategy
@@ -94,6 +97,42 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
             f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
             "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
             "evaluate after training, or use a GPU."
+        )
+
+
+def check_sharding(args: SPPOConfig, has_adapter: bool) -> None:
+    """
+    Check what does not work when FSDP or DeepSpeed shards the models.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        has_adapter (`bool`):
+            Whether an adapter is trained, and not the whole policy.
+
+    Raises:
+        `ValueError`: if it is asked for.
+    """
+    deepspeed, fsdp = (
+        os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP")
+    )
+    if fsdp and has_adapter and args.use_vllm:
+        raise ValueError(
+            "use_vllm=True with an adapter under FSDP: each weight sync would move the frozen weights by a rounding "
+            "error, since what is sharded cannot be put back. Use whole models or ZeRO-3 (--accelerate_config "
+            "multi_gpu or zero3), full fine-tuning, or use_vllm=False."
+        )
+    lazily = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    if fsdp and lazily and args.beta > 0 and not has_adapter and Version(transformers.__version__) < Version("5.23"):
+        raise ValueError(
+            f"beta={args.beta} needs the initial policy, of which transformers {transformers.__version__} would load "
+            "nothing but zeros in all processes but the first. Set fsdp_cpu_ram_efficient_loading: false in the "
+            "configuration of accelerate, or install transformers 5.23."
+        )
+    if deepspeed and args.reward_quantization is not None:
+        raise ValueError(
+            f"reward_quantization={args.reward_quantization!r} under DeepSpeed, which would cast or shard what is "
+            "quantized. Remove it, or put the reward model behind a server and give its URL."
         )
 
 

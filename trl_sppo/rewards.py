@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,7 +46,7 @@ class MicroBatchedRewardModel(nn.Module):
         model.eval()  # DeepSpeed's returns None
         self.model = model
         self.batch_size = batch_size
-        config = getattr(model, "config", None)
+        config = getattr(getattr(model, "module", model), "config", None)  # DeepSpeed's own is not the model's
         if isinstance(config, PreTrainedConfig):  # decoders keep keys and values by default, and nobody reads them
             config.get_text_config().use_cache = False
 
@@ -145,18 +146,21 @@ def load_reward_models(
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             _check_tokenizer(name, tokenizer, conversational)
         tokenizers.append(tokenizer)
-    models = [
-        AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=1,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            quantization_config=_quantization_config(quantization),
-        )
-        if isinstance(source, str)
-        else source
-        for source in reward_funcs
-    ]
+    # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
+    # fills the policy's, but not those of reward models
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        models = [
+            AutoModelForSequenceClassification.from_pretrained(
+                source,
+                num_labels=1,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                quantization_config=_quantization_config(quantization),
+            )
+            if isinstance(source, str)
+            else source
+            for source in reward_funcs
+        ]
     return models, tokenizers
 
 

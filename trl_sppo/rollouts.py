@@ -196,9 +196,8 @@ def pin(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def trim_completions(batch: dict[str, Any]) -> dict[str, Any]:
+def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:
     """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
-    longest = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
     names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
     return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
 

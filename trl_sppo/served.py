@@ -149,6 +149,7 @@ class ServedRewardModel(Endpoint):
             self.__name__ = last_part(self.model)
             try:
                 _score(client.post("/classify", body=self._request(prompt, completion), cast_to=str))
+                self._has_scored = True
             except (OpenAIError, BadAnswerError) as error:
                 template = ", with a chat template, since the prompts are conversational" if conversational else ""
                 raise ValueError(

@@ -152,8 +152,8 @@ def check_num_processes(launch: list[str]) -> None:
     elif "WORLD_SIZE" in os.environ:
         asked = int(os.environ["WORLD_SIZE"])
         source = f"{asked} processes were launched (WORLD_SIZE)"
-    elif {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
-        # `accelerate launch` that starts one process tells it an address only if more were asked for
+    elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1":
+        # `accelerate launch` that starts one process tells it this address only if more were asked for
         asked = max(2, state.num_processes)
         source = (
             "`accelerate launch` was asked for several processes (or else something has set MASTER_ADDR: unset it)"
@@ -168,6 +168,15 @@ def check_num_processes(launch: list[str]) -> None:
             "train --num_processes 2 --use_cpu`, which stands for `accelerate launch --multi_gpu --num_processes 2 "
             "--module trl_sppo.train --use_cpu` (with --cpu instead, accelerate starts one)."
         )
+    kind = load_config_from_file(options.config_file).distributed_type if options.config_file else None
+    for name in ("FSDP", "DEEPSPEED"):
+        asked_for = kind == name or getattr(options, f"use_{name.lower()}")
+        if asked_for and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
+            raise ValueError(
+                f"accelerate_config (or use_{name.lower()}) asks for {name}, but this launch has not set it up, and "
+                "each process would train a whole model. Launch with `trl-sppo train`, or tell `accelerate launch` "
+                "with --config_file."
+            )
     if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
             "FSDP on the CPU: accelerate shards on GPUs only, and would go on with a whole model in each process. "
@@ -290,6 +299,7 @@ def build_trainer(argv: list[str]):
     """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
     from trl import get_peft_config, get_quantization_config
 
+    from .checks import check_vllm
     from .trainer import SPPOTrainer
 
     script_args, training_args, model_args, dataset_args = parse_arguments(argv)
@@ -302,6 +312,7 @@ def build_trainer(argv: list[str]):
         "dtype": model_args.dtype,
         **init_kwargs,
     }
+    check_vllm(training_args)
     train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
     return SPPOTrainer(
         model=model_args.model_name_or_path,

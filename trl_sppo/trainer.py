@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from .checks import check_datasets, check_model, check_quantization, check_sources, check_vllm
+from .checks import check_datasets, check_model, check_quantization, check_sharding, check_sources, check_vllm
 from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
@@ -136,7 +136,9 @@ class SPPOTrainer(GRPOTrainer):
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
         check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment)
         check_quantization(args, model, kwargs.get("quantization_config"))
+        has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
         check_vllm(args)
+        check_sharding(args, has_adapter)
         if args.use_vllm and args.vllm_enable_sleep_mode and args.device.type == "cpu":
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
@@ -157,6 +159,7 @@ class SPPOTrainer(GRPOTrainer):
         self._sums: dict[str, torch.Tensor] = {}  # metrics of the optimizer step: numerators and denominators
         # Logged at each optimizer step of an iteration, which an evaluation may interrupt
         self._rollout_metrics: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self._pinned = False  # whether TRL's buffer of rollouts is
         self._warned: set[str] = set()
         self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
         names = [oracle_name(oracle) for oracle in self.preference_funcs]
@@ -196,6 +199,8 @@ class SPPOTrainer(GRPOTrainer):
         # Of an earlier iteration, if that one was interrupted
         self._verdict, self._sums = None, {}
         self._rollout_metrics[self._mode] = {}
+        if self.model.training:
+            self._buffered_inputs, self._pinned = None, False
         batch = super()._generate_and_score_completions(inputs)
         verdict, self._verdict = self._verdict, None
         assert verdict is not None  # _generate has set it
@@ -221,10 +226,12 @@ class SPPOTrainer(GRPOTrainer):
         return to_device(batch, torch.device("cpu"))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor | Any]:
-        slices = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not slices and self.accelerator.device.type == "cuda":
-            self._buffered_inputs = [pin(micro_batch) for micro_batch in self._buffered_inputs]
+        slices = self._buffered_inputs  # none in an evaluation before training
+        if slices and not self._pinned and self.accelerator.device.type == "cuda":
+            for i in range(len(slices)):  # one by one, so that memory holds no iteration twice
+                slices[i] = pin(slices[i])
+            self._pinned = True
         return inputs
 
     def _generate(self, prompts: list):
@@ -377,11 +384,15 @@ class SPPOTrainer(GRPOTrainer):
         if len(rows) == 0 and self.accelerator.num_processes == 1:
             self._log_sums({}, mode)
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
-        if "num_images" not in inputs:
-            inputs = take_rows(inputs, rows if len(rows) else rows.new_zeros(1))
-            if self.pad_to_multiple_of is None:
-                inputs = trim_completions(inputs)
+        if len(rows) == 0:
+            rows = rows.new_zeros(1)
+        longest = max(int(inputs["completion_mask"][rows].sum(dim=1).max()), 1)
+        # First to the device: rows that were taken from pinned memory would not be pinned
         inputs = to_device(inputs, self.accelerator.device)
+        if "num_images" not in inputs:
+            inputs = take_rows(inputs, rows.to(self.accelerator.device))
+            if self.pad_to_multiple_of is None:
+                inputs = trim_completions(inputs, longest)
 
         completion_ids = inputs["completion_ids"]
         mask = loss_mask(inputs)

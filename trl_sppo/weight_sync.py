@@ -22,7 +22,7 @@ def prepare_weight_sync(generation: VLLMGeneration) -> None:
             Backend of a trainer. Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
     """
     instance: Any = generation
-    # Sharded weights are TRL's business: those of ZeRO-3 are gathered into copies anyway
+    # Under FSDP this is refused. ZeRO-3 gathers into copies anyway
     if is_peft_model(generation.model) and not generation._dist.is_fsdp:
         instance._iter_named_params = partial(_restore_base_weights, generation, generation._iter_named_params)
     if generation.mode == "colocate" and generation.accelerator.device.type == "cpu":
@@ -32,14 +32,19 @@ def prepare_weight_sync(generation: VLLMGeneration) -> None:
 def _restore_base_weights(generation: VLLMGeneration, named_params: Callable[[], NamedTensors]) -> NamedTensors:
     # TRL merges the adapter in place for the sync, W + BA, and takes it out again afterwards. In bfloat16 that rounds
     # twice: each sync would move the frozen weights a little further from those that the adapter is saved for.
-    layers = [m.get_base_layer() for m in generation.model.modules() if isinstance(m, BaseTunerLayer)]
-    kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.parameters()]
-    for name, tensor in named_params():
-        # vLLM may hold on to a tensor until its whole layer has come, when the adapter is out again
-        yield name, tensor.clone()
-    with torch.no_grad():
-        for parameter, value in kept:
-            parameter.copy_(value)
+    layers = [module for module in generation.model.modules() if isinstance(module, BaseTunerLayer)]
+    kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.get_base_layer().parameters()]
+    try:
+        for name, tensor in named_params():
+            # vLLM may hold on to a tensor until its whole layer has come, when the adapter is out again
+            yield name, tensor.clone()
+    finally:
+        for layer in layers:
+            if layer.merged:  # the sync has failed halfway
+                layer.unmerge()
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
 
 
 def _sync_on_cpu(generation: VLLMGeneration) -> None:
