@@ -14,16 +14,22 @@ from trl_sppo.checks import check_sharding
 from trl_sppo.weight_sync import prepare_weight_sync
 
 
+def lora_generation(tiny_model):
+    """TRL's own walk over the parameters of a LoRA policy in bfloat16, without an engine."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation.mode = get_peft_model(tiny_model.bfloat16(), lora), "server"
+    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    return generation
+
+
 def test_a_hundred_syncs_of_an_adapter_leave_the_base_weights_as_they_were(tiny_model):
     names = [name for name, _ in tiny_model.named_parameters()]
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(tiny_model.bfloat16(), lora)
+    generation = lora_generation(tiny_model)
+    model = generation.model
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     weight = layer.base_layer.weight
     merged = (weight + layer.get_delta_weight("default")).detach().bfloat16()
-    generation = object.__new__(VLLMGeneration)  # TRL's own walk over the parameters, without an engine
-    generation.model, generation.mode = model, "server"
-    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
 
     before = weight.detach().clone()
     list(generation._iter_named_params())
@@ -42,11 +48,8 @@ def test_a_hundred_syncs_of_an_adapter_leave_the_base_weights_as_they_were(tiny_
 
 
 def test_a_sync_that_fails_halfway_leaves_them_too(tiny_model):
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(tiny_model.bfloat16(), lora)
-    generation = object.__new__(VLLMGeneration)
-    generation.model, generation.mode = model, "server"
-    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    generation = lora_generation(tiny_model)
+    model = generation.model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     prepare_weight_sync(generation)
     sync = generation._iter_named_params()

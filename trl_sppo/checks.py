@@ -196,10 +196,10 @@ def check_sources(
         )
 
 
-def check_model(model: str | nn.Module, args: SPPOConfig, has_peft_config: bool) -> None:
+def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool) -> None:
     """Raise `ValueError` if the policy's config.json cannot be had, or the initial policy that `beta` needs."""
     if not isinstance(model, str):
-        has_adapter = has_peft_config or hasattr(model, "peft_config")  # which is switched off
+        # An adapter is switched off for that
         if args.beta > 0 and not has_adapter and not getattr(model.config, "_name_or_path", ""):
             raise ValueError(
                 f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "

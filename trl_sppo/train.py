@@ -174,8 +174,8 @@ def check_num_processes(launch: list[str]) -> None:
         if asked_for and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
             raise ValueError(
                 f"accelerate_config (or use_{name.lower()}) asks for {name}, but this launch has not set it up, and "
-                "each process would train a whole model. Launch with `trl-sppo train`, or tell `accelerate launch` "
-                "with --config_file."
+                "each process would train a whole model. Launch with `trl-sppo train`, or with `accelerate launch "
+                "--config_file FILE`."
             )
     if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(

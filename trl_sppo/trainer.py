@@ -143,7 +143,7 @@ class SPPOTrainer(GRPOTrainer):
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
-        check_model(model, args, kwargs.get("peft_config") is not None)
+        check_model(model, args, has_adapter)
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
         reward_sources, processing_classes = load_reward_models(
             reward_funcs,
