@@ -95,6 +95,9 @@ class SPPOConfig(GRPOConfig):
         reward_quantization (`str`, *optional*):
             Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4, double quantization), with
             bitsandbytes. Their scoring heads stay as they are.
+        time_budget (`float`, *optional*):
+            Minutes after which the process should have ended, counted from its start. Training ends in time for that
+            with a checkpoint, like after SIGTERM. 5 % are kept for the checkpoint.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -219,6 +222,12 @@ class SPPOConfig(GRPOConfig):
         metadata={"help": "Load reward models given by path in '8bit' or '4bit' (NF4), with bitsandbytes."},
     )
 
+    # Parameters that control how a run ends
+    time_budget: float | None = field(
+        default=None,
+        metadata={"help": "Minutes after which the process should have ended: a checkpoint is saved in time."},
+    )
+
     def __post_init__(self):
         if self.num_generations is None or self.num_generations < 2:
             raise ValueError(
@@ -306,6 +315,10 @@ class SPPOConfig(GRPOConfig):
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(
                 f"missing_eos_penalty must be positive, got {self.missing_eos_penalty}: it is subtracted from scores."
+            )
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise ValueError(
+                f"time_budget must be positive, got {self.time_budget}: it is the minutes that the run may take."
             )
         if self.reward_quantization not in (None, "8bit", "4bit"):
             raise ValueError(

@@ -11,13 +11,13 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl import GRPOTrainer
 
 from .checks import check_datasets, check_model, check_quantization, check_sharding, check_sources, check_vllm
 from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
+from .resumable import ResumableTrainer
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
 from .rollouts import (
     IMAGE_FIELDS,
@@ -35,7 +35,7 @@ from .weight_sync import prepare_weight_sync
 logger = logging.get_logger(__name__)
 
 
-class SPPOTrainer(GRPOTrainer):
+class SPPOTrainer(ResumableTrainer):
     """
     Trainer for Self-Play Preference Optimization (SPPO), https://huggingface.co/papers/2405.00675.
 
@@ -93,8 +93,9 @@ class SPPOTrainer(GRPOTrainer):
     ```
     """
 
-    args: SPPOConfig
     model: nn.Module
+
+    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts"]
 
     _tag_names = ["trl", "sppo"]
     _name = "SPPO"

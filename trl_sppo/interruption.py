@@ -1,0 +1,124 @@
+"""Ending a run in order: on SIGTERM, on Ctrl-C, and before a time limit."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+from transformers import TrainerCallback
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A launcher may pass on to its processes what the terminal has sent them already: that is the same signal
+SAME_SIGNAL = 3.0  # seconds
+# What `timeout` exits with, of the GNU coreutils
+EXIT_TIME_BUDGET = 124
+# Share of the time budget that is kept for the checkpoint
+RESERVE = 0.05
+
+
+class Interruption(TrainerCallback):
+    """
+    Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
+    leaves room for, with a checkpoint. All processes end after the same micro-step.
+
+    Args:
+        trainer:
+            A [`ResumableTrainer`].
+        time_budget (`float`, *optional*):
+            Minutes that the process may take, counted from its start.
+    """
+
+    def __init__(self, trainer: Any, time_budget: float | None):
+        self.trainer = trainer
+        self.exit_code: int | None = None  # of the run, once it is to end
+        self._signal: int | None = None
+        self._deadline = None
+        if time_budget is not None:
+            self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
+        self._micro_step_began = 0.0
+        # The longest micro-step so far, with what follows it (evaluations, checkpoints): of those that begin with a
+        # rollout, and of the others
+        self._longest = {True: 0.0, False: 0.0}
+        self._rollout = True  # whether the micro-step at hand begins with one
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it, signals only ask for the end. Python delivers them to the main thread alone."""
+        self.exit_code = self._signal = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        first = 0.0
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal first
+            if self._signal is None:
+                self._signal, first = number, time.monotonic()
+                # Not by logging, which may be what was interrupted
+                os.write(
+                    2,
+                    f"\ntrl-sppo: {signal.Signals(number).name}: finishing the micro-step, then a checkpoint is "
+                    "written. The same signal again ends the run at once.\n".encode(),
+                )
+            elif time.monotonic() - first > SAME_SIGNAL:
+                signal.signal(number, handlers[number])
+                os.kill(os.getpid(), number)
+
+        for number in SIGNALS:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def end(self) -> NoReturn:
+        """End the run, as the signal would have."""
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(self.exit_code)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin_micro_step()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.remember()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self._is_over():
+            self.trainer.roll_back()  # a resumed run begins with this optimizer step
+            control.should_save = control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.forget()
+        if self._is_over():
+            # Evaluations that are due come first
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.exit_code is not None and state.epoch % 1:  # the epoch is not over, only the run
+            control.should_log = control.should_evaluate = False
+
+    def _begin_micro_step(self) -> None:
+        self._micro_step_began, self._rollout = time.time(), self.trainer.needs_rollout()
+
+    def _is_over(self) -> bool:
+        now = time.time()
+        self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
+        self._begin_micro_step()
+        code = 0
+        if self._signal is not None:
+            code = 128 + self._signal
+        elif self._deadline is not None and now + self._longest[self._rollout] > self._deadline:
+            code = EXIT_TIME_BUDGET
+        code = self.trainer.agree(code)
+        if code:
+            self.exit_code = code
+        return self.exit_code is not None

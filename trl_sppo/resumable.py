@@ -1,0 +1,232 @@
+"""[`ResumableTrainer`]: what TRL's GRPO trainer lacks for a run to end at any point and go on as if it had not."""
+
+import copy
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Sampler
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+
+from .checkpoints import find_checkpoint, read_manifest, write_manifest
+from .config import SPPOConfig
+from .interruption import Interruption
+
+
+# Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
+LAYOUT = (
+    "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
+    "num_iterations",
+)  # fmt: skip
+
+
+class ResumableTrainer(GRPOTrainer):
+    """
+    GRPO's trainer with checkpoints that hold the whole state of a run.
+
+    TRL forgets the rollouts of an iteration when a run ends inside it, and starts each resumed run with the order that
+    the prompts have in the first epoch. Here a checkpoint also holds the rollouts that are still to be trained on, and
+    it counts only once it is whole.
+    """
+
+    args: SPPOConfig
+
+    # Attributes that a resumed run needs, besides what transformers saves: numbers, tensors, and containers of them
+    _saved = ["_step", "_tr_loss", "_globalstep_last_logged"]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
+        self._last_saved_step: int | None = None
+        self._interruption = Interruption(self, self.args.time_budget)
+        self.add_callback(self._interruption)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Train, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint to go on from, or `True` for the last one in `args.output_dir`. One that is torn is passed
+                over for the one before; with `True`, a run that has none yet begins at step 0.
+            args, kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`].
+
+        Raises:
+            `SystemExit` or `KeyboardInterrupt`: after a checkpoint, if SIGTERM or SIGINT has come meanwhile, or
+            `args.time_budget` is used up.
+            `ValueError`: if the checkpoint does not fit.
+        """
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self.args.output_dir))
+            if checkpoint is not None:
+                self._check_layout(Path(checkpoint))
+        with self._interruption.listening():
+            output = super().train(checkpoint, *args, **kwargs)
+        if self._interruption.exit_code is not None:
+            self._interruption.end()
+        return output
+
+    def _from_main_process(self, find: Callable[[], Any]) -> Any:
+        """What the main process finds, on all processes."""
+        return broadcast_object_list([find() if self.accelerator.is_main_process else None])[0]
+
+    def agree(self, code: int) -> int:
+        """The largest of the numbers that the processes have."""
+        return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
+
+    # ---- The state between two optimizer steps
+
+    def needs_rollout(self) -> bool:
+        """Whether the next micro-step begins an iteration."""
+        assert self.args.steps_per_generation is not None  # GRPOConfig has set it
+        period = self.args.steps_per_generation * self.num_iterations
+        return self._buffered_inputs is None or self._step % period == 0
+
+    def remember(self) -> None:
+        """Keep the state that the run has now, when an optimizer step begins."""
+        self._boundary = self._get_state()
+
+    def forget(self) -> None:
+        """Forget it again: the optimizer step is taken."""
+        self._boundary = None
+
+    def roll_back(self) -> None:
+        """Go back to where the optimizer step at hand began. What it has done so far changed no weight."""
+        assert self._boundary is not None
+        self._set_state(self._boundary)
+
+    def _get_state(self) -> dict[str, Any]:
+        return {
+            **{name: copy.deepcopy(getattr(self, name)) for name in self._saved},
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "num_input_tokens_seen": self.state.num_input_tokens_seen,
+            "slices": None if self.needs_rollout() else self._buffered_inputs,
+            "random": _random_state(),
+        }
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        for name in self._saved:
+            setattr(self, name, copy.deepcopy(state[name]))
+        self._tr_loss = self._tr_loss.to(self.args.device)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(state["metrics"])
+        self.state.num_input_tokens_seen = state["num_input_tokens_seen"]
+        self._buffered_inputs = state["slices"]
+        if "random" in state:
+            _set_random_state(state["random"])
+
+    def evaluate(self, *args, **kwargs):
+        # Evaluations sample, and may come at other places in a resumed run. They leave no trace in the training
+        random_state = _random_state()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            _set_random_state(random_state)
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return _EpochSampler(sampler, lambda: int(self.state.epoch or 0))
+
+    # ---- Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+        if self._boundary is not None and self._last_saved_step == step:
+            return  # interrupted inside the next step, at whose beginning it was saved
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints go only when this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            state = self._get_state()
+            del state["random"]  # transformers has saved it
+            torch.save(state, folder / _state_file(self.args.process_index))
+            self.accelerator.wait_for_everyone()
+            if main:
+                write_manifest(folder, step=step, can_be_resumed=not self.args.save_only_model, layout=self._layout())
+        except BaseException:
+            if main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        self._last_saved_step = step
+        if main:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _layout(self) -> dict[str, int]:
+        return {"num_processes": self.accelerator.num_processes, **{name: getattr(self.args, name) for name in LAYOUT}}
+
+    def _check_layout(self, checkpoint: Path) -> None:
+        manifest = read_manifest(checkpoint)
+        if not manifest["can_be_resumed"]:
+            raise ValueError(
+                f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To "
+                f"begin a new run from its weights, set model_name_or_path={str(checkpoint)!r}."
+            )
+        now = self._layout()
+        changed = [f"{name} was {old}, now {now[name]}" for name, old in manifest["layout"].items() if old != now[name]]
+        if changed:
+            raise ValueError(
+                f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts "
+                "and a place in the data. Set these options back, or begin a new run from its weights with "
+                f"model_name_or_path={str(checkpoint)!r}."
+            )
+
+    def _load_rng_state(self, checkpoint):
+        # The last thing that transformers loads, right before the first optimizer step
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint) / _state_file(self.args.process_index)
+        self._set_state(torch.load(path, map_location="cpu", weights_only=True))
+        if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+            self._last_saved_step = self.state.global_step
+
+
+class _EpochSampler(Sampler):
+    """TRL's sampler, with an order that depends on the epoch: a resumed run need not begin with the first."""
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]):
+        self.sampler = sampler
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+
+def _state_file(process_index: int) -> str:
+    return f"rollouts_{process_index}.pt"
+
+
+def _random_state() -> tuple:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state(state[3])
