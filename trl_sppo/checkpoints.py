@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
-        "written_at": datetime.now(timezone.utc).isoformat(),
+        "written_at": datetime.now(UTC).isoformat(),
         "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
         **facts,
     }
@@ -74,6 +74,49 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def asked_checkpoint(resume_from_checkpoint: str | bool | None) -> Path | None:
+    """
+    The checkpoint that is asked for by its path.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            A path; or `True` (also `"true"`, from a command line) for the last one.
+
+    Returns:
+        `Path` or `None`: the path, if one is given.
+
+    Raises:
+        `ValueError`: if it is no folder.
+    """
+    if not isinstance(resume_from_checkpoint, str) or resume_from_checkpoint.lower() in ("true", "false"):
+        return None
+    if not Path(resume_from_checkpoint).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder. Give the path of a checkpoint, or "
+            "`true` for the last whole one in output_dir."
+        )
+    return Path(resume_from_checkpoint)
+
+
+def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The whole checkpoints in a folder and when they were written; and the torn ones and why they are."""
+    whole: dict[Path, str] = {}
+    torn: dict[Path, str] = {}
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and _step(path) is not None:
+            try:
+                whole[path] = read_manifest(path)["written_at"]
+            except ValueError as error:
+                torn[path] = str(error)
+    return whole, torn
+
+
+def last_whole_checkpoint(folder: str) -> Path | None:
+    """The whole checkpoint that was written last: a folder may hold those of an earlier run, with more steps."""
+    whole, _ = _checkpoints(Path(folder))
+    return max(whole, key=lambda path: whole[path], default=None)
+
+
 def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str | None:
     """
     The checkpoint to go on from: the one that is asked for, or the last one before it that is whole.
@@ -88,41 +131,30 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str 
         `str` or `None`: its path. `None` if there is none yet: the run begins anew.
 
     Raises:
-        `ValueError`: if a path is given that is no checkpoint, or there is no whole one before it.
+        `ValueError`: if a path is given that is no folder, or of a torn checkpoint without a whole one before it.
     """
-    asked = None
-    if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() != "true":
-        asked = Path(resume_from_checkpoint)
-        if not asked.is_dir():
+    asked = asked_checkpoint(resume_from_checkpoint)
+    if asked is None:
+        _, torn = _checkpoints(Path(output_dir))
+        found = last_whole_checkpoint(output_dir)
+        torn = {path: why for path, why in torn.items() if found is None or _number(path) > _number(found)}
+    else:
+        try:
+            read_manifest(asked)
+            return str(asked)
+        except ValueError as error:
+            torn = {asked: str(error)}
+        before = [path for path in _checkpoints(asked.parent)[0] if _number(path) < _number(asked)]
+        found = max(before, key=_number, default=None)
+        if found is None:
             raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder. Give the path of a checkpoint, "
-                "or `true` for the last whole one in output_dir."
+                f"resume_from_checkpoint={str(asked)!r} is torn ({torn[asked]}), and there is no whole checkpoint "
+                "before it. Give another one, or leave the option out to begin anew."
             )
-    folder = Path(output_dir) if asked is None else asked.parent
-    whole: dict[Path, str] = {}
-    torn: dict[Path, str] = {}
-    for path in [*folder.glob("checkpoint-*"), *([asked] if asked else [])]:
-        if _step(path) is not None and path.is_dir() or path == asked:
-            try:
-                whole[path] = read_manifest(path)["written_at"]
-            except ValueError as error:
-                torn[path] = str(error)
-    if asked in whole:
-        return str(asked)
-    if asked is not None:
-        # Those of another run, or of a later step, are not "the one before"
-        whole = {path: time for path, time in whole.items() if (_step(path) or 0) < (_step(asked) or 0)}
-    found = max(whole, key=lambda path: whole[path], default=None)
-    for path, reason in torn.items():
-        if path == asked or asked is None and (found is None or (_step(path) or 0) > (_step(found) or 0)):
-            logger.warning(
-                f"{path} is torn ({reason}): the run ended while it was written, or it is no checkpoint of an "
-                f"SPPOTrainer. Going on from {found or 'the start'}."
-            )
-    if asked is not None and found is None:
-        raise ValueError(
-            f"resume_from_checkpoint={str(asked)!r} is torn ({torn[asked]}), and there is no whole checkpoint before "
-            "it. Give another one, or leave the option out to begin anew."
+    for path, why in torn.items():
+        logger.warning(
+            f"{path} is torn ({why}): the run ended while it was written, or it is no checkpoint of an SPPOTrainer. "
+            f"Going on from {found or 'the start'}."
         )
     if found is None:
         logger.warning(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
@@ -132,3 +164,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str 
 def _step(path: Path) -> int | None:
     match = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return int(match[1]) if match else None
+
+
+def _number(path: Path) -> int:
+    return _step(path) or 0

@@ -12,11 +12,17 @@ from transformers import AutoConfig
 from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import is_conversational
 
+from .checkpoints import asked_checkpoint
 from .comparisons import check_oracle
 from .config import SPPOConfig
 
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+
+
+def check_resume(args: SPPOConfig) -> None:
+    """Raise `ValueError` if the checkpoint to resume from is not there."""
+    asked_checkpoint(args.resume_from_checkpoint)
 
 
 def check_vllm(args: SPPOConfig) -> None:
@@ -142,6 +148,7 @@ def check_sources(
     reward_processing_classes: list,
     preference_funcs: list,
     has_environment: bool,
+    judged: bool = False,
 ) -> None:
     """
     Check who says which completion is better, and with how many votes.
@@ -153,11 +160,20 @@ def check_sources(
             As for [`SPPOTrainer`], one entry each.
         has_environment (`bool`):
             Whether there is an environment, which may bring a reward of its own.
+        judged (`bool`, *optional*, defaults to `False`):
+            Whether the completions to train on bring preferences or scores with them.
 
     Raises:
         `ValueError`: if nobody says it, or the options do not fit.
     """
-    if not reward_funcs and not preference_funcs and not has_environment:
+    nobody = not reward_funcs and not preference_funcs and not has_environment
+    evaluate = IntervalStrategy(args.eval_strategy).value
+    if nobody and judged and evaluate != "no":
+        raise ValueError(
+            f"eval_strategy={evaluate!r} needs a reward source or a preference_func: the rollouts to train on bring "
+            "their preferences with them, but evaluations sample. Give one, or set eval_strategy='no'."
+        )
+    if nobody and not judged:
         raise ValueError(
             "nothing says which completion is better: pass `reward_funcs`, a reward model (path or model) or a reward "
             "function, or `preference_func`, a pairwise oracle. On the command line that is "
@@ -179,7 +195,7 @@ def check_sources(
         *[1.0] * has_environment,
         *(args.preference_weights or [1.0] * len(preference_funcs)),
     ]
-    if not sum(votes) > 0:
+    if votes and not sum(votes) > 0:
         raise ValueError(
             f"reward_weights={args.reward_weights} and preference_weights={args.preference_weights} are all zero: "
             "nobody has a vote. Leave out the option to give each source one vote."

@@ -2,9 +2,14 @@
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.resources import as_file, files
 from importlib.util import find_spec
+from typing import Any
 
 from . import __version__
 
@@ -50,12 +55,49 @@ def train(argv: list[str]) -> int:
         fail(error)
     if isinstance(env, dict):  # TRL's parser says so if not
         os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
+    arguments = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train", *argv])
+    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torch's launcher would leave processes 30 s after the others
     # A failing process has said why: no traceback of the launcher on top of it, be there one process or several
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "--quiet", "--module", "trl_sppo.train", *argv]))
-    except ChildFailedError:
-        return 1
+        with passing_on_signals():
+            launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        return exit_status([error.returncode])
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        for rank, code in codes.items():
+            if code < 0:  # it could not say so itself
+                print(
+                    f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name} (if nobody sent it, "
+                    "the machine's memory may not have sufficed), and the others were ended too. The same command "
+                    "with --resume_from_checkpoint true goes on from the last checkpoint.",
+                    file=sys.stderr,
+                )
+        return exit_status(list(codes.values()))
     return 0
+
+
+@contextmanager
+def passing_on_signals() -> Iterator[None]:
+    """Within it, SIGTERM and SIGINT go to the processes that this one has started, and it waits for their end."""
+    import psutil
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def exit_status(codes: list[int]) -> int:
+    """The status of a command whose processes have ended with these codes; of one that a signal has ended, 128 + it."""
+    return next((128 - code if code < 0 else code for code in codes if code), 1)
 
 
 def quickstart(argv: list[str]) -> int:

@@ -98,6 +98,7 @@ def ask_oracle(
     accelerator: Accelerator,
     log_metric: Callable[[str, float], None],
     disable_tqdm: bool = False,
+    known: torch.Tensor | None = None,
 ) -> Answers:
     """
     Compare the completions of each group, each process a part of the pairs. What an oracle says outside [0, 1], leaves
@@ -122,6 +123,8 @@ def ask_oracle(
             Logs a metric of the oracle's.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to show no progress bar.
+        known (`torch.Tensor` of shape `(groups, K, K)`, *optional*):
+            What it has said of these completions before, as in [`Answers`]. Then it is not asked.
 
     Returns:
         [`Answers`], the same on all processes.
@@ -129,6 +132,9 @@ def ask_oracle(
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
     pairs = ordered_pairs(same, both_orders)
+    if known is not None:
+        lost = int(known[pairs.unbind(dim=1)].isnan().sum())
+        return Answers(known, same, num_asked=len(pairs), num_lost=lost, problem="it returned None or NaN")
     share = -(-len(pairs) // accelerator.num_processes)
     calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
 

@@ -95,6 +95,13 @@ class SPPOConfig(GRPOConfig):
         reward_quantization (`str`, *optional*):
             Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4, double quantization), with
             bitsandbytes. Their scoring heads stay as they are.
+        save_rollouts (`bool`, *optional*, defaults to `True`):
+            Whether to write the rollouts of each iteration to `output_dir/rollouts`, where a run that is resumed finds
+            them again.
+        rollouts_total_limit (`int`, *optional*):
+            Files of rollouts to keep, of iterations before the last checkpoint. All by default.
+        rollouts (`str`, *optional*):
+            Train on the rollouts in this folder or file, instead of sampling. See [`load_rollouts`].
         time_budget (`float`, *optional*):
             Minutes after which the process should have ended, counted from its start. Training ends in time for that
             with a checkpoint, like after SIGTERM. 5 % are kept for the checkpoint.
@@ -222,6 +229,20 @@ class SPPOConfig(GRPOConfig):
         metadata={"help": "Load reward models given by path in '8bit' or '4bit' (NF4), with bitsandbytes."},
     )
 
+    # Parameters that control stored rollouts
+    save_rollouts: bool = field(
+        default=True,
+        metadata={"help": "Whether to write the rollouts of each iteration to output_dir/rollouts."},
+    )
+    rollouts_total_limit: int | None = field(
+        default=None,
+        metadata={"help": "Files of rollouts to keep, of iterations before the last checkpoint. All by default."},
+    )
+    rollouts: str | None = field(
+        default=None,
+        metadata={"help": "Train on the rollouts in this folder or file, instead of sampling."},
+    )
+
     # Parameters that control how a run ends
     time_budget: float | None = field(
         default=None,
@@ -315,6 +336,16 @@ class SPPOConfig(GRPOConfig):
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(
                 f"missing_eos_penalty must be positive, got {self.missing_eos_penalty}: it is subtracted from scores."
+            )
+        if self.rollouts_total_limit is not None and self.rollouts_total_limit < 1:
+            raise ValueError(
+                f"rollouts_total_limit must be at least 1, got {self.rollouts_total_limit}. To write no rollouts, set "
+                "save_rollouts=False."
+            )
+        if self.rollouts is not None and self.use_vllm:
+            raise ValueError(
+                f"rollouts={self.rollouts!r} are trained on instead of sampling, so there is no use for vLLM. Set "
+                "use_vllm=False."
             )
         if self.time_budget is not None and not self.time_budget > 0:
             raise ValueError(

@@ -16,7 +16,9 @@ from trl import GRPOTrainer
 
 from .checkpoints import find_checkpoint, read_manifest, write_manifest
 from .config import SPPOConfig
+from .faults import how_to_go_on
 from .interruption import Interruption
+from .recording import RolloutRecorder
 
 
 # Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
@@ -44,6 +46,8 @@ class ResumableTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
         self._last_saved_step: int | None = None
+        self._resumed = False
+        self._recorder = RolloutRecorder(self)
         self._interruption = Interruption(self, self.args.time_budget)
         self.add_callback(self._interruption)
 
@@ -66,14 +70,21 @@ class ResumableTrainer(GRPOTrainer):
             `args.time_budget` is used up.
             `ValueError`: if the checkpoint does not fit.
         """
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() == "false":
+            resume_from_checkpoint = None
         checkpoint = None
+        self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self.args.output_dir))
             if checkpoint is not None:
                 self._check_layout(Path(checkpoint))
+        elif self.accelerator.is_main_process and not self._recorder.given:
+            self._recorder.files.set_aside()
         with self._interruption.listening():
             output = super().train(checkpoint, *args, **kwargs)
         if self._interruption.exit_code is not None:
+            if self.accelerator.is_main_process:
+                print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self.args.output_dir)}")
             self._interruption.end()
         return output
 
@@ -87,11 +98,14 @@ class ResumableTrainer(GRPOTrainer):
 
     # ---- The state between two optimizer steps
 
+    @property
+    def _micro_steps_per_iteration(self) -> int:
+        assert self.args.steps_per_generation is not None  # GRPOConfig has set it
+        return self.args.steps_per_generation * self.num_iterations
+
     def needs_rollout(self) -> bool:
         """Whether the next micro-step begins an iteration."""
-        assert self.args.steps_per_generation is not None  # GRPOConfig has set it
-        period = self.args.steps_per_generation * self.num_iterations
-        return self._buffered_inputs is None or self._step % period == 0
+        return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
 
     def remember(self) -> None:
         """Keep the state that the run has now, when an optimizer step begins."""
@@ -167,6 +181,8 @@ class ResumableTrainer(GRPOTrainer):
             self.args.save_total_limit = limit
         self._last_saved_step = step
         if main:
+            iteration = -(-self._step // self._micro_steps_per_iteration)  # the next to be sampled
+            self._recorder.files.rotate(iteration, self.args.rollouts_total_limit)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _layout(self) -> dict[str, int]:
@@ -180,13 +196,23 @@ class ResumableTrainer(GRPOTrainer):
                 f"begin a new run from its weights, set model_name_or_path={str(checkpoint)!r}."
             )
         now = self._layout()
-        changed = [f"{name} was {old}, now {now[name]}" for name, old in manifest["layout"].items() if old != now[name]]
+        changed = [
+            f"{name} was {old}, now {now[name]}" for name, old in manifest["layout"].items() if old != now[name]
+        ]
         if changed:
             raise ValueError(
                 f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts "
                 "and a place in the data. Set these options back, or begin a new run from its weights with "
                 f"model_name_or_path={str(checkpoint)!r}."
             )
+
+    def save_random_state(self, folder: Path) -> None:
+        """Save the state of this process's random generators in a folder of the rollouts."""
+        super()._save_rng_state(str(folder))
+
+    def load_random_state(self, folder: Path) -> None:
+        """Load it again."""
+        super()._load_rng_state(str(folder))
 
     def _load_rng_state(self, checkpoint):
         # The last thing that transformers loads, right before the first optimizer step

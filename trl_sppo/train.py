@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -331,11 +332,19 @@ def build_trainer(argv: list[str]):
 
 def main(argv: list[str] | None = None):
     """Train as the arguments say, save the policy to `output_dir`, and return the trainer."""
+    from .faults import report
+
     try:
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except KeyboardInterrupt:  # it has said how to go on
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        report(error, trainer.state.global_step, trainer.args.output_dir)
+        raise SystemExit(1) from error
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
     trainer.accelerator.print(f"Saved the policy to {trainer.args.output_dir}.")

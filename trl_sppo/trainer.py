@@ -12,7 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checks import check_datasets, check_model, check_quantization, check_sharding, check_sources, check_vllm
+from .checks import (
+    check_datasets,
+    check_model,
+    check_quantization,
+    check_resume,
+    check_sharding,
+    check_sources,
+    check_vllm,
+)
 from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
@@ -29,6 +37,7 @@ from .rollouts import (
     to_device,
     trim_completions,
 )
+from .stored_rollouts import COLUMNS, is_judged, load_rollouts, stored_panel
 from .weight_sync import prepare_weight_sync
 
 
@@ -131,11 +140,20 @@ class SPPOTrainer(ResumableTrainer):
             args = SPPOConfig(f"{name.rstrip('/').split('/')[-1]}-SPPO")
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
+        check_resume(args)
         reward_funcs = _as_list(reward_funcs)
         self.preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
-        check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment)
+        if args.rollouts is not None:
+            if train_dataset is not None:
+                raise TypeError(
+                    f"train_dataset is given, but also rollouts={args.rollouts!r}, which bring the prompts. Leave one "
+                    "of them out."
+                )
+            train_dataset = load_rollouts(args.rollouts, cast(int, args.num_generations))
+        judged = train_dataset is not None and args.rollouts is not None and is_judged(train_dataset)
+        check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment, judged)
         check_quantization(args, model, kwargs.get("quantization_config"))
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
         check_vllm(args)
@@ -166,7 +184,7 @@ class SPPOTrainer(ResumableTrainer):
         names = [oracle_name(oracle) for oracle in self.preference_funcs]
         self.preference_func_names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
-        no_scores = not reward_sources and bool(self.preference_funcs)
+        no_scores = not reward_sources and (judged or bool(self.preference_funcs))
         super().__init__(
             model=model,
             reward_funcs=[_no_reward] if no_scores else reward_sources,
@@ -205,6 +223,8 @@ class SPPOTrainer(ResumableTrainer):
         batch = super()._generate_and_score_completions(inputs)
         verdict, self._verdict = self._verdict, None
         assert verdict is not None  # _generate has set it
+        if self.model.training:
+            self._recorder.finish(batch)
 
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
@@ -236,15 +256,29 @@ class SPPOTrainer(ResumableTrainer):
         return inputs
 
     def _generate(self, prompts: list):
+        training = self.model.training
+        group_size = self.num_generations if training else self.num_generations_eval
+        assert group_size is not None and self.args.steps_per_generation is not None  # GRPOConfig has set them
+        recorder = self._recorder if training else None
+        if recorder is not None:
+            iteration = self._step // self._micro_steps_per_iteration
+            recorder.begin(iteration, self._rollout_inputs, group_size, self._resumed)
         generated = super()._generate(prompts)
-        _, completion_ids, tool_mask, completions, _, extra_fields, *_ = generated
+        prompt_ids, completion_ids, tool_mask, completions, sampling_logps, extra_fields, *_ = generated
+        if recorder is not None:
+            recorder.sampled(prompt_ids, completion_ids, completions, tool_mask, sampling_logps)
+
         # Like TRL, hand what a `rollout_func` returned besides the completions to the reward functions
-        inputs = [dict(row) for row in self._rollout_inputs]
+        own = COLUMNS if recorder is not None and recorder.given else {}
+        inputs = [{name: value for name, value in row.items() if name not in own} for row in self._rollout_inputs]
         for name, value in extra_fields.items():
             for i, row in enumerate(inputs):
                 if not isinstance(value, list) or i < len(value):
                     row[name] = value[i] if isinstance(value, list) else value
-        self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        if recorder is not None and recorder.is_scored:
+            self._scores = scores = recorder.scores(self.reward_func_names)
+        else:
+            self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
 
         # Of each completion: the tokens that the policy sampled, whether it came to its end, what it is
         lengths = [len(ids) if tool_mask is None else sum(tool_mask[i]) for i, ids in enumerate(completion_ids)]
@@ -252,21 +286,20 @@ class SPPOTrainer(ResumableTrainer):
         ended = [len(ids) > 0 and ids[-1] in ends for ids in completion_ids]
         fingerprints = [hash(tuple(ids)) for ids in completion_ids]
         local = torch.tensor([lengths, ended, fingerprints], device=scores.device).T.contiguous()
-        if self.model.training:
-            group_size, num_slices = self.num_generations, self.args.steps_per_generation
-        else:
-            group_size, num_slices = self.num_generations_eval, 1
-        assert group_size is not None and num_slices is not None  # GRPOConfig has set them
+        num_slices = self.args.steps_per_generation if training else 1
         lengths, ended, fingerprints = self.accelerator.gather(local).T.view(3, -1, group_size)
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
 
-        panel, weights = preferences_of_sources(
-            scores.T.reshape(scores.size(1), *lengths.shape), self.reward_weights.tolist(), ended == 1, self.args
-        )
-        panel += self._ask_oracles(inputs, prompts, completions, group_size, scores.device)
+        by_source = scores.T.reshape(scores.size(1), *lengths.shape)
+        panel, weights = preferences_of_sources(by_source, self.reward_weights.tolist(), ended == 1, self.args)
+        answers = self._ask_oracles(inputs, prompts, completions, group_size)
+        panel += [answer.preferences.to(scores.device) for answer in answers.values()]
+        weights = [*weights, *self.preference_weights]
+        if not panel:  # nobody is asked: the rollouts bring their own
+            panel, weights = self._stored_panel(ended == 1)
         self._verdict = Verdict.of(
             panel,
-            [*weights, *self.preference_weights],
+            weights,
             usable=usable,
             args=self.args,
             num_slices=num_slices,
@@ -274,16 +307,35 @@ class SPPOTrainer(ResumableTrainer):
             process_index=self.accelerator.process_index,
         )
         self._log_verdict(self._verdict, lengths.float(), fingerprints)
+        if recorder is not None:
+            recorder.scored(
+                dict(zip(self.reward_func_names, by_source, strict=True)),
+                {name: answer.matrix for name, answer in answers.items()},
+                self._verdict.preferences,
+                self._verdict.win_rates,
+            )
         return generated
 
-    def _ask_oracles(self, inputs, prompts, completions, group_size: int, device) -> list[torch.Tensor]:
-        """What each pairwise oracle prefers, in the groups of all processes."""
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        known = self._recorder.completion_ids(prompt_ids) if self.model.training else None
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs) if known is None else known
+
+    def _stored_panel(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+        """The votes that rollouts bring with them."""
+        panel, scores = stored_panel(self._recorder.groups, ended.size(1))
+        if scores is not None:
+            return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
+        return [preferences.to(ended.device) for preferences in panel], [1.0] * len(panel)
+
+    def _ask_oracles(self, inputs, prompts, completions, group_size: int) -> dict[str, Answers]:
+        """What each pairwise oracle says, in the groups of all processes."""
         if not self.preference_funcs:
-            return []
+            return {}
         reserved = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
         names = [name for name in inputs[0] if name not in reserved]
         prompts, completions, inputs = gather_object(prompts), gather_object(completions), gather_object(inputs)
-        panel = []
+        found = {}
+        recalled = self.model.training and self._recorder.is_scored
         for i, (oracle, name) in enumerate(zip(self.preference_funcs, self.preference_func_names, strict=True)):
             answers = ask_oracle(
                 oracle,
@@ -296,14 +348,15 @@ class SPPOTrainer(ResumableTrainer):
                 accelerator=self.accelerator,
                 log_metric=self._log_metric,
                 disable_tqdm=bool(self.args.disable_tqdm),
+                known=self._recorder.answers(name) if recalled else None,
             )
             self._check_answers(answers, i)
             metrics = self._rollout_metrics[self._mode]
             if answers.num_asked:
                 metrics[f"preferences/{name}/lost"] = answers.num_lost / answers.num_asked
             metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(answers.matrix).item()
-            panel.append(answers.preferences.to(device))
-        return panel
+            found[name] = answers
+        return found
 
     def _check_answers(self, answers: Answers, i: int) -> None:
         """Say once that comparisons are lost. Stop if an oracle with a vote has never answered, or stays silent."""

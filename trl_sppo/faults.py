@@ -1,0 +1,65 @@
+"""What a run says when it cannot go on."""
+
+import errno
+import sys
+import traceback
+
+import torch
+
+from .checkpoints import last_whole_checkpoint
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, and the message says why and what to do. The cause, if there is one, is a user's code."""
+
+
+def explain(error: BaseException) -> str:
+    """
+    What went wrong and what helps, in one line or two.
+
+    Args:
+        error (`BaseException`):
+            What a training raised.
+
+    Returns:
+        `str`: the error's own words, with a cure where the words alone do not tell it.
+    """
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"there is no space left to write to ({error}). Make room, or lower save_total_limit and "
+            "rollouts_total_limit."
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU's memory does not suffice ({error}). Lower per_device_train_batch_size or reward_batch_size (and "
+            "raise steps_per_generation and gradient_accumulation_steps for the same iteration); docs/memory.md has "
+            "the arithmetic."
+        )
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "onnection closed by peer" in text:
+        return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
+    return text
+
+
+def how_to_go_on(output_dir: str) -> str:
+    """Where a run that has ended can be taken up again."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        place = "There is no checkpoint yet"
+    else:
+        place = f"The last checkpoint is {checkpoint}"
+    return f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: resume_from_checkpoint=True)."
+
+
+def report(error: BaseException, step: int, output_dir: str) -> None:
+    """Print what has ended a run: the trace if it is needed to understand that, and how to go on."""
+    if not isinstance(error, RunError):
+        traceback.print_exception(error)
+    elif error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+    print(
+        f"trl-sppo: error: training ended at step {step}: {explain(error)}\n{how_to_go_on(output_dir)}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,304 @@
+"""Rollouts of a run, written as they come about, and found again when the run is resumed."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+from .stored_rollouts import COLUMNS, RolloutFiles, installed_versions, same_prompts, to_lists
+
+
+logger = logging.get_logger(__name__)
+
+# Options, by how their names begin, that change nothing about what is sampled
+NEUTRAL = (
+    "output_dir", "run_name", "logging_", "log_", "num_completions_to_print", "save_", "eval_", "do_", "report_to",
+    "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_", "resume_from_checkpoint", "ignore_data_skip",
+    "time_budget", "rollouts", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+IMAGES = ("image", "images")
+
+
+class RolloutRecorder:
+    """
+    Where the rollouts of a training come from, besides being sampled, and where they go to: it writes them as they come
+    about, finds them again when the run is resumed, or gives those of `args.rollouts`.
+
+    For each iteration the trainer calls, on all processes: `begin`, `completion_ids`, `sampled`, `scored`, `finish`.
+
+    Args:
+        trainer:
+            An [`SPPOTrainer`].
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.args = trainer.args
+        self.accelerator = trainer.accelerator
+        self.files = RolloutFiles(self.args.output_dir)
+        self.given = self.args.rollouts is not None
+        self._writes = self.args.save_rollouts and not self.given
+        # What tools, environments and a `rollout_func` do cannot be done again from tokens
+        repeatable = not (trainer.tools or trainer.environments or trainer.rollout_func)
+        self._recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
+        self._recalled = False
+        self._has_warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        # One row per group: of the whole rollout, and the same on all processes, if it is given or recalled
+        self.groups: list[dict[str, Any]] = []
+        self._recalled = False
+
+    def begin(self, iteration: int, inputs: Sequence[dict[str, Any]], group_size: int, resumed: bool) -> None:
+        """
+        Begin an iteration.
+
+        Args:
+            iteration (`int`):
+                Its number.
+            inputs (sequence of `dict`):
+                This process's rows of the dataset, one for each completion.
+            group_size (`int`):
+                Completions per prompt, K.
+            resumed (`bool`):
+                Whether the run was resumed, and may have sampled this iteration before.
+        """
+        self._forget()
+        self._iteration, self._inputs, self._group_size = iteration, inputs, group_size
+        if self.given:
+            self.groups = gather_object(list(inputs))[::group_size]
+        elif resumed and self._recalls:
+            self._recall()
+
+    def _recall(self) -> None:
+        prompts = gather_object([row["prompt"] for row in self._inputs])[:: self._group_size]
+        groups = None
+        if self.accelerator.is_main_process:
+            groups = self.files.read(self._iteration)
+            if groups is not None:
+                state = self.files.state(self._iteration, scored="win_rates" in groups[0])
+                if groups[0]["run"] != self._run() or not same_prompts(groups, prompts) or not state.is_dir():
+                    logger.warning(
+                        f"{self.files.path(self._iteration)} is of a run with other options or prompts, or of one that "
+                        "was not to be resumed: the iteration is sampled anew."
+                    )
+                    self.files.path(self._iteration).unlink()  # before its random states are written over
+                    groups = None
+        self.groups = broadcast_object_list([groups])[0] or []
+        self._recalled = bool(self.groups)
+
+    def _run(self) -> str:
+        """The same for runs whose options would sample the same."""
+        trainer = self.trainer
+        options = {name: value for name, value in self.args.to_dict().items() if not name.startswith(NEUTRAL)}
+        options["policy"] = trainer.model.config._name_or_path
+        options["sources"] = [trainer.reward_func_names, trainer.preference_func_names]
+        options["num_processes"] = self.accelerator.num_processes
+        return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def _local(self, name: str) -> list:
+        """Of this process's completions, what the groups have in a column."""
+        start = self.accelerator.process_index * len(self._inputs)
+        places = [divmod(start + i, self._group_size) for i in range(len(self._inputs))]
+        return [self.groups[g][name][k] for g, k in places]
+
+    def completion_ids(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None] | None:
+        """
+        This process's completions, if they need not be sampled.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Tokens of its prompts, one for each completion.
+
+        Returns:
+            Tokens of the completions, and their log-probabilities by vLLM if it sampled them; or `None`.
+        """
+        if not self.groups:
+            return None
+        if self.groups[0].get("completion_ids") is None:
+            texts = zip(self._inputs, prompt_ids, self._local("completions"), strict=True)
+            return [self._tokenize(row["prompt"], ids, completion) for row, ids, completion in texts], None
+        logps = self._local("sampling_logps") if self.groups[0].get("sampling_logps") is not None else None
+        return self._local("completion_ids"), logps
+
+    def _tokenize(self, prompt: Any, prompt_ids: list[int], completion: Any) -> list[int]:
+        """Tokens of a completion by others, up to its end."""
+        trainer, tokenizer = self.trainer, self.trainer._tokenizer
+        if isinstance(completion, str):
+            ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        else:
+            messages = [
+                {name: value for name, value in message.items() if value is not None} for message in completion
+            ]
+            whole = tokenizer.apply_chat_template(
+                [*prompt, *messages], chat_template=trainer.chat_template, tokenize=True, return_dict=True,
+                **trainer.chat_template_kwargs,
+            )["input_ids"]  # fmt: skip
+            if whole[: len(prompt_ids)] != prompt_ids:
+                raise ValueError(
+                    "the policy's chat template does not render a conversation as its prompt and then the completion, "
+                    f"so the completions of rollouts={self.args.rollouts!r} cannot be told from their prompts. Add a "
+                    "column 'completion_ids' with their tokens."
+                )
+            ids = whole[len(prompt_ids) :]
+        ends = [i for i, token in enumerate(ids) if token in trainer.eos_token_ids]
+        return ids[: ends[0] + 1] if ends else [*ids, tokenizer.eos_token_id]
+
+    def sampled(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        completions: list,
+        tool_mask: list[list[int]] | None,
+        sampling_logps: list[list[float]] | None,
+    ) -> None:
+        """
+        Write down what the processes have sampled, before anything is asked about it.
+
+        Args:
+            prompt_ids, completion_ids, completions, tool_mask, sampling_logps (`list`):
+                What TRL has sampled, an entry for each of this process's completions.
+        """
+        self._lengths = [len(ids) for ids in completion_ids]
+        if self._recalled:
+            self.trainer.load_random_state(self.files.state(self._iteration, self.is_scored))
+        if self._recalled or not self._writes:
+            return
+        trainer, inputs = self.trainer, self._inputs
+        taken = sorted(inputs[0].keys() & COLUMNS.keys())
+        if taken and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"the dataset's columns {taken} are left out of the files of rollouts, which have columns of their own "
+                "with these names."
+            )
+        columns = [name for name in inputs[0] if name not in (*COLUMNS, *IMAGES)]
+        if trainer.tools or trainer.environments:  # messages of many shapes
+            completions = [json.dumps(completion, default=str) for completion in completions]
+        samples = [completions, completion_ids, tool_mask, sampling_logps]
+        per_row = zip(*(values if values is not None else [None] * len(inputs) for values in samples), strict=True)
+        rows = gather_object(list(zip(inputs, prompt_ids, per_row, strict=True)))
+        if self.accelerator.is_main_process:
+            for start in range(0, len(rows), self._group_size):
+                group = rows[start : start + self._group_size]
+                prompt, ids, _ = group[0]
+                texts, tokens, masks, logps = (list(values) for values in zip(*(row[2] for row in group), strict=True))
+                self.groups.append({
+                    "iteration": self._iteration,
+                    "step": trainer.state.global_step,
+                    **{name: prompt[name] for name in columns},
+                    "completions": texts,
+                    "prompt_ids": ids,
+                    "completion_ids": tokens,
+                    "tool_mask": None if tool_mask is None else masks,
+                    "sampling_logps": None if sampling_logps is None else logps,
+                    "policy": trainer.model.config._name_or_path,
+                    "run": self._run(),
+                    "versions": installed_versions(self.args.use_vllm),
+                })  # fmt: skip
+        self._save_random_state(scored=False)
+        self._write()
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the iteration at hand was recalled with all that was said of it."""
+        return self._recalled and "win_rates" in self.groups[0]
+
+    def scores(self, names: Sequence[str]) -> torch.Tensor:
+        """Recalled scores of these reward sources, of shape `(completions of all processes, sources)`."""
+        table = [[group["scores"][name] for group in self.groups] for name in names]
+        shape = (len(names), len(self.groups) * self._group_size)
+        return to_tensor(table).view(shape).T.to(self.accelerator.device)
+
+    def answers(self, name: str) -> torch.Tensor:
+        """Recalled answers of a pairwise oracle, of shape `(groups, K, K)`."""
+        return to_tensor([group["answers"][name] for group in self.groups])
+
+    def scored(
+        self,
+        scores: dict[str, torch.Tensor],
+        answers: dict[str, torch.Tensor],
+        preferences: torch.Tensor,
+        win_rates: torch.Tensor,
+    ) -> None:
+        """
+        Write down what was said of the completions.
+
+        Args:
+            scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
+                By reward source.
+            answers (`dict[str, torch.Tensor]` of shape `(groups, K, K)`):
+                By pairwise oracle.
+            preferences (`torch.Tensor` of shape `(groups, K, K)`), win_rates (`torch.Tensor` of shape `(groups, K)`):
+                Of the panel.
+        """
+        if self.is_scored or not self._writes:
+            return
+        if self.accelerator.is_main_process:
+            for g, group in enumerate(self.groups):
+                for name, tables in (("scores", scores), ("answers", answers)):
+                    if tables:
+                        group[name] = {source: to_lists(table[g]) for source, table in tables.items()}
+                group["preferences"] = to_lists(preferences[g])
+                group["win_rates"] = to_lists(win_rates[g])
+        self._save_random_state(scored=True)
+        self._write()
+
+    def finish(self, batch: dict[str, Any]) -> None:
+        """
+        Write log-probabilities down, or put given ones in.
+
+        Args:
+            batch (`dict`):
+                TRL's batch of this process's completions.
+        """
+        if self.given:
+            self._put_logps(batch)
+        elif self._writes and "old_per_token_logps" in batch:
+            rows = zip(batch["old_per_token_logps"].cpu(), self._lengths, strict=True)
+            known = [None if row[:length].isnan().any() else row[:length].tolist() for row, length in rows]
+            weights = batch.get("importance_sampling_ratio")
+            columns = {"logps": gather_object(known)}
+            if weights is not None:
+                columns["importance_weights"] = gather_object(weights.flatten().tolist())
+            if self.accelerator.is_main_process:
+                for name, values in columns.items():
+                    for g, group in enumerate(self.groups):
+                        group[name] = values[g * self._group_size : (g + 1) * self._group_size]
+                self._write()
+        self._forget()
+
+    def _put_logps(self, batch: dict[str, Any]) -> None:
+        ids = batch["completion_ids"]
+        if all(group.get("logps") is not None and None not in group["logps"] for group in self.groups):
+            rows = self._local("logps")
+            wrong = [len(row) for row, length in zip(rows, self._lengths, strict=True) if len(row) != length]
+            if wrong:
+                raise ValueError(
+                    f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than those of their "
+                    "completions: they need one for each of 'completion_ids'. Correct them, or remove the column "
+                    "'logps'."
+                )
+            logps = torch.zeros(ids.shape)
+            for i, row in enumerate(rows):
+                logps[i, : len(row)] = torch.tensor(row)
+            batch["old_per_token_logps"] = logps.to(ids.device)
+        if all(group.get("importance_weights") is not None for group in self.groups):
+            weights = torch.tensor(self._local("importance_weights"))
+            batch["importance_sampling_ratio"] = weights.unsqueeze(1).to(ids.device)
+
+    def _save_random_state(self, scored: bool) -> None:
+        # Before the file: where that is, the random states of all processes are whole
+        if self._recalls:
+            self.trainer.save_random_state(self.files.state(self._iteration, scored))
+            self.accelerator.wait_for_everyone()
+
+    def _write(self) -> None:
+        if self.accelerator.is_main_process:
+            self.files.write(self._iteration, self.groups, getattr(self.trainer.train_dataset, "features", None))

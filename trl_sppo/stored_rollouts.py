@@ -1,0 +1,267 @@
+"""Rollouts as files that `datasets` reads: written by a run as it goes, found again by it, trained on by another."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+import torch
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from transformers.utils import logging
+from trl.data_utils import is_conversational
+
+
+logger = logging.get_logger(__name__)
+
+# Columns of a file of rollouts, besides those of the dataset of prompts. One row is one group; K is its size
+COLUMNS = {
+    "iteration": Value("int64"),  # of the run
+    "step": Value("int64"),  # optimizer steps that the policy which sampled them had taken
+    "completions": None,  # K texts, or K lists of messages
+    "prompt_ids": List(Value("int32")),
+    "completion_ids": List(List(Value("int32"))),
+    "tool_mask": List(List(Value("int8"))),  # 0 where a token is a tool's
+    "sampling_logps": List(List(Value("float64"))),  # by vLLM, of each token
+    "scores": None,  # of each reward source by name: K, null where it gave none
+    "answers": None,  # of each pairwise oracle by name: K x K, P(i beats j) when i is shown first, null if not asked
+    "preferences": List(List(Value("float32"))),  # K x K, of the whole panel, null where unscorable
+    "win_rates": List(Value("float32")),
+    "logps": List(List(Value("float32"))),  # by the trainer, of each token; null for what it did not compute
+    "importance_weights": List(Value("float32")),  # of vLLM's samples
+    "policy": Value("string"),  # what the run began from
+    "run": Value("string"),  # the same for runs with the same options
+    "versions": {name: Value("string") for name in ("trl_sppo", "trl", "transformers", "torch", "vllm")},
+}  # fmt: skip
+
+
+def installed_versions(use_vllm: bool) -> dict[str, str | None]:
+    """Versions of the packages that make rollouts."""
+    found: dict[str, str | None] = {}
+    for name in COLUMNS["versions"]:
+        try:
+            found[name] = version(name) if name != "vllm" or use_vllm else None
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+class RolloutFiles:
+    """
+    The rollouts in an output directory, a file for each iteration.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+    """
+
+    def __init__(self, output_dir: str):
+        self.folder = Path(output_dir) / "rollouts"
+        # Random states after sampling and after scoring. `datasets` does not look into hidden folders
+        self._states = self.folder / ".state"
+
+    def path(self, iteration: int) -> Path:
+        return self.folder / f"iteration-{iteration:06d}.parquet"
+
+    def state(self, iteration: int, scored: bool) -> Path:
+        return self._states / f"{iteration:06d}-{'scored' if scored else 'sampled'}"
+
+    def write(self, iteration: int, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
+        """
+        Write an iteration. The file is there whole or not at all, whenever the process ends.
+
+        Args:
+            iteration (`int`):
+                Number of the iteration.
+            groups (sequence of `dict`):
+                Its rows, see `COLUMNS`.
+            prompt_features ([`~datasets.Features`], *optional*):
+                Features of the dataset of prompts. By default they are found in the rows.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = Dataset.from_list(list(groups), features=_features(groups, prompt_features)).data.table
+        path = self.path(iteration)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with open(partial, "wb") as file:
+                pyarrow.parquet.write_table(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def read(self, iteration: int) -> list[dict[str, Any]] | None:
+        """The rows of an iteration, or `None` if it has not been written."""
+        path = self.path(iteration)
+        return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
+
+    def set_aside(self) -> None:
+        """Rename what another run has left here, so that the two are not mixed up."""
+        if not self.folder.exists():
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"rollouts-{number}")).exists():
+            number += 1
+        self.folder.rename(aside)
+        logger.warning(f"{self.folder} holds rollouts of an earlier run: they are now in {aside}.")
+
+    def rotate(self, next_iteration: int, limit: int | None) -> None:
+        """
+        Delete what no run needs any more, once there is a checkpoint.
+
+        Args:
+            next_iteration (`int`):
+                The first iteration that a run which resumes from that checkpoint has to sample.
+            limit (`int`, *optional*):
+                Iterations before that one to keep.
+        """
+        for state in self._states.glob("*-*"):
+            if int(state.name.split("-")[0]) < next_iteration:
+                shutil.rmtree(state)
+        if limit is not None:
+            for path in self.folder.glob("iteration-*.parquet"):
+                if int(path.stem.split("-")[1]) < next_iteration - limit:
+                    path.unlink()
+
+
+def _features(groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> Features:
+    """Features that do not depend on what happens to be null in these rows."""
+    first = groups[0]
+    features = {name: COLUMNS.get(name) for name in first}
+    for name in features.keys() - COLUMNS.keys():
+        features[name] = (prompt_features or {}).get(name)
+    if "scores" in first:
+        features["scores"] = {name: List(Value("float32")) for name in first["scores"]}
+    if "answers" in first:
+        features["answers"] = {name: List(List(Value("float32"))) for name in first["answers"]}
+    found = {name for name, feature in features.items() if feature is None}
+    if found:
+        inferred = Dataset.from_list([{name: group[name] for name in found} for group in groups]).features
+        features.update({name: inferred[name] for name in found})
+    return Features(features)
+
+
+def load_rollouts(path: str, num_generations: int) -> Dataset:
+    """
+    Load rollouts to train on.
+
+    Args:
+        path (`str`):
+            A folder or a file that `datasets` reads, such as `OUTPUT_DIR/rollouts`. One row is one group: a `"prompt"`
+            and its K `"completions"`, texts or lists of messages. Optional: `"preferences"` (K x K) or `"scores"` (K,
+            or by the name of each source), without which a reward source has to score them; `"completion_ids"`,
+            without which completions are tokenized here; `"logps"` (of each token under the policy that sampled them),
+            without which the policy at hand is taken for that one.
+        num_generations (`int`):
+            K.
+
+    Returns:
+        [`~datasets.Dataset`].
+
+    Raises:
+        `ValueError`: if there is nothing, or not what is needed.
+    """
+    try:
+        if os.path.isfile(path):
+            kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
+            loaded = datasets.load_dataset(kind, data_files=path)
+        else:
+            loaded = datasets.load_dataset(path)
+    except (OSError, ValueError, DatasetGenerationError, DatasetNotFoundError) as error:
+        raise ValueError(
+            f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. Give the folder `rollouts` of a "
+            f"run's output_dir. ({error})"
+        ) from error
+    dataset = datasets.concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
+    missing = [name for name in ("prompt", "completions") if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"rollouts={path!r} have no column {' and no '.join(map(repr, missing))}, but {dataset.column_names}. One "
+            "row is a 'prompt' with its 'completions'."
+        )
+    for i, row in enumerate(dataset.select_columns(["prompt", "completions"])):
+        if row["prompt"] is None or row["completions"] is None or len(row["completions"]) != num_generations:
+            found = None if row["completions"] is None else len(row["completions"])
+            raise ValueError(
+                f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}. Set "
+                "num_generations to the size of the groups, which must be the same in all rows."
+            )
+    return dataset
+
+
+def is_judged(dataset: Dataset) -> bool:
+    """Whether rollouts bring preferences or scores, so that nobody has to be asked."""
+    return any(name in dataset.column_names and dataset[0][name] is not None for name in ("preferences", "scores"))
+
+
+def stored_panel(groups: Sequence[dict[str, Any]], size: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """
+    The preferences or else the scores that stored groups have.
+
+    Args:
+        groups (sequence of `dict`):
+            Rows of a file of rollouts.
+        size (`int`):
+            Completions per group, K.
+
+    Returns:
+        Preference matrices, of shape `(groups, K, K)`, one or none; and scores of shape `(sources, groups, K)`, if
+        there are no preferences.
+
+    Raises:
+        `ValueError`: if they have another shape.
+    """
+    if groups[0].get("preferences") is not None:
+        preferences = to_tensor([group["preferences"] for group in groups])
+        if preferences.shape[1:] != (size, size):
+            raise ValueError(
+                f"the preferences in the rollouts have shape {tuple(preferences.shape[1:])} per group, but groups have "
+                f"{size} completions: they must be {size} x {size}, [i][j] for P(i beats j)."
+            )
+        return [preferences], None
+    scores = [group["scores"] for group in groups]
+    sources = list(scores[0]) if isinstance(scores[0], dict) else [None]
+    table = to_tensor([[row if name is None else row[name] for row in scores] for name in sources])
+    if table.shape[2:] != (size,):
+        raise ValueError(f"the scores in the rollouts must be {size} per group and source, got {table.size(2)}.")
+    return [], table
+
+
+def to_tensor(rows: Any) -> torch.Tensor:
+    """A float tensor of nested lists, NaN where they have `None`."""
+    return torch.tensor(_none_to_nan(rows), dtype=torch.float32)
+
+
+def to_lists(values: torch.Tensor) -> Any:
+    """Nested lists of a tensor, with `None` where it is NaN."""
+    return _nan_to_none(values.tolist())
+
+
+def _none_to_nan(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_none_to_nan(entry) for entry in value]
+    return float("nan") if value is None else value
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nan_to_none(entry) for entry in value]
+    return None if value != value else value
+
+
+def same_prompts(groups: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> bool:
+    """Whether stored groups answer these prompts, in this order."""
+
+    def key(prompt: Any) -> str:
+        if is_conversational({"prompt": prompt}):  # a file has null for the fields that other messages have
+            prompt = [{name: value for name, value in message.items() if value is not None} for message in prompt]
+        return json.dumps(prompt, sort_keys=True, default=str)
+
+    return [key(group["prompt"]) for group in groups] == [key(prompt) for prompt in prompts]
