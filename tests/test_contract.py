@@ -7,6 +7,7 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOTrainer
+from trl_sppo.resumable import ResumableTrainer
 from trl_sppo.rollouts import IMAGE_FIELDS
 
 
@@ -17,6 +18,18 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_log_completion_extra": ["self", "column", "values"],
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_rng_state": ["self", "checkpoint"],
 }
 
 
@@ -44,10 +57,16 @@ def test_signatures_of_the_vllm_backend():
 
 
 def test_what_is_overridden_and_nothing_else():
-    overridden = {name for name in vars(SPPOTrainer) if name in dir(GRPOTrainer) and callable(vars(SPPOTrainer)[name])}
-    assert overridden - {"__init__"} == {
-        "_generate_and_score_completions", "_generate", "_calculate_rewards", "_get_per_token_logps_and_entropies",
-        "_compute_loss", "_prepare_inputs",
+    overridden = {
+        kind: {name for name, value in vars(kind).items() if name in dir(GRPOTrainer) and callable(value)}
+        for kind in (SPPOTrainer, ResumableTrainer)
+    }
+    assert overridden[SPPOTrainer] - {"__init__"} == {
+        "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards",
+        "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs",
+    }  # fmt: skip
+    assert overridden[ResumableTrainer] - {"__init__"} == {
+        "train", "evaluate", "get_batch_samples", "_get_train_sampler", "_save_checkpoint", "_load_rng_state",
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from . import __version__
 
 COMMANDS = {
     "train": "train a policy as a YAML recipe and the command line say",
+    "rollout": "sample and score completions as a recipe says, without training, for `train --rollouts`",
     "quickstart": "train a small real model on this machine and show its win rate against itself",
 }
 
@@ -33,10 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
-    return {"train": train, "quickstart": quickstart}[args.command](argv[1:])
+    return {"train": train, "rollout": rollout, "quickstart": quickstart}[args.command](argv[1:])
 
 
-def train(argv: list[str]) -> int:
+def rollout(argv: list[str]) -> int:
+    """Start `trl_sppo.make_rollouts` in one or more processes."""
+    return train(argv, module="trl_sppo.make_rollouts")
+
+
+def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     """Start `trl_sppo.train` in one or more processes, through `accelerate launch` like `trl grpo`."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,7 +61,7 @@ def train(argv: list[str]) -> int:
         fail(error)
     if isinstance(env, dict):  # TRL's parser says so if not
         os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
-    arguments = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train", *argv])
+    arguments = launch_command_parser().parse_args([*launch, "--module", module, *argv])
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torch's launcher would leave processes 30 s after the others
     # A failing process has said why: no traceback of the launcher on top of it, be there one process or several
     try:
@@ -96,7 +102,7 @@ def passing_on_signals() -> Iterator[None]:
 
 
 def exit_status(codes: list[int]) -> int:
-    """The status of a command whose processes have ended with these codes; of one that a signal has ended, 128 + it."""
+    """The status of a command whose processes have ended with these codes; a signal counts as 128 + its number."""
     return next((128 - code if code < 0 else code for code in codes if code), 1)
 
 

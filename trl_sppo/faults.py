@@ -34,9 +34,9 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU's memory does not suffice ({error}). Lower per_device_train_batch_size or reward_batch_size (and "
-            "raise steps_per_generation and gradient_accumulation_steps for the same iteration); docs/memory.md has "
-            "the arithmetic."
+            f"the GPU's memory does not suffice ({error}). Lower per_device_train_batch_size (and raise "
+            "steps_per_generation and gradient_accumulation_steps for the same iteration) or reward_batch_size; "
+            "docs/memory.md has the arithmetic."
         )
     if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "onnection closed by peer" in text:
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
@@ -50,7 +50,10 @@ def how_to_go_on(output_dir: str) -> str:
         place = "There is no checkpoint yet"
     else:
         place = f"The last checkpoint is {checkpoint}"
-    return f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: resume_from_checkpoint=True)."
+    return (
+        f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
+        "`trainer.train(resume_from_checkpoint=True)`)."
+    )
 
 
 def report(error: BaseException, step: int, output_dir: str) -> None:

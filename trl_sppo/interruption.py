@@ -54,7 +54,7 @@ class Interruption(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
         first = 0.0
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -71,7 +71,7 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handlers[number])
                 os.kill(os.getpid(), number)
 
-        for number in SIGNALS:
+        for number in handlers:
             signal.signal(number, handle)
         try:
             yield

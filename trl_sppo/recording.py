@@ -10,7 +10,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from .stored_rollouts import COLUMNS, RolloutFiles, installed_versions, same_prompts, to_lists
+from .stored_rollouts import (
+    COLUMNS,
+    RolloutFiles,
+    installed_versions,
+    same_prompts,
+    to_lists,
+    to_tensor,
+    without_nulls,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -26,8 +34,8 @@ IMAGES = ("image", "images")
 
 class RolloutRecorder:
     """
-    Where the rollouts of a training come from, besides being sampled, and where they go to: it writes them as they come
-    about, finds them again when the run is resumed, or gives those of `args.rollouts`.
+    Where the rollouts of a training come from, besides being sampled, and where they go to: it writes them as they
+    come about, finds them again when the run is resumed, or gives those of `args.rollouts`.
 
     For each iteration the trainer calls, on all processes: `begin`, `completion_ids`, `sampled`, `scored`, `finish`.
 
@@ -45,7 +53,7 @@ class RolloutRecorder:
         self._writes = self.args.save_rollouts and not self.given
         # What tools, environments and a `rollout_func` do cannot be done again from tokens
         repeatable = not (trainer.tools or trainer.environments or trainer.rollout_func)
-        self._recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
+        self.recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
         self._recalled = False
         self._has_warned = False
         self._forget()
@@ -73,7 +81,7 @@ class RolloutRecorder:
         self._iteration, self._inputs, self._group_size = iteration, inputs, group_size
         if self.given:
             self.groups = gather_object(list(inputs))[::group_size]
-        elif resumed and self._recalls:
+        elif resumed and self.recalls:
             self._recall()
 
     def _recall(self) -> None:
@@ -84,11 +92,7 @@ class RolloutRecorder:
             if groups is not None:
                 state = self.files.state(self._iteration, scored="win_rates" in groups[0])
                 if groups[0]["run"] != self._run() or not same_prompts(groups, prompts) or not state.is_dir():
-                    logger.warning(
-                        f"{self.files.path(self._iteration)} is of a run with other options or prompts, or of one that "
-                        "was not to be resumed: the iteration is sampled anew."
-                    )
-                    self.files.path(self._iteration).unlink()  # before its random states are written over
+                    self.files.set_aside(self._iteration)  # before the random states are written over
                     groups = None
         self.groups = broadcast_object_list([groups])[0] or []
         self._recalled = bool(self.groups)
@@ -107,6 +111,16 @@ class RolloutRecorder:
         start = self.accelerator.process_index * len(self._inputs)
         places = [divmod(start + i, self._group_size) for i in range(len(self._inputs))]
         return [self.groups[g][name][k] for g, k in places]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the iteration at hand was recalled with all that `SPPOTrainer.rollout` writes."""
+        return self._recalled and self.groups[0].get("logps") is not None
+
+    def skip(self) -> None:
+        """Pass over an iteration that is complete, with the random state that its sampling led to."""
+        self.trainer.load_random_state(self.files.state(self._iteration, scored=True))
+        self._forget()
 
     def completion_ids(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None] | None:
         """
@@ -133,9 +147,7 @@ class RolloutRecorder:
         if isinstance(completion, str):
             ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
         else:
-            messages = [
-                {name: value for name, value in message.items() if value is not None} for message in completion
-            ]
+            messages = [without_nulls(message) for message in completion]
             whole = tokenizer.apply_chat_template(
                 [*prompt, *messages], chat_template=trainer.chat_template, tokenize=True, return_dict=True,
                 **trainer.chat_template_kwargs,
@@ -175,8 +187,8 @@ class RolloutRecorder:
         if taken and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"the dataset's columns {taken} are left out of the files of rollouts, which have columns of their own "
-                "with these names."
+                f"the dataset's columns {taken} are left out of the files of rollouts, which have columns of their "
+                "own with these names."
             )
         columns = [name for name in inputs[0] if name not in (*COLUMNS, *IMAGES)]
         if trainer.tools or trainer.environments:  # messages of many shapes
@@ -295,7 +307,7 @@ class RolloutRecorder:
 
     def _save_random_state(self, scored: bool) -> None:
         # Before the file: where that is, the random states of all processes are whole
-        if self._recalls:
+        if self.recalls:
             self.trainer.save_random_state(self.files.state(self._iteration, scored))
             self.accelerator.wait_for_everyone()
 

@@ -75,7 +75,7 @@ class ResumableTrainer(GRPOTrainer):
         checkpoint = None
         self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
-            checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self.args.output_dir))
+            checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self._output_dir))
             if checkpoint is not None:
                 self._check_layout(Path(checkpoint))
         elif self.accelerator.is_main_process and not self._recorder.given:
@@ -84,7 +84,7 @@ class ResumableTrainer(GRPOTrainer):
             output = super().train(checkpoint, *args, **kwargs)
         if self._interruption.exit_code is not None:
             if self.accelerator.is_main_process:
-                print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self.args.output_dir)}")
+                print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
             self._interruption.end()
         return output
 
@@ -97,6 +97,11 @@ class ResumableTrainer(GRPOTrainer):
         return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
 
     # ---- The state between two optimizer steps
+
+    @property
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None  # TrainingArguments has set it
+        return self.args.output_dir
 
     @property
     def _micro_steps_per_iteration(self) -> int:
@@ -151,6 +156,13 @@ class ResumableTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         return _EpochSampler(sampler, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:
+            # A resumed run that had taken all its steps. transformers would take one more
+            self.control.should_training_stop = True
+            num_batches = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # ---- Checkpoints
 
@@ -219,7 +231,7 @@ class ResumableTrainer(GRPOTrainer):
         super()._load_rng_state(checkpoint)
         path = Path(checkpoint) / _state_file(self.args.process_index)
         self._set_state(torch.load(path, map_location="cpu", weights_only=True))
-        if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+        if Path(checkpoint).resolve().parent == Path(self._output_dir).resolve():
             self._last_saved_step = self.state.global_step
 
 

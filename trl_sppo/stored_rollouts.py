@@ -102,15 +102,27 @@ class RolloutFiles:
         path = self.path(iteration)
         return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
 
-    def set_aside(self) -> None:
-        """Rename what another run has left here, so that the two are not mixed up."""
-        if not self.folder.exists():
+    def set_aside(self, iteration: int = 0) -> None:
+        """
+        Move what another run has left here, so that the two are not mixed up.
+
+        Args:
+            iteration (`int`, *optional*, defaults to 0):
+                From which one on.
+        """
+        paths = [path for path in self.folder.glob("iteration-*.parquet") if _iteration(path) >= iteration]
+        if not paths:
             return
         number = 1
         while (aside := self.folder.with_name(f"rollouts-{number}")).exists():
             number += 1
-        self.folder.rename(aside)
-        logger.warning(f"{self.folder} holds rollouts of an earlier run: they are now in {aside}.")
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+        logger.warning(
+            f"{self.folder} holds rollouts from iteration {iteration} on that this run does not continue (of an "
+            f"earlier run, or sampled with other options): they are now in {aside}."
+        )
 
     def rotate(self, next_iteration: int, limit: int | None) -> None:
         """
@@ -127,8 +139,12 @@ class RolloutFiles:
                 shutil.rmtree(state)
         if limit is not None:
             for path in self.folder.glob("iteration-*.parquet"):
-                if int(path.stem.split("-")[1]) < next_iteration - limit:
+                if _iteration(path) < next_iteration - limit:
                     path.unlink()
+
+
+def _iteration(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def _features(groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> Features:
@@ -222,8 +238,8 @@ def stored_panel(groups: Sequence[dict[str, Any]], size: int) -> tuple[list[torc
         preferences = to_tensor([group["preferences"] for group in groups])
         if preferences.shape[1:] != (size, size):
             raise ValueError(
-                f"the preferences in the rollouts have shape {tuple(preferences.shape[1:])} per group, but groups have "
-                f"{size} completions: they must be {size} x {size}, [i][j] for P(i beats j)."
+                f"the preferences in the rollouts have shape {tuple(preferences.shape[1:])} per group, but groups "
+                f"have {size} completions: they must be {size} x {size}, [i][j] for P(i beats j)."
             )
         return [preferences], None
     scores = [group["scores"] for group in groups]
@@ -256,12 +272,17 @@ def _nan_to_none(value: Any) -> Any:
     return None if value != value else value
 
 
+def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the fields that only other messages of its file have."""
+    return {name: value for name, value in message.items() if value is not None}
+
+
 def same_prompts(groups: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> bool:
     """Whether stored groups answer these prompts, in this order."""
 
     def key(prompt: Any) -> str:
-        if is_conversational({"prompt": prompt}):  # a file has null for the fields that other messages have
-            prompt = [{name: value for name, value in message.items() if value is not None} for message in prompt]
+        if is_conversational({"prompt": prompt}):
+            prompt = [without_nulls(message) for message in prompt]
         return json.dumps(prompt, sort_keys=True, default=str)
 
     return [key(group["prompt"]) for group in groups] == [key(prompt) for prompt in prompts]

@@ -314,7 +314,12 @@ def build_trainer(argv: list[str]):
         **init_kwargs,
     }
     check_vllm(training_args)
-    train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
+    evaluate = training_args.eval_strategy != "no"
+    train_dataset = eval_dataset = None
+    if training_args.rollouts is None or evaluate:
+        train_dataset, eval_dataset = load_data(script_args, dataset_args, evaluate)
+    if training_args.rollouts is not None:  # they bring the prompts
+        train_dataset = None
     return SPPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=[
@@ -330,7 +335,7 @@ def build_trainer(argv: list[str]):
     )
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None, only_rollouts: bool = False):
     """Train as the arguments say, save the policy to `output_dir`, and return the trainer."""
     from .faults import report
 
@@ -339,6 +344,10 @@ def main(argv: list[str] | None = None):
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     try:
+        if only_rollouts:
+            folder = trainer.rollout()
+            trainer.accelerator.print(f"Wrote rollouts to {folder}, for `trl-sppo train --rollouts {folder}`.")
+            return trainer
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except KeyboardInterrupt:  # it has said how to go on
         raise SystemExit(128 + signal.SIGINT) from None
@@ -351,6 +360,11 @@ def main(argv: list[str] | None = None):
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return trainer
+
+
+def make_rollouts(argv: list[str] | None = None):
+    """Sample and score completions as the arguments say, write them to `output_dir`, and return the trainer."""
+    return main(argv, only_rollouts=True)
 
 
 if __name__ == "__main__":

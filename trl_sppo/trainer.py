@@ -3,12 +3,15 @@
 import math
 import textwrap
 from collections import deque
+from collections.abc import Iterator
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -175,6 +178,7 @@ class SPPOTrainer(ResumableTrainer):
 
         self._verdict: Verdict | None = None  # set while a rollout is being made
         self._scores = torch.empty(0)  # likewise
+        self._only_samples = False  # `rollout` is at work
         self._sums: dict[str, torch.Tensor] = {}  # metrics of the optimizer step: numerators and denominators
         # Logged at each optimizer step of an iteration, which an evaluation may interrupt
         self._rollout_metrics: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
@@ -206,6 +210,73 @@ class SPPOTrainer(ResumableTrainer):
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
 
+    def rollout(self) -> str:
+        """
+        Sample and score completions of the training prompts, without training.
+
+        They are written to `args.output_dir/rollouts`, a file for each generation batch, with their log-probabilities
+        under the policy. [`SPPOConfig`]'s `rollouts` trains on them, here or elsewhere. Each prompt has its turn once,
+        or as many batches are made as `args.max_steps` optimizer steps would use. What the folder has already, by the
+        same options, is kept: an interrupted call goes on where it was.
+
+        Returns:
+            `str`: the folder.
+
+        Raises:
+            `ValueError`: if models are sharded, or nothing would be written.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "rollouts are sampled with whole models, but this launch shards them (FSDP or DeepSpeed). Launch "
+                "without, with use_vllm=True where one GPU does not suffice."
+            )
+        if not self._recorder.recalls:
+            raise ValueError(
+                "rollouts are to be written, but save_rollouts=False, save_strategy='no' or rollouts=... says not to, "
+                "or tools, environments or a rollout_func take part, which cannot be repeated. Remove that option."
+            )
+        period = self._micro_steps_per_iteration
+        batches = self.get_train_dataloader()
+        total = len(batches) // period if isinstance(self.train_dataset, Dataset) else None
+        if self.args.max_steps > 0:
+            total = -(-self.args.max_steps * self.args.gradient_accumulation_steps // period)
+        quiet = bool(self.args.disable_tqdm) or not self.is_world_process_zero()
+        self.model.train()
+        self._only_samples = True
+        with tqdm(total=total, desc="generation batches", disable=quiet) as progress:
+            for iteration, inputs in enumerate(self._generation_batches(batches, period)):
+                if iteration == total:
+                    break
+                self._step = iteration * period
+                self._recorder.begin(iteration, inputs, cast(int, self.num_generations), resumed=True)
+                if self._recorder.is_complete:
+                    self._recorder.skip()
+                else:
+                    self._generate_and_score_completions(inputs)
+                progress.update()
+        self._only_samples, self._step = False, 0
+        return str(self._recorder.files.folder)
+
+    def _generation_batches(self, batches, period: int) -> Iterator[list[dict[str, Any]]]:
+        """Each batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each `period` times."""
+        for epoch in count():
+            self.state.epoch = epoch
+            yield from islice(batches, 0, None, period)
+            if self.args.max_steps <= 0:
+                break
+
+    def _logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities of the tokens of all completions of a batch under the policy."""
+        with torch.no_grad():
+            return self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **{name: batch[name] for name in IMAGE_FIELDS if name in batch},
+            )[0]
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -224,6 +295,8 @@ class SPPOTrainer(ResumableTrainer):
         verdict, self._verdict = self._verdict, None
         assert verdict is not None  # _generate has set it
         if self.model.training:
+            if self._only_samples and "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"] = self._logps(batch)
             self._recorder.finish(batch)
 
         if not self.reward_funcs:
@@ -262,7 +335,8 @@ class SPPOTrainer(ResumableTrainer):
         recorder = self._recorder if training else None
         if recorder is not None:
             iteration = self._step // self._micro_steps_per_iteration
-            recorder.begin(iteration, self._rollout_inputs, group_size, self._resumed)
+            resumed = self._resumed or self._only_samples
+            recorder.begin(iteration, self._rollout_inputs, group_size, resumed)
         generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions, sampling_logps, extra_fields, *_ = generated
         if recorder is not None:
@@ -420,6 +494,8 @@ class SPPOTrainer(ResumableTrainer):
         # During a rollout: only for the rows that will be trained on. The others are NaN, which TRL's vLLM importance
         # correction reads as "unknown", and which would not stay unnoticed in a loss.
         rows = self._verdict.rows[: self._verdict.num_logps]
+        if self._only_samples:
+            rows = torch.arange(len(input_ids), device=input_ids.device)
         outputs = super()._get_per_token_logps_and_entropies(
             model, input_ids[rows], attention_mask[rows], *args, **kwargs
         )
