@@ -30,6 +30,7 @@ SIGNATURES = {
     "_get_train_sampler": ["self", "dataset"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_rng_state": ["self", "checkpoint"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }
 
 
@@ -66,7 +67,8 @@ def test_what_is_overridden_and_nothing_else():
         "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs",
     }  # fmt: skip
     assert overridden[ResumableTrainer] - {"__init__"} == {
-        "train", "evaluate", "get_batch_samples", "_get_train_sampler", "_save_checkpoint", "_load_rng_state",
+        "train", "evaluate", "get_batch_samples", "_get_train_sampler", "_save_checkpoint",
+        "_load_from_checkpoint", "_load_rng_state",
     }  # fmt: skip
 
 

@@ -259,7 +259,7 @@ def test_rollouts_that_cannot_be_trained_on(tmp_path, rows, expected):
 
 
 def test_no_rollouts(tmp_path):
-    with pytest.raises(ValueError, match="rollouts='.*nowhere' is neither a folder nor a file that `datasets` reads"):
+    with pytest.raises(ValueError, match=r"rollouts='.*nowhere' is neither a folder nor a file that"):
         load_rollouts(str(tmp_path / "nowhere"), num_generations=2)
 
 
@@ -272,7 +272,7 @@ def test_nobody_says_what_is_better(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"preferences": [[0.5]]}, r"the preferences in the rollouts have shape \(1, 1\) per group, but groups have 2"),
+        ({"preferences": [[0.5]]}, r"the preferences in the rollouts have shape \(1, 1\) per group, but groups"),
         ({"scores": [1.0, 2.0, 3.0]}, "the scores in the rollouts must be 2 per group and source, got 3"),
         ({"preferences": [[0.5, 1], [0, 0.5]], "completion_ids": [[3], [4]], "logps": [[-1.0], [-1.0, -1.0]]},
          "have log-probabilities for other tokens than those of their completions"),
@@ -291,7 +291,7 @@ def test_options_that_contradict_stored_rollouts(make_trainer, tmp_path):
     path = str(tmp_path / "r.jsonl")
     with pytest.raises(TypeError, match="train_dataset is given, but also rollouts="):
         make_trainer(rollouts=path, num_generations=2)
-    with pytest.raises(ValueError, match="so there is no use for vLLM. Set use_vllm=False"):
+    with pytest.raises(ValueError, match=r"so there is no use for vLLM. Set use_vllm=False"):
         train_on(make_trainer, path, num_generations=2, use_vllm=True)
     with pytest.raises(ValueError, match="eval_strategy='steps' needs a reward source"):
         train_on(

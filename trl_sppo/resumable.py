@@ -28,6 +28,9 @@ LAYOUT = (
 )  # fmt: skip
 
 
+REFERENCE = "reference.pt"
+
+
 class ResumableTrainer(GRPOTrainer):
     """
     GRPO's trainer with checkpoints that hold the whole state of a run.
@@ -97,6 +100,10 @@ class ResumableTrainer(GRPOTrainer):
         return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
 
     # ---- The state between two optimizer steps
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     @property
     def _output_dir(self) -> str:
@@ -182,6 +189,9 @@ class ResumableTrainer(GRPOTrainer):
             state = self._get_state()
             del state["random"]  # transformers has saved it
             torch.save(state, folder / _state_file(self.args.process_index))
+            if main and self.args.sync_ref_model and not self._is_sharded:
+                # The reference is then no longer a model that can be loaded from where the policy came from
+                torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
             self.accelerator.wait_for_everyone()
             if main:
                 write_manifest(folder, step=step, can_be_resumed=not self.args.save_only_model, layout=self._layout())
@@ -226,11 +236,27 @@ class ResumableTrainer(GRPOTrainer):
         """Load it again."""
         super()._load_rng_state(str(folder))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # PEFT loads adapters in float32, also those that TRL trains in bfloat16 (on a policy in 4 or 8 bit)
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
     def _load_rng_state(self, checkpoint):
         # The last thing that transformers loads, right before the first optimizer step
         super()._load_rng_state(checkpoint)
         path = Path(checkpoint) / _state_file(self.args.process_index)
         self._set_state(torch.load(path, map_location="cpu", weights_only=True))
+        if self.args.sync_ref_model:
+            if self._is_sharded:
+                raise ValueError(
+                    f"{checkpoint} does not hold the reference model, which sync_ref_model=True has changed: it is "
+                    "sharded (FSDP or DeepSpeed) and is not saved. Runs that are to be resumed need "
+                    "sync_ref_model=False, or whole models."
+                )
+            reference = torch.load(Path(checkpoint) / REFERENCE, map_location="cpu", weights_only=True)
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference)
         if Path(checkpoint).resolve().parent == Path(self._output_dir).resolve():
             self._last_saved_step = self.state.global_step
 

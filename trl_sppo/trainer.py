@@ -225,7 +225,7 @@ class SPPOTrainer(ResumableTrainer):
         Raises:
             `ValueError`: if models are sharded, or nothing would be written.
         """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._is_sharded:
             raise ValueError(
                 "rollouts are sampled with whole models, but this launch shards them (FSDP or DeepSpeed). Launch "
                 "without, with use_vllm=True where one GPU does not suffice."

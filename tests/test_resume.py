@@ -1,0 +1,344 @@
+"""A run that ends at any point goes on as if it had not. benchmarks/kill_and_resume.py has the harness that kills."""
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import count_abc, more_abc
+from datasets import Dataset
+from fixed import weights
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
+
+from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from kill_and_resume import run
+
+
+# Iterations of two optimizer steps, each of two micro-batches; three iterations in an epoch
+RUN = {
+    "per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 9,
+    "save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "seed": 3,
+}  # fmt: skip
+PROMPTS = [a + b for a in "abcdef" for b in ("x", "yz")]
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def start(make_trainer, tiny_policy, tmp_path, monkeypatch):
+    """A function that builds a trainer in a folder of its own, and counts its calls of `generate` and of scoring."""
+
+    def build(folder: str, **options):
+        calls = Counter()
+
+        def score(completions, **kwargs):
+            calls["score"] += 1
+            return count_abc(completions)
+
+        torch.manual_seed(0)
+        options = {
+            "model": tiny_policy, "reward_funcs": score, "prompts": PROMPTS, **RUN,
+            "output_dir": str(tmp_path / folder), **options,
+        }  # fmt: skip
+        trainer = make_trainer(**options)
+        generate = Qwen2ForCausalLM.generate
+
+        def counting(*args, **kwargs):
+            calls["generate"] += 1
+            return generate(*args, **kwargs)
+
+        monkeypatch.setattr(Qwen2ForCausalLM, "generate", counting)
+        trainer.calls = calls
+        return trainer
+
+    return build
+
+
+def history(trainer) -> list[dict]:
+    """The log, without times and what is said of one call of `train`."""
+    words = "time", "per_second", "train_loss"
+    return [{k: v for k, v in row.items() if not any(w in k for w in words)} for row in trainer.state.log_history]
+
+
+def assert_same(actual, expected) -> None:
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(actual)[name], value), name
+    assert history(actual) == history(expected)
+
+
+# ---- Exact resume
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_from_each_checkpoint_to_the_same_weights(start, tmp_path, kind, beta):
+    """Inside an iteration and between two, in the first epoch and in the second."""
+
+    def build(folder):
+        return start(folder, beta=beta, trainer_kwargs={"peft_config": lora()} if kind == "lora" else {})
+
+    whole = build("whole")
+    whole.train()
+    assert whole.calls == {"generate": 5, "score": 5} and whole.state.epoch > 1
+    for step in range(1, 9):
+        resumed = build(f"from{step}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(resumed, whole)
+        # What the checkpoint holds is not sampled or scored again
+        left = 5 - (step + 1) // 2
+        assert resumed.calls == ({"generate": left, "score": left} if left else {}), step
+
+
+def test_with_several_passes_a_moving_reference_oracles_and_evaluations(start, tmp_path):
+    options = {
+        "num_iterations": 2, "beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 11,
+        "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4, "save_steps": 5,
+        "disable_dropout": False, "lr_scheduler_type": "cosine", "optim": "rmsprop",
+    }  # fmt: skip
+    kwargs = {"preference_func": more_abc, "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    whole = start("whole", **options, trainer_kwargs=kwargs)
+    whole.train()
+    resumed = start("resumed", **options, trainer_kwargs=kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same(resumed, whole)
+    for a, b in zip(resumed.ref_model.parameters(), whole.ref_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_qlora(start, tmp_path):
+    """A policy in 4 bit: its adapter goes on, on the same frozen weights."""
+    kwargs = {
+        "peft_config": lora(),
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    }
+    whole = start("whole", trainer_kwargs=kwargs)
+    whole.train()
+    resumed = start("resumed", trainer_kwargs=kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same(resumed, whole)
+
+
+def test_streamed_prompts(start, tmp_path):
+    def build(folder):
+        prompts = Dataset.from_dict({"prompt": PROMPTS}).to_iterable_dataset()
+        return start(folder, trainer_kwargs={"train_dataset": prompts})
+
+    whole = build("whole")
+    whole.train()
+    resumed = build("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same(resumed, whole)
+
+
+def test_evaluations_change_nothing_about_the_training(start):
+    without = start("without")
+    without.train()
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    evaluated = start("with", **evaluation, trainer_kwargs=kwargs)
+    evaluated.train()
+    for name, value in weights(without).items():
+        assert torch.equal(weights(evaluated)[name], value)
+
+
+def test_a_run_that_has_taken_all_its_steps_takes_no_more(start, tmp_path):
+    """transformers would take one. A run may be killed between its last checkpoint and its end."""
+    whole = start("whole")
+    whole.train()
+    again = start("whole")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 9 and not again.calls
+    assert_same(again, whole)
+
+
+def test_a_killed_run_uses_the_rollouts_after_its_last_checkpoint(start, tmp_path, monkeypatch):
+    """It ends in iteration 3, two after its only checkpoint: what it sampled and scored since then is used."""
+    whole = start("whole", save_steps=4)
+    whole.train()
+
+    class KilledError(Exception):
+        pass
+
+    killed = start("killed", save_steps=4)
+    step = killed.training_step
+
+    def dies(*args, **kwargs):
+        if killed._step == 15:  # the second micro-batch of optimizer step 8, of iteration 3
+            raise KilledError
+        return step(*args, **kwargs)
+
+    killed.training_step = dies
+    with pytest.raises(KilledError):
+        killed.train()
+    assert killed.calls == {"generate": 4, "score": 4}
+    resumed = start("killed", save_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
+    assert resumed.calls == {"generate": 1, "score": 1}  # of iteration 4
+
+
+def test_completions_are_not_lost_when_scoring_fails(start, tmp_path):
+    whole = start("whole")
+    whole.train()
+
+    def fails(completions, **kwargs):
+        fails.calls += 1
+        if fails.calls == 3:
+            raise OSError("the reward model is not there")
+        return count_abc(completions)
+
+    fails.calls = 0
+    fails.__name__ = "score"
+    failing = start("failing", save_steps=100, reward_funcs=fails)
+    with pytest.raises(RuntimeError):
+        failing.train()
+    resumed = start("failing", save_steps=100)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.calls == {"generate": 2, "score": 3}
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value)
+
+
+def test_rollouts_of_other_options_are_set_aside(start, tmp_path):
+    start("run", save_steps=4, max_steps=6).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resumed = start("run", save_steps=4, max_steps=6, temperature=0.5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.calls["generate"] == 1
+    assert [path.name for path in (tmp_path / "run" / "rollouts-1").iterdir()] == ["iteration-000002.parquet"]
+
+
+# ---- Killed
+
+
+def test_killed_at_fifty_points(tmp_path):
+    """SIGKILL anywhere, also while checkpoints and rollouts are being written; LoRA and full, one process and two."""
+    counts = sum(run(points=50, seed=0, work=tmp_path).values(), Counter())
+    assert counts["killed"] == counts["same weights"] == counts["same log"] == 50
+    assert counts["torn checkpoints"] > 0
+    # At most what was under way is done again: by each of two processes one sampling, one scoring, one judgement
+    assert counts["calls repeated"] <= 3 * counts["kills"]
+
+
+# ---- Torn checkpoints
+
+
+def test_a_checkpoint_is_whole_if_all_its_files_are_as_they_were_written(start, tmp_path):
+    start("run", max_steps=2).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert read_manifest(checkpoint)["step"] == 2
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        with pytest.raises(ValueError, match=r"cannot be read|bytes instead of"):
+            read_manifest(checkpoint)
+        path.unlink()
+        with pytest.raises(ValueError, match=r"it has no manifest.json, which is written last|is missing"):
+            read_manifest(checkpoint)
+        path.write_bytes(content)
+    assert read_manifest(checkpoint)["can_be_resumed"]
+
+
+def test_a_torn_checkpoint_is_passed_over_with_a_line_that_says_so(start, tmp_path, caplog):
+    whole = start("run")
+    whole.train()
+    for step in (8, 9):
+        (tmp_path / "run" / f"checkpoint-{step}" / "manifest.json").unlink()
+    resumed = start("run")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
+    for step in (8, 9):
+        assert f"checkpoint-{step} is torn (it has no manifest.json, which is written last)" in caplog.text
+    assert f"Going on from {tmp_path / 'run' / 'checkpoint-7'}." in caplog.text
+    assert read_manifest(tmp_path / "run" / "checkpoint-9")  # written anew
+
+
+def make_checkpoints(folder: Path, whole: dict[int, str], torn: tuple[int, ...] = ()) -> None:
+    for step, time in whole.items():
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        manifest = {"written_at": f"2026-01-01T00:{time}", "files": {}}
+        (folder / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps(manifest))
+    for step in torn:
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+
+
+def test_which_checkpoint_is_taken(tmp_path, caplog):
+    make_checkpoints(tmp_path, whole={10: "01", 20: "02", 90: "00"}, torn=(15, 30))
+    (tmp_path / "checkpoint-best").mkdir()
+    path = lambda step: str(tmp_path / f"checkpoint-{step}")  # noqa: E731
+    assert find_checkpoint("true", str(tmp_path)) == path(20)  # 90 is of an earlier run
+    assert "checkpoint-30 is torn" in caplog.text and "checkpoint-15" not in caplog.text
+    assert find_checkpoint(path(10), "elsewhere") == path(10)
+    assert find_checkpoint(path(30), "elsewhere") == path(20)
+    assert find_checkpoint(path(15), "elsewhere") == path(10)
+    assert last_whole_checkpoint(str(tmp_path / "nowhere")) is None
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint='.*nowhere' is not a folder. Give the path of a"):
+        find_checkpoint(str(tmp_path / "nowhere"), "elsewhere")
+
+
+def test_a_torn_checkpoint_alone(tmp_path):
+    make_checkpoints(tmp_path, whole={}, torn=(5,))
+    with pytest.raises(ValueError, match=r"checkpoint-5' is torn .* no whole checkpoint before it"):
+        find_checkpoint(str(tmp_path / "checkpoint-5"), "elsewhere")
+
+
+def test_a_run_without_a_checkpoint_begins_anew(start, caplog):
+    trainer = start("run", max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1 and "There is no checkpoint in" in caplog.text
+
+
+def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(start, tmp_path, monkeypatch):
+    from trl_sppo import resumable
+
+    whole_before = []
+    write = resumable.write_manifest
+
+    def record(folder, **facts):
+        whole_before.append(last_whole_checkpoint(str(tmp_path / "run")))
+        write(folder, **facts)
+
+    monkeypatch.setattr(resumable, "write_manifest", record)
+    start("run", save_total_limit=1, max_steps=3).train()
+    assert [path and path.name for path in whole_before] == [None, "checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+# ---- What does not fit
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps was 2, now 4"),
+        ({"steps_per_generation": 2, "num_iterations": 2}, r"steps_per_generation was 4, now 2; num_iterations was 1"),
+        ({"num_generations": 2}, r"num_generations was 4, now 2"),
+    ],
+)
+def test_other_batches(start, tmp_path, changes, expected):
+    start("run", max_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(ValueError, match=expected) as error:
+        start("other", **changes).train(resume_from_checkpoint=str(checkpoint))
+    assert f"begin a new run from its weights with model_name_or_path='{checkpoint}'" in str(error.value)
+
+
+def test_a_checkpoint_of_the_model_alone(start, tmp_path):
+    start("run", max_steps=1, save_only_model=True).train()
+    with pytest.raises(ValueError, match="was saved with save_only_model=True, without the optimizer"):
+        start("run").train(resume_from_checkpoint=True)
+
+
+def test_the_checkpoint_is_looked_for_before_anything_is_loaded(start, monkeypatch):
+    monkeypatch.setattr("trl.GRPOTrainer.__init__", lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="resume_from_checkpoint='nowhere' is not a folder"):
+        start("run", resume_from_checkpoint="nowhere")
