@@ -238,7 +238,7 @@ def test_a_checkpoint_is_whole_if_all_its_files_are_as_they_were_written(start, 
     assert read_manifest(checkpoint)["step"] == 2
     for path in sorted(checkpoint.iterdir()):
         content = path.read_bytes()
-        path.write_bytes(content[:-1])
+        path.write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=r"cannot be read|bytes instead of"):
             read_manifest(checkpoint)
         path.unlink()

@@ -5,7 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -168,6 +168,7 @@ class ResumableTrainer(GRPOTrainer):
         if self.state.global_step >= self.state.max_steps:
             # A resumed run that had taken all its steps. transformers would take one more
             self.control.should_training_stop = True
+            cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -238,9 +239,10 @@ class ResumableTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # PEFT loads adapters in float32, also those that TRL trains in bfloat16 (on a policy in 4 or 8 bit)
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        policy = cast(torch.nn.Module, self.model)
+        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in policy.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
 
     def _load_rng_state(self, checkpoint):
