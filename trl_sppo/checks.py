@@ -8,7 +8,8 @@ import transformers
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import is_conversational
 
@@ -16,6 +17,8 @@ from .comparisons import check_oracle
 from .config import SPPOConfig
 from .trust import check_safetensors, is_url, own_code_is_refused
 
+
+POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about this model alone."
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -49,8 +52,7 @@ def check_vllm(args: SPPOConfig) -> None:
 
 def _policy_config(model: str, args: SPPOConfig) -> Any:
     kwargs: Any = args.model_init_kwargs or {}
-    cure = "If you trust it, set trust_remote_code=True, which is about this model alone."
-    with own_code_is_refused(f"model {model!r}", cure):
+    with own_code_is_refused(f"model {model!r}", POLICYS_OWN_CODE):
         return AutoConfig.from_pretrained(
             model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
         )
@@ -211,7 +213,7 @@ def check_sources(
         )
 
 
-def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool) -> None:
+def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, needs_tokenizer: bool = True) -> None:
     """Raise `ValueError` if the policy cannot be had from safetensors, or the initial policy that `beta` needs."""
     if not isinstance(model, str):
         # An adapter is switched off for that
@@ -225,7 +227,7 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool) -> 
             )
         return
     try:
-        _policy_config(model, args)
+        config = _policy_config(model, args)
     except OSError as error:
         raise ValueError(
             f"model {model!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
@@ -233,6 +235,13 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool) -> 
         ) from error
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
+    revision = {"revision": kwargs.get("revision")}
+    own_code = getattr(config, "auto_map", None) or get_tokenizer_config(model, **revision).get("auto_map")
+    if (
+        needs_tokenizer and own_code and not args.trust_remote_code
+    ):  # of which transformers' AutoProcessor says nothing
+        with own_code_is_refused(f"the tokenizer of model {model!r}", POLICYS_OWN_CODE):
+            AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
 
 
 def check_datasets(
