@@ -78,7 +78,7 @@ def main():
     train, held_out = order[: args.num_train].tolist(), order[args.num_train :].tolist()
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1, use_safetensors=True)
     lora = LoraConfig(
         task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["query", "key", "value", "dense"]
     )

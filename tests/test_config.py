@@ -43,7 +43,7 @@ HONOURED = {
     "shuffle_dataset": RUNS,
     # the policy
     "model_init_kwargs": "test_quantization.py::test_qlora_trains_saves_loads_back_and_merges",
-    "trust_remote_code": "test_rewards.py::test_remote_code_is_not_run_unasked",
+    "trust_remote_code": "test_security.py::test_a_policys_own_code",
     "disable_dropout": RUNS,
     "cast_lm_head_to_fp32": RUNS,
     # generation

@@ -1,7 +1,5 @@
 """Reward models: micro-batches, and what is refused before anything is loaded."""
 
-import json
-
 import pytest
 import torch
 from conftest import TINY, make_tokenizer
@@ -285,21 +283,3 @@ def test_another_configuration_class(tiny_model, tmp_path):
 
     with pytest.raises(TypeError, match="args must be an SPPOConfig, got GRPOConfig"):
         SPPOTrainer(tiny_model, lambda **kwargs: [], GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
-
-
-@pytest.mark.parametrize("what", ["policy", "reward model"])
-def test_remote_code_is_not_run_unasked(make_trainer, tiny_model, tmp_path, what):
-    folder = tmp_path / "foreign"
-    folder.mkdir()
-    kinds = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "foreign", "architectures": ["ForeignForSequenceClassification"], "auto_map": kinds})
-        if what == "policy"
-        else json.dumps({"model_type": "foreign", "architectures": ["Foreign"], "num_labels": 1, "auto_map": kinds})
-    )
-    (folder / "code.py").write_text("raise SystemExit('remote code was run')")
-    with pytest.raises(ValueError, match=r"trust_remote_code|has no scoring head"):
-        if what == "policy":
-            make_trainer(model=str(folder))
-        else:
-            make_trainer(model=tiny_model, reward_funcs=str(folder))

@@ -8,14 +8,18 @@ import transformers
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import is_conversational
 
 from .checkpoints import asked_checkpoint
 from .comparisons import check_oracle
 from .config import SPPOConfig
+from .trust import check_safetensors, is_url, own_code_is_refused
 
+
+POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about this model alone."
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -52,15 +56,21 @@ def check_vllm(args: SPPOConfig) -> None:
         )
 
 
+def _policy_config(model: str, args: SPPOConfig) -> Any:
+    kwargs: Any = args.model_init_kwargs or {}
+    with own_code_is_refused(f"model {model!r}", POLICYS_OWN_CODE):
+        return AutoConfig.from_pretrained(
+            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+
+
 def _quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any) -> int | None:
     """4 or 8, if the policy is, or would be, in bitsandbytes' format. An unknown path is no matter of this check."""
     kwargs: Any = args.model_init_kwargs or {}
     config = quantization_config or kwargs.get("quantization_config")
     if config is None and isinstance(model, str):
         try:
-            config = AutoConfig.from_pretrained(
-                model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-            )
+            config = _policy_config(model, args)
         except OSError:
             return None
         config = getattr(config, "quantization_config", None)
@@ -181,6 +191,13 @@ def check_sources(
         )
     for oracle in preference_funcs:
         check_oracle(oracle)
+    paths = [source for source in reward_funcs if isinstance(source, str) and not is_url(source)]
+    for trusted in args.reward_trust_remote_code or []:
+        if trusted not in paths:
+            raise ValueError(
+                f"reward_trust_remote_code names {trusted!r}, which is none of the reward models that are loaded here "
+                f"({paths}). Write it as it is given in reward_funcs (--reward_model_name_or_path), or remove it."
+            )
     if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
         raise ValueError(
             f"reward_weights must have one entry per reward source ({len(reward_funcs)}), got {args.reward_weights}."
@@ -212,24 +229,35 @@ def check_sources(
         )
 
 
-def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool) -> None:
-    """Raise `ValueError` if the policy's config.json cannot be had, or the initial policy that `beta` needs."""
+def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, needs_tokenizer: bool = True) -> None:
+    """Raise `ValueError` if the policy cannot be had from safetensors, or the initial policy that `beta` needs."""
     if not isinstance(model, str):
         # An adapter is switched off for that
-        if args.beta > 0 and not has_adapter and not getattr(model.config, "_name_or_path", ""):
+        path = getattr(model.config, "_name_or_path", "")
+        if args.beta > 0 and not has_adapter and path:
+            check_safetensors("the initial policy that beta needs, model", path)
+        if args.beta > 0 and not has_adapter and not path:
             raise ValueError(
                 f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "
                 "but this one was not loaded from anywhere. Save it, and pass the path as `model`."
             )
         return
-    kwargs: Any = args.model_init_kwargs or {}
     try:
-        AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+        config = _policy_config(model, args)
     except OSError as error:
         raise ValueError(
             f"model {model!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
             f"Face hub. Check the path (--model_name_or_path). ({error})"
         ) from error
+    kwargs: Any = args.model_init_kwargs or {}
+    check_safetensors("model", model, kwargs.get("subfolder") or "")
+    revision = {"revision": kwargs.get("revision")}
+    own_code = getattr(config, "auto_map", None) or get_tokenizer_config(model, **revision).get("auto_map")
+    if (
+        needs_tokenizer and own_code and not args.trust_remote_code
+    ):  # of which transformers' AutoProcessor says nothing
+        with own_code_is_refused(f"the tokenizer of model {model!r}", POLICYS_OWN_CODE):
+            AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
 
 
 def check_datasets(

@@ -1,10 +1,12 @@
 """Options of [`SPPOTrainer`]: SPPO's own, their checks, and the options of GRPO that have no meaning here."""
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.utils import logging
 from trl import GRPOConfig
+
+from .trust import check_url
 
 
 logger = logging.get_logger(__name__)
@@ -95,7 +97,7 @@ class SPPOConfig(GRPOConfig):
         reward_quantization (`str`, *optional*):
             Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4, double quantization), with
             bitsandbytes. Their scoring heads stay as they are.
-        save_rollouts (`bool`, *optional*, defaults to `True`):
+            save_rollouts (`bool`, *optional*, defaults to `True`):
             Whether to write the rollouts of each iteration to `output_dir/rollouts`, where a run that is resumed finds
             them again.
         rollouts_total_limit (`int`, *optional*):
@@ -105,6 +107,11 @@ class SPPOConfig(GRPOConfig):
         time_budget (`float`, *optional*):
             Minutes after which the process should have ended, counted from its start. Training ends in time for that
             with a checkpoint, like after SIGTERM. 5 % are kept for the checkpoint.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the policy's checkpoint may run Python code of its own, for its model and its tokenizer. Unlike
+            GRPO's, it says nothing about reward models.
+        reward_trust_remote_code (`list[str]`, *optional*):
+            Reward models, as given in `reward_funcs`, that may run Python code of their own. None by default.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -249,6 +256,16 @@ class SPPOConfig(GRPOConfig):
         metadata={"help": "Minutes after which the process should have ended: a checkpoint is saved in time."},
     )
 
+    # Parameters that control whose code runs
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether the policy's checkpoint, and it alone, may run Python code of its own."},
+    )
+    reward_trust_remote_code: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward models, as given, that may run Python code of their own. None by default."},
+    )
+
     def __post_init__(self):
         if self.num_generations is None or self.num_generations < 2:
             raise ValueError(
@@ -256,6 +273,7 @@ class SPPOConfig(GRPOConfig):
                 "of a group with each other. The default is 8."
             )
         super().__post_init__()
+        self._check_trust()
 
         defaults = {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
         for name, reason in REJECTED_OPTIONS.items():
@@ -384,3 +402,30 @@ class SPPOConfig(GRPOConfig):
                     f"{name}={getattr(self, name)} samples from another distribution than the policy whose log-ratio "
                     f"is trained: win rates are then those of the filtered policy. SPPO expects {name}={neutral[0]}."
                 )
+
+    def _check_trust(self) -> None:
+        """Whose code may run, and what must not be saved with the arguments."""
+        login = "Log in with `hf auth login`, or set the environment variable HF_TOKEN, and remove the option."
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token must not be given: `ps` would show it, and training_args.bin hold it in clear. " + login
+            )
+        init_kwargs: Any = self.model_init_kwargs or {}
+        for name in ("token", "use_auth_token"):
+            if name in init_kwargs:
+                raise ValueError(
+                    f"model_init_kwargs must not hold {name!r}: training_args.bin would hold it in clear. {login}"
+                )
+        if init_kwargs.get("use_safetensors", True) is not True:
+            raise ValueError(
+                f"model_init_kwargs has use_safetensors={init_kwargs['use_safetensors']!r}, but only safetensors are "
+                "loaded: other weights are pickles, which may run any code. Remove it."
+            )
+        if self.vllm_server_base_url is not None:
+            check_url("vllm_server_base_url", self.vllm_server_base_url, "Keep the port where only the trainer is.")
+        names = self.reward_trust_remote_code
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(
+                f"reward_trust_remote_code must be a list of reward models, as given in reward_funcs, got {names!r}: "
+                "each whose own code may run is named."
+            )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import patch_environment
 from torch import nn
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .served import ServedRewardModel
+from .trust import check_safetensors, is_url, own_code_error, own_code_is_refused
 
 
 Scores = Sequence[float | None]
@@ -69,7 +71,7 @@ def load_reward_models(
     reward_funcs: Sequence[RewardSource],
     processing_classes: Sequence[PreTrainedTokenizerBase | None],
     conversational: bool,
-    trust_remote_code: bool = False,
+    trust_remote_code: Sequence[str] = (),
     chat_template_kwargs: dict[str, Any] | None = None,
     quantization: str | None = None,
 ) -> tuple[list[Any], list[Any]]:
@@ -84,8 +86,8 @@ def load_reward_models(
             Tokenizer of each reward model; `None` takes the one saved beside it.
         conversational (`bool`):
             Whether prompts are lists of messages, which a reward model reads through its chat template.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code from the repositories of the reward models.
+        trust_remote_code (sequence of `str`, *optional*, defaults to `()`):
+            Reward models, of those given by path, whose own code may run.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments of the chat template, for reward models given by URL. TRL passes them to the others.
         quantization (`str`, *optional*):
@@ -101,7 +103,7 @@ def load_reward_models(
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
-        if isinstance(source, str) and source.startswith(("http://", "https://"))
+        if isinstance(source, str) and is_url(source)
         else source
         for source in reward_funcs
     ]
@@ -127,7 +129,8 @@ def load_reward_models(
                 )
             source.check(conversational)
         elif isinstance(source, str):
-            _check_config(source, trust_remote_code)
+            _check_config(source, source in trust_remote_code)
+            check_safetensors("reward model", source)
         elif isinstance(source, PreTrainedModel):
             _check_labels(source.config._name_or_path, source.config.num_labels)
         elif isinstance(source, nn.Module) and tokenizer is None:
@@ -143,25 +146,33 @@ def load_reward_models(
                     "known for it: pass one in `reward_processing_classes`."
                 )
             if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+                with own_code_is_refused(*_own_code(name)):
+                    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=source in trust_remote_code)
             _check_tokenizer(name, tokenizer, conversational)
         tokenizers.append(tokenizer)
     # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
     # fills the policy's, but not those of reward models
-    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-        models = [
-            AutoModelForSequenceClassification.from_pretrained(
-                source,
-                num_labels=1,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                quantization_config=_quantization_config(quantization),
-            )
-            if isinstance(source, str)
-            else source
-            for source in reward_funcs
-        ]
+    models = []
+    for source in reward_funcs:
+        if isinstance(source, str):
+            with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), own_code_is_refused(*_own_code(source)):
+                source = AutoModelForSequenceClassification.from_pretrained(
+                    source,
+                    num_labels=1,
+                    trust_remote_code=source in trust_remote_code,
+                    use_safetensors=True,
+                    quantization_config=_quantization_config(quantization),
+                )
+        models.append(source)
     return models, tokenizers
+
+
+def _own_code(name: str) -> tuple[str, str]:
+    """What brings code of its own, and what to do about it."""
+    return f"reward model {name!r}", (
+        f"If you trust it, name this model in `reward_trust_remote_code`: [{name!r}]. To a model that is already "
+        "loaded, pass its tokenizer in `reward_processing_classes`."
+    )
 
 
 def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
@@ -178,7 +189,7 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
     return None
 
 
-def _check_config(path: str, trust_remote_code: bool) -> None:
+def _check_config(path: str, trusted: bool) -> None:
     """Read a checkpoint's config.json only: would it load as a classifier with a trained, single-valued head?"""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
@@ -188,8 +199,11 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
             f"Hugging Face hub. Check the path. ({error})"
         ) from error
     architectures = config.get("architectures") or []
-    remote = trust_remote_code and "AutoModelForSequenceClassification" in config.get("auto_map", {})
-    if not remote and not any(name.endswith("ForSequenceClassification") for name in architectures):
+    heads = [name for name in architectures if name.endswith("ForSequenceClassification")]
+    own_code = "AutoModelForSequenceClassification" in config.get("auto_map", {})
+    if own_code and not trusted and not any(hasattr(transformers, name) for name in heads):
+        raise own_code_error(*_own_code(path))
+    if not heads and not own_code:
         raise ValueError(
             f"reward model {path!r} has no scoring head: its config.json names {architectures or 'no architecture'}, "
             "and a head made now would give random scores. Use a checkpoint of a `...ForSequenceClassification` model "

@@ -165,13 +165,15 @@ class SPPOTrainer(ResumableTrainer):
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
-        check_model(model, args, has_adapter)
+        check_model(model, args, has_adapter, needs_tokenizer=processing_class is None)
+        if isinstance(model, str):  # TRL would fall back to pickled weights
+            args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
         reward_sources, processing_classes = load_reward_models(
             reward_funcs,
             processing_classes,
             conversational,
-            args.trust_remote_code,
+            args.reward_trust_remote_code or (),
             cast(Any, args.chat_template_kwargs),
             args.reward_quantization,
         )

@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..trust import check_url, is_url
 from .local import check_positive
 
 
@@ -33,10 +33,9 @@ class Endpoint:
         check_positive(max_concurrency=max_concurrency, timeout=timeout)
         if max_retries < 0:
             raise ValueError(f"max_retries must not be negative, got {max_retries}. To ask only once, set it to 0.")
-        if not base_url.startswith(("http://", "https://")):
+        check_url(self._url_option, base_url, "Pass a key as `api_key`.")
+        if not is_url(base_url):
             raise ValueError(f"{self._url_option} must be an http(s) URL such as {self._example!r}, got {base_url!r}.")
-        if "@" in urlsplit(base_url).netloc:  # which messages would show
-            raise ValueError(f"{self._url_option} must hold no user name or password. Pass a key as `api_key`.")
         if api_key is not None and not api_key.isascii():
             raise ValueError("api_key must be ASCII, as the header that carries it. Was something else pasted?")
         self.base_url = base_url

@@ -8,13 +8,12 @@ from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .local import LocalJudge, check_loaded, check_positive, last_part, load, not_found
+from .local import LocalJudge, check_loaded, check_positive, last_part, load, load_tokenizer, no_own_code, not_found
 from .texts import Messages, break_up, break_up_messages, completion_text, special_tokens
 
 
@@ -73,7 +72,7 @@ class GeneralPreferenceJudge(LocalJudge):
             )
         super().__init__(last_part(model))
         self.model = _load_general_preference_model(model, embedding_dim).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+        self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         if self.tokenizer.chat_template is None or self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"the tokenizer of judge {model!r} needs a chat template and an EOS token: the model was trained on "
@@ -145,7 +144,8 @@ class GeneralPreferenceJudge(LocalJudge):
 
 def _load_general_preference_model(path: str, embedding_dim: int) -> Any:
     try:
-        config = AutoConfig.from_pretrained(path)
+        with no_own_code(path):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise not_found(path, error) from error
     backbone: Any = MODEL_MAPPING[type(config)]

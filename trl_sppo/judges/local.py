@@ -1,12 +1,16 @@
 """What judges share that run a model in this process."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from ..trust import check_safetensors, own_code_is_refused
 
 
 logger = logging.get_logger(__name__)
@@ -70,12 +74,27 @@ def check_positive(**options: float) -> None:
 
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """A model, and which weights were missing. transformers would also advise to train them."""
+    check_safetensors("judge", path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **kwargs)
+        with no_own_code(path):
+            return kind.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+            )
     finally:
         logging.set_verbosity(verbosity)
+
+
+def load_tokenizer(path: Any) -> PreTrainedTokenizerBase:
+    with no_own_code(path):  # without an answer, transformers would ask for one on the terminal
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def no_own_code(path: str) -> AbstractContextManager[None]:
+    return own_code_is_refused(
+        f"judge {path!r}", "There is no option for it: if you trust it, wrap it in a `preference_func` of your own."
+    )
 
 
 def check_loaded(path: str, missing: set[str]) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DebertaV2Config,
     DebertaV2Model,
     DebertaV2PreTrainedModel,
@@ -17,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .local import LocalJudge, check_loaded, check_positive, last_part, load, not_found
+from .local import LocalJudge, check_loaded, check_positive, last_part, load, load_tokenizer, not_found
 from .texts import Messages, break_up, break_up_messages, completion_text, prompt_text, special_tokens
 
 
@@ -118,7 +117,7 @@ class PairRMJudge(LocalJudge):
         if tokenizer is None and not isinstance(model, str):
             raise ValueError(f"judge {name!r} was given as a loaded model, so pass its `tokenizer` too.")
         self.model = (_load_pair_classifier(model) if isinstance(model, str) else model).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+        self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         self.batch_size = batch_size
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length

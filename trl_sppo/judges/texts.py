@@ -32,9 +32,14 @@ def _content_text(message: dict[str, Any]) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, *more: str) -> re.Pattern[str]:
-    """Matches the special tokens that a text could spell."""
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(more)
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens) if len(token) > 1) or "(?!)")
+    """Matches what a text could spell and the model read as control: special tokens, and others of the template's."""
+    template = str(tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_decoder.values()
+    # Added tokens that only stand for white space are text, though templates have it too
+    tokens = {
+        token.content for token in added if token.special or (token.content.strip() and token.content in template)
+    }
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens | set(more)) if len(token) > 1) or "(?!)")
 
 
 def break_up(special: re.Pattern[str], text: str) -> str:

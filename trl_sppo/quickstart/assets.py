@@ -51,7 +51,7 @@ def _make_reward_model(folder: Path) -> None:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the encoder has no scoring head, which is no news: the adapter brings it
-    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1, use_safetensors=True)
     logging.set_verbosity(verbosity)
     with as_file(files("trl_sppo.quickstart") / "reward_model") as adapter:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
