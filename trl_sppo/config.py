@@ -97,7 +97,7 @@ class SPPOConfig(GRPOConfig):
         reward_quantization (`str`, *optional*):
             Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4, double quantization), with
             bitsandbytes. Their scoring heads stay as they are.
-            save_rollouts (`bool`, *optional*, defaults to `True`):
+        save_rollouts (`bool`, *optional*, defaults to `True`):
             Whether to write the rollouts of each iteration to `output_dir/rollouts`, where a run that is resumed finds
             them again.
         rollouts_total_limit (`int`, *optional*):
@@ -107,7 +107,7 @@ class SPPOConfig(GRPOConfig):
         time_budget (`float`, *optional*):
             Minutes after which the process should have ended, counted from its start. Training ends in time for that
             with a checkpoint, like after SIGTERM. 5 % are kept for the checkpoint.
-            trust_remote_code (`bool`, *optional*, defaults to `False`):
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the policy's checkpoint may run Python code of its own, for its model and its tokenizer. Unlike
             GRPO's, it says nothing about reward models.
         reward_trust_remote_code (`list[str]`, *optional*):
