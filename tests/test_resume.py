@@ -37,6 +37,8 @@ def lora() -> LoraConfig:
 def start(make_trainer, tiny_policy, tmp_path, monkeypatch):
     """A function that builds a trainer in a folder of its own, and counts its calls of `generate` and of scoring."""
 
+    generate = Qwen2ForCausalLM.generate
+
     def build(folder: str, **options):
         calls = Counter()
 
@@ -50,7 +52,6 @@ def start(make_trainer, tiny_policy, tmp_path, monkeypatch):
             "output_dir": str(tmp_path / folder), **options,
         }  # fmt: skip
         trainer = make_trainer(**options)
-        generate = Qwen2ForCausalLM.generate
 
         def counting(*args, **kwargs):
             calls["generate"] += 1

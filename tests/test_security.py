@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from transformers.utils import logging as transformers_logging
 
 from trl_sppo import ServedRewardModel, SPPOConfig, train
+from trl_sppo.checkpoints import write_manifest
 from trl_sppo.judges import GeneralPreferenceJudge, LLMJudge, PairRMJudge
 from trl_sppo.judges.texts import break_up, special_tokens
 from trl_sppo.rewards import load_reward_models
@@ -302,18 +303,27 @@ def checkpoint(make_trainer, tmp_path):
     return tmp_path / "out" / "checkpoint-1"
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def plant(checkpoint: Path, file: str) -> None:
+    """Put a bomb into a checkpoint as somebody would who wants it to be used."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    torch.save(Bomb(checkpoint), checkpoint / file)
+    write_manifest(checkpoint, **{name: manifest[name] for name in ("step", "can_be_resumed", "layout")})
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "rollouts_0.pt"]
+)
 def test_a_bomb_in_a_checkpoint_does_not_go_off(make_trainer, checkpoint, file):
     assert (checkpoint / file).exists() or file == "pytorch_model.bin"
     (checkpoint / "model.safetensors").rename(checkpoint / "aside") if file == "pytorch_model.bin" else None
-    torch.save(Bomb(checkpoint), checkpoint / file)
+    plant(checkpoint, file)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         make_trainer(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
     assert not has_run(checkpoint)
 
 
 def test_nobody_reads_the_pickled_arguments(make_trainer, checkpoint):
-    torch.save(Bomb(checkpoint), checkpoint / "training_args.bin")
+    plant(checkpoint, "training_args.bin")
     make_trainer(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
     assert not has_run(checkpoint)
 

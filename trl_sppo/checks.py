@@ -56,7 +56,8 @@ def check_vllm(args: SPPOConfig) -> None:
         )
 
 
-def _policy_config(model: str, args: SPPOConfig) -> Any:
+def policy_config(model: str, args: SPPOConfig) -> Any:
+    """The policy's configuration, by its path or id."""
     kwargs: Any = args.model_init_kwargs or {}
     with own_code_is_refused(f"model {model!r}", POLICYS_OWN_CODE):
         return AutoConfig.from_pretrained(
@@ -70,7 +71,7 @@ def _quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_confi
     config = quantization_config or kwargs.get("quantization_config")
     if config is None and isinstance(model, str):
         try:
-            config = _policy_config(model, args)
+            config = policy_config(model, args)
         except OSError:
             return None
         config = getattr(config, "quantization_config", None)
@@ -243,7 +244,7 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, nee
             )
         return
     try:
-        config = _policy_config(model, args)
+        config = policy_config(model, args)
     except OSError as error:
         raise ValueError(
             f"model {model!r} is neither a folder with a config.json nor a model that can be had from the Hugging "

@@ -1,6 +1,7 @@
 """What a run says when it cannot go on."""
 
 import errno
+import os
 import sys
 import traceback
 
@@ -27,10 +28,12 @@ def explain(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, RunError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    # safetensors and torch.save do not say by an errno what they met
+    full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    if any(words in text for words in (*full, "PytorchStreamWriter failed", "iostream error", "unexpected pos")):
         return (
-            f"there is no space left to write to ({error}). Make room, or lower save_total_limit and "
-            "rollouts_total_limit."
+            f"a file could not be written, most likely because the disk is full ({text.splitlines()[0]}). Make room, "
+            "or lower save_total_limit and rollouts_total_limit."
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (

@@ -103,8 +103,12 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.exit_code is not None and state.epoch % 1:  # the epoch is not over, only the run
+        if self.exit_code is None:
+            return
+        if state.epoch % 1:  # the epoch is not over, only the run
             control.should_log = control.should_evaluate = False
+        else:  # again, with what comes at the end of an epoch
+            control.should_save = True
 
     def _begin_micro_step(self) -> None:
         self._micro_step_began, self._rollout = time.time(), self.trainer.needs_rollout()

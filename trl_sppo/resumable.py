@@ -18,6 +18,7 @@ from .checkpoints import find_checkpoint, read_manifest, write_manifest
 from .config import SPPOConfig
 from .faults import how_to_go_on
 from .interruption import Interruption
+from .nonfinite import NonFiniteSteps
 from .recording import RolloutRecorder
 
 
@@ -43,7 +44,7 @@ class ResumableTrainer(GRPOTrainer):
     args: SPPOConfig
 
     # Attributes that a resumed run needs, besides what transformers saves: numbers, tensors, and containers of them
-    _saved = ["_step", "_tr_loss", "_globalstep_last_logged"]
+    _saved = ["_step", "_tr_loss", "_globalstep_last_logged", "_skipped_steps", "_skipped_in_a_row"]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -51,6 +52,9 @@ class ResumableTrainer(GRPOTrainer):
         self._last_saved_step: int | None = None
         self._resumed = False
         self._recorder = RolloutRecorder(self)
+        self._losses_are_finite: list[torch.Tensor] = []  # of the micro-batches of the optimizer step at hand
+        self._skipped_steps = self._skipped_in_a_row = 0
+        self.add_callback(NonFiniteSteps(self))
         self._interruption = Interruption(self, self.args.time_budget)
         self.add_callback(self._interruption)
 
@@ -171,6 +175,19 @@ class ResumableTrainer(GRPOTrainer):
             cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses_are_finite.append(loss.isfinite())
+        return loss
+
+    def micro_batches_of_step(self) -> list[dict[str, Any]]:
+        """This process's micro-batches of the optimizer step at hand."""
+        # TRL's buffer holds the slices of the generation batch; steps_per_generation is a multiple of `steps`
+        assert self._buffered_inputs is not None and self.args.steps_per_generation is not None
+        steps = self.args.gradient_accumulation_steps
+        first = self.state.global_step * steps % self.args.steps_per_generation
+        return self._buffered_inputs[first : first + steps]
 
     # ---- Checkpoints
 

@@ -243,6 +243,7 @@ def import_callable(path: str, what: str, hint: str) -> Any:
 def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
     """Load the training split, and the test split if `evaluate`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
     from trl import get_dataset
 
     if dataset_args.datasets and script_args.dataset_name:
@@ -254,6 +255,10 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
             splits = load_dataset(
                 script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
             )
+        except DatasetGenerationError as error:  # its cause says what is wrong, and where
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
+            ) from error
         except (OSError, ConnectionError) as error:
             raise ValueError(
                 f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "

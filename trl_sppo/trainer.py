@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections import deque
 from collections.abc import Iterator
+from functools import wraps
 from itertools import count, islice
 from typing import Any, cast
 
@@ -27,7 +28,9 @@ from .checks import (
 from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
+from .faults import RunError
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
+from .prompts import check_prompt_ids, check_prompts, check_rows
 from .resumable import ResumableTrainer
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
 from .rollouts import (
@@ -166,6 +169,7 @@ class SPPOTrainer(ResumableTrainer):
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         check_model(model, args, has_adapter, needs_tokenizer=processing_class is None)
+        check_prompts(args, model, processing_class, train_dataset, eval_dataset)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
@@ -190,6 +194,8 @@ class SPPOTrainer(ResumableTrainer):
         names = [oracle_name(oracle) for oracle in self.preference_funcs]
         self.preference_func_names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
+        if kwargs.get("rollout_func") is not None:
+            kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
         no_scores = not reward_sources and (judged or bool(self.preference_funcs))
         super().__init__(
             model=model,
@@ -287,6 +293,7 @@ class SPPOTrainer(ResumableTrainer):
     # generation, so that the log-probability passes can skip the completions that will not be trained on.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
+        check_rows(inputs)
         self._rollout_inputs = inputs
         # Of an earlier iteration, if that one was interrupted
         self._verdict, self._sums = None, {}
@@ -357,8 +364,11 @@ class SPPOTrainer(ResumableTrainer):
             self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
 
         # Of each completion: the tokens that the policy sampled, whether it came to its end, what it is
+        pad = self._tokenizer.pad_token_id
         lengths = [len(ids) if tool_mask is None else sum(tool_mask[i]) for i, ids in enumerate(completion_ids)]
-        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        if pad not in self.eos_token_ids:
+            lengths = [0 if ids == [pad] else n for ids, n in zip(completion_ids, lengths, strict=True)]
+        ends = [*self.eos_token_ids, pad]
         ended = [len(ids) > 0 and ids[-1] in ends for ids in completion_ids]
         fingerprints = [hash(tuple(ids)) for ids in completion_ids]
         local = torch.tensor([lengths, ended, fingerprints], device=scores.device).T.contiguous()
@@ -394,7 +404,22 @@ class SPPOTrainer(ResumableTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         known = self._recorder.completion_ids(prompt_ids) if self.model.training else None
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs) if known is None else known
+        if known is not None:
+            return known
+        check_prompt_ids(prompt_ids, self.args, self.model.config)
+        try:
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        except Exception as error:
+            if not self.use_vllm or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RunError(
+                f"vLLM failed while sampling: {type(error).__name__}: {error}. docs/vllm.md lists what it needs; in "
+                "server mode see the server's own log."
+            ) from error
+        # vLLM may give no token at all, which TRL does not expect. Padding says so, and is not trained on
+        if logprobs is not None:
+            logprobs = [row if ids else [None] for ids, row in zip(completion_ids, logprobs, strict=True)]
+        return [ids or [self._tokenizer.pad_token_id] for ids in completion_ids], logprobs
 
     def _stored_panel(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
         """The votes that rollouts bring with them."""
@@ -443,7 +468,7 @@ class SPPOTrainer(ResumableTrainer):
             never = i not in self._silent_rollouts
             self._silent_rollouts[i] = self._silent_rollouts.get(i, 0) + 1
             if never or self._silent_rollouts[i] == 3:
-                raise RuntimeError(
+                raise RunError(
                     f"preference_func {name!r} gave no usable answer to any of {answers.num_asked} comparisons"
                     f"{'' if never else ', and to none in the two rollouts before'}: {answers.problem}. It must "
                     "return one probability in [0, 1] for each comparison (None where it cannot say)."
@@ -461,7 +486,17 @@ class SPPOTrainer(ResumableTrainer):
             return self._scores
         if not self.reward_funcs:  # TRL would complain of each completion without a score
             return torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
-        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        try:
+            scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever it is, the completions are not lost
+            names = ", ".join(map(repr, self.reward_func_names))
+            raise RunError(
+                f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
+                "its completions, None where it cannot say. What was sampled is kept: a resumed run scores it without "
+                "sampling again."
+            ) from error
         for name, column in zip(self.reward_func_names, scores.T, strict=True):
             unscorable = (~column.isfinite()).sum().item()
             if unscorable and name not in self._warned:
@@ -594,15 +629,25 @@ class SPPOTrainer(ResumableTrainer):
 
     def _count_kept(self, inputs: dict[str, Any], mode: str) -> torch.Tensor:
         """Number of completions trained on in this optimizer step, over its micro-batches and all processes."""
-        micro_batches = [inputs]
-        if mode == "train":
-            # TRL's buffer holds the slices of the generation batch; steps_per_generation is a multiple of `steps`
-            assert self._buffered_inputs is not None and self.args.steps_per_generation is not None
-            steps = self.args.gradient_accumulation_steps
-            first = self._step % self.args.steps_per_generation // steps * steps
-            micro_batches = self._buffered_inputs[first : first + steps]
+        micro_batches = self.micro_batches_of_step() if mode == "train" else [inputs]
         count = torch.stack([micro_batch["kept"].sum() for micro_batch in micro_batches]).sum()
         return self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").clamp(min=1)
+
+
+def _checked(rollout_func: Any) -> Any:
+    """A `rollout_func` whose answer TRL can read."""
+
+    @wraps(rollout_func)
+    def checked(prompts: list, trainer: SPPOTrainer) -> dict[str, Any]:
+        output = rollout_func(prompts, trainer)
+        if not all(output.get("completion_ids", ())):
+            raise RunError(
+                "rollout_func gave a completion without tokens. Give at least the EOS token, which ends an empty "
+                "answer."
+            )
+        return output
+
+    return checked
 
 
 def _no_reward(completions: list, **kwargs) -> list[float | None]:
