@@ -1,5 +1,7 @@
 """Options of [`SPPOTrainer`]: SPPO's own, their checks, and the options of GRPO that have no meaning here."""
 
+import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
@@ -37,6 +39,38 @@ REJECTED_OPTIONS = {
     "entropy_coef_delta": _NO_ENTROPY,
     "entropy_target": _NO_ENTROPY,
 }
+
+# What numbers of `GRPOConfig` may be where it does not check that itself, or only in the middle of training
+_RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        [
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations",
+            "max_completion_length", "pad_to_multiple_of", "ref_model_sync_steps", "eval_accumulation_steps",
+            "save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout",
+            "vllm_max_model_length", "vllm_tensor_parallel_size",
+        ],
+    ),
+    (
+        "positive",
+        lambda value: value > 0,
+        ["temperature", "repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "vllm_server_timeout"],
+    ),
+    (
+        "not negative",
+        lambda value: value >= 0,
+        [
+            "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "top_k", "eval_steps", "eval_delay",
+            "warmup_steps", "seed", "data_seed", "dataloader_num_workers", "num_completions_to_print",
+            "max_tool_calling_iterations", "router_aux_loss_coef", "neftune_noise_alpha",
+        ],
+    ),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ["min_p", "label_smoothing_factor", "ref_model_mixup_alpha"]),
+    ("in [0, 1), as a decay", lambda value: 0 <= value < 1, ["adam_beta1", "adam_beta2"]),
+    ("above 0, and at most 1", lambda value: 0 < value <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
+]  # fmt: skip
 
 
 @dataclass
@@ -225,6 +259,9 @@ class SPPOConfig(GRPOConfig):
                 f"num_generations must be at least 2, got {self.num_generations}: a win rate compares the completions "
                 "of a group with each other. The default is 8."
             )
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta must be finite and not negative, got {self.beta}: it weights the KL term.")
+        self._check_inherited_numbers()
         super().__post_init__()
 
         defaults = {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
@@ -261,8 +298,6 @@ class SPPOConfig(GRPOConfig):
                 f"baseline={self.baseline!r} needs the win rates of the whole group, which "
                 f"loss_type={self.loss_type!r} does not use. Use loss_type='sppo', or baseline='half'."
             )
-        if not 0 <= self.beta < float("inf"):
-            raise ValueError(f"beta must be finite and not negative, got {self.beta}: it weights the KL term.")
         if self.beta > 0:
             logger.warning(
                 f"beta={self.beta} weights the KL term towards the initial policy, of a whole completion and not per "
@@ -340,3 +375,16 @@ class SPPOConfig(GRPOConfig):
                     f"{name}={getattr(self, name)} samples from another distribution than the policy whose log-ratio "
                     f"is trained: win rates are then those of the filtered policy. SPPO expects {name}={neutral[0]}."
                 )
+
+    def _check_inherited_numbers(self) -> None:
+        for field_ in fields(GRPOConfig):
+            value = getattr(self, field_.name)
+            if isinstance(value, int) and abs(value) >= 2**31:
+                raise ValueError(f"{field_.name} must be below 2^31, got {value:.3e}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field_.name} must be finite, got {value}.")
+        for rule, holds, names in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, (int, float)) and not holds(value):
+                    raise ValueError(f"{name} must be {rule}, got {value}.")

@@ -6,12 +6,11 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from .arguments import check_output_dir, check_recipe, read_recipe, unmade
 from .config import SPPOConfig
 
 
@@ -108,6 +107,10 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
             check(str(name), f"recipe {path}")
             if name in launching and value is not None and value is not False:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        try:
+            check_recipe(parser, recipe)
+        except ValueError as error:
+            raise ValueError(f"recipe {path}: {error}") from error
     options, remaining = parser.parse_known_args(argv, Namespace(use_cpu=recipe.get("use_cpu", False)))
     for token in remaining:
         if token.startswith("--"):
@@ -189,21 +192,6 @@ def split_config(argv: list[str]) -> list[str]:
     return [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """Read a YAML recipe. Raises `ValueError` if it is missing, is no YAML, or no mapping."""
-    if not Path(path).is_file():
-        raise ValueError(f"recipe {path!r} (--config) is not a file. The recipes of this package are in recipes/.")
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(
-            f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."
-        )
-    return recipe
-
-
 def load_reward_funcs(names: list[str]) -> list:
     """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
     functions = []
@@ -281,6 +269,7 @@ def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, M
         check_num_processes(launch)  # which may be why: what fits two processes need not fit one
         raise
     check_num_processes(launch)
+    check_output_dir(parsed[1].output_dir)
     return parsed
 
 
@@ -314,19 +303,20 @@ def build_trainer(argv: list[str]):
     }
     check_vllm(training_args)
     train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
-    return SPPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=[
-            *(script_args.reward_model_name_or_path or []),
-            *load_reward_funcs(script_args.reward_funcs or []),
-        ],
-        preference_func=load_preference_funcs(script_args.preference_funcs or []),
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with unmade(str(training_args.output_dir)):
+        return SPPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=[
+                *(script_args.reward_model_name_or_path or []),
+                *load_reward_funcs(script_args.reward_funcs or []),
+            ],
+            preference_func=load_preference_funcs(script_args.preference_funcs or []),
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
 
 
 def main(argv: list[str] | None = None):
