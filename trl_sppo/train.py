@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from .arguments import check_output_dir, check_recipe, read_recipe, unmade
+from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade
 from .config import SPPOConfig
 
 
@@ -53,6 +53,10 @@ class _Parser(TrlParser):
         fail(message)
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
 def fail(message: object) -> NoReturn:
     """End the program with a one-message error, status 2."""
     print(f"trl-sppo: error: {message}", file=sys.stderr)
@@ -83,7 +87,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    launcher = launch_command_parser()
+    launcher: Any = launch_command_parser()
+    launcher.error = _refuse  # not accelerate's usage and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
     launching = {action.dest for action in launcher._actions} - training - {"help"} | {"accelerate_config"}
 
@@ -246,6 +251,11 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
                 f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
                 f"dataset that can be had from the Hugging Face hub. Check the path. ({error})"
             ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be loaded, with dataset_config="
+                f"{script_args.dataset_config!r}: {error}"
+            ) from error
     else:
         raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
@@ -288,7 +298,7 @@ def build_trainer(argv: list[str]):
     """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
     from trl import get_peft_config, get_quantization_config
 
-    from .checks import check_vllm
+    from .checks import check_activation_checkpointing, check_adapter, check_checkpoint, check_optimizer, check_vllm
     from .trainer import SPPOTrainer
 
     script_args, training_args, model_args, dataset_args = parse_arguments(argv)
@@ -302,8 +312,12 @@ def build_trainer(argv: list[str]):
         **init_kwargs,
     }
     check_vllm(training_args)
+    check_checkpoint(training_args)
+    check_optimizer(training_args)
+    check_activation_checkpointing(training_args)
+    check_adapter(model_args)
     train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
-    with unmade(str(training_args.output_dir)):
+    with unmade(str(training_args.output_dir)), naming_options(init_kwargs):
         return SPPOTrainer(
             model=model_args.model_name_or_path,
             reward_funcs=[
