@@ -270,6 +270,7 @@ _OPTION_OF = {
     "No modules were targeted": "lora_target_modules, or lora_modules_to_save",
     "modules_to_save": "lora_modules_to_save",
     "Invalid task type": "lora_task_type",
+    "8 bit and 4 bit precision": "load_in_8bit and load_in_4bit",
     "purely quantized models": "use_peft is needed to train a quantized model",
 }
 

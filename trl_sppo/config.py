@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import logging
+from transformers.utils import is_liger_kernel_available, logging
 from trl import GRPOConfig
 
 
@@ -287,9 +287,9 @@ class SPPOConfig(GRPOConfig):
             )
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta must be finite and not negative, got {self.beta}: it weights the KL term.")
-        self._check_inherited_numbers()
-        self._check_inherited_mappings()
-        self._check_inherited_pairs()
+        self._check_numbers()
+        self._check_mappings()
+        self._check_pairs()
         if isinstance(self.accelerator_config, dict):
             unknown = self.accelerator_config.keys() - {each.name for each in fields(AcceleratorConfig)}
             if unknown:
@@ -418,22 +418,23 @@ class SPPOConfig(GRPOConfig):
                     f"is trained: win rates are then those of the filtered policy. SPPO expects {name}={neutral[0]}."
                 )
 
-    def _check_inherited_numbers(self) -> None:
-        for field_ in fields(GRPOConfig):
+    def _check_numbers(self) -> None:
+        for field_ in fields(self):
             value = getattr(self, field_.name)
             if isinstance(value, int) and abs(value) >= 2**31:
                 raise ValueError(f"{field_.name} must be between -2^31 and 2^31, got {value.bit_length()} bits.")
             if field_.type in (float, float | None) and type(value) is int:  # of which transformers refuses some
                 setattr(self, field_.name, float(value))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field_.name} must be finite, got {value}.")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number) and field_.name != "eta":
+                    raise ValueError(f"{field_.name} must be finite, got {value}.")
         for rule, holds, names in _RANGES:
             for name in names:
                 value = getattr(self, name)
                 if isinstance(value, (int, float)) and not holds(value):
                     raise ValueError(f"{name} must be {rule}, got {value}.")
 
-    def _check_inherited_mappings(self) -> None:
+    def _check_mappings(self) -> None:
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, str) or name == "deepspeed":
@@ -448,7 +449,7 @@ class SPPOConfig(GRPOConfig):
             elif not os.path.isfile(value):
                 raise ValueError(f"{name} must be a mapping, or JSON, or a file of JSON, got {value!r}.")
 
-    def _check_inherited_pairs(self) -> None:
+    def _check_pairs(self) -> None:
         text = self.pad_to_multiple_of
         if isinstance(text, str) and text.lower() not in ("auto", "none", "null") and not text.isdecimal():
             raise ValueError(f"pad_to_multiple_of must be 'auto' or a whole number, got {text!r}.")
@@ -457,6 +458,11 @@ class SPPOConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs workers: set dataloader_num_workers, or remove it."
                 )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError(
+                "use_liger_kernel=True needs liger-kernel, which is not installed. TRL has deprecated it: use "
+                'model_init_kwargs={"use_kernels": True}.'
+            )
         if self.ddp_backend is not None and self.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) < 2:
             raise ValueError(f"ddp_backend={self.ddp_backend!r} is for several processes, but this is one. Remove it.")
         if self.eval_on_start and self.eval_strategy == "no":
@@ -468,8 +474,8 @@ class SPPOConfig(GRPOConfig):
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"):
             if name in generation:
                 raise ValueError(
-                    f"generation_kwargs={generation!r}: set {name} as an option of its own, which log-probabilities and "
-                    "checks go by."
+                    f"generation_kwargs={generation!r}: set {name} as an option of its own, which log-probabilities go "
+                    "by."
                 )
         for name in ("num_beams", "num_return_sequences"):
             if generation.get(name, 1) != 1:

@@ -48,6 +48,10 @@ class SPPOScriptArguments(ScriptArguments):
                 setattr(self, name, [getattr(self, name)])
 
 
+# Options of `accelerate launch` that say what to run
+_SCRIPT = "training_script", "training_script_args", "module", "no_python"
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -90,7 +94,7 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     launcher: Any = launch_command_parser()
     launcher.error = _refuse  # not accelerate's usage and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
-    launching = {action.dest for action in launcher._actions} - training - {"help"} | {"accelerate_config"}
+    launching = {action.dest for action in launcher._actions} - training - {"help", *_SCRIPT} | {"accelerate_config"}
 
     def check(name: str, where: str) -> None:
         if name not in training | launching:
@@ -120,7 +124,10 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     for token in remaining:
         if token.startswith("--"):
             check(token[2:].split("=")[0].replace("-", "_"), "command line")
-    found = resolve_accelerate_config_argument(found + remaining)
+    try:
+        found = resolve_accelerate_config_argument(found + remaining)
+    except ValueError as error:
+        raise ValueError(f"accelerate_config: {error}") from error
     # What accelerate would take for the script to run is an argument that belongs to no option
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
     script = launch.training_script
@@ -274,7 +281,8 @@ def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, M
     argv = split_config(argv)
     launch = launch_arguments(parser, argv)  # refuses what is unknown; what is accelerate's has done its work by now
     try:
-        parsed: Any = parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
+        with naming_options({}):
+            parsed: Any = parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
     except ValueError:
         check_num_processes(launch)  # which may be why: what fits two processes need not fit one
         raise
