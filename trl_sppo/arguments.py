@@ -118,6 +118,8 @@ def _check_value(parser: TrlParser, action: Action, hint: Any, value: Any) -> No
     elif _items(hint) is DatasetConfig and isinstance(value, list):
         for i, dataset in enumerate(value):
             _check_dataset(f"{action.dest}[{i}]", dataset)
+    elif _items(hint) is float and isinstance(value, (int, float)):
+        return  # SPPOConfig says that these are lists, and of what
     elif value is True and action.const is True:
         return  # the option without a value
     elif not _matches(value, hint):
