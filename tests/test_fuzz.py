@@ -178,19 +178,21 @@ RIGHT |= {"SchedulerType": TEXTS, "Literal": TEXTS}
 
 BOMB = b"\n".join(b"b%d: &b%d [%s]" % (i, i, b",".join([b"*b%d" % (i - 1)] * 9 if i else [b"x"])) for i in range(30))
 HOSTILE = [
-    b'eta: !!python/object/apply:os.system ["touch pwned"]', b"eta: !!python/name:os.system", b"eta: !!python/tuple [1]",
-    b"!!python/object/new:os.system {}", b"eta: !nowhere 1", b'eta: !!binary "%%%"', b"eta: !!int x", b'eta: !!int ""',
-    b"eta: !!bool perhaps", b"eta: !!timestamp x", b'eta: !!float ""', b"eta: 2024-99-99", b"eta: 0x", b"eta: 1:99:99",
-    b"eta: 0x" + b"f" * 5000, b"eta: " + b"9" * 5000, b"eta: &a 1\nbeta: *a", b"eta: &a [*a]", b"eta: *nowhere",
-    b"<<: {eta: 1}", b"<<: [1]", b"generation_kwargs: &a {x: 1}\nmodel_init_kwargs: *a", BOMB,
-    b"generation_kwargs:\n  " + BOMB.replace(b"\n", b"\n  "), b"eta: " + b"[" * 10**4, b"eta: " + b"{a: " * 50 + b"}" * 50,
-    b"model_init_kwargs: " + b"{a: " * 19 + b"1" + b"}" * 19, b"\teta: 1", b"eta:\t1", b"eta: \xff\xfe", b"run_name: \0",
-    b'run_name: "\\0"', b'run_name: "\\ud800"', b'output_dir: "\\ud800"', b"run_name: \xc3\x28", b"---", b"...", b"--- {}",
-    b"%YAML 9.9", b"- a", b"a", b"eta: 1\neta: 2", b"? [a]\n: b", b"? {a: b}\n: c", b"generation_kwargs: {a: 1, a: 2}",
-    b"{", b"}", b"eta: |\n  1", b"eta: >\n", b"# " + b"x" * 2 * 10**5, b"run_name: " + b"x" * 90000, b"@", b"`", b"eta", b":",
-    b"self: 1", b"config: recipe.yaml", b"help: true", b"env: {HF_HOME: [1]}", b"env: 1", b"env: {'': 1}", b"env: {a=b: 1}",
-    b"env: {1: 2}", b'env: {A: "\\0"}', b"env: {A: null}", b"save_strategy: no", b"eta: yes", b"training_script: x.py",
-    b"module: true",
+    b'eta: !!python/object/apply:os.system ["touch pwned"]', b"eta: !!python/name:os.system",
+    b"eta: !!python/tuple [1]", b"!!python/object/new:os.system {}", b"eta: !nowhere 1", b'eta: !!binary "%%%"',
+    b"eta: !!int x", b'eta: !!int ""', b"eta: !!bool perhaps", b"eta: !!timestamp x", b'eta: !!float ""',
+    b"eta: 2024-99-99", b"eta: 0x", b"eta: 1:99:99", b"eta: 0x" + b"f" * 5000, b"eta: " + b"9" * 5000,
+    b"eta: &a 1\nbeta: *a", b"eta: &a [*a]", b"eta: *nowhere", b"<<: {eta: 1}", b"<<: [1]",
+    b"generation_kwargs: &a {x: 1}\nmodel_init_kwargs: *a", BOMB,
+    b"generation_kwargs:\n  " + BOMB.replace(b"\n", b"\n  "), b"eta: " + b"[" * 10**4,
+    b"eta: " + b"{a: " * 50 + b"}" * 50, b"model_init_kwargs: " + b"{a: " * 19 + b"1" + b"}" * 19, b"\teta: 1",
+    b"eta:\t1", b"eta: \xff\xfe", b"run_name: \0", b'run_name: "\\0"', b'run_name: "\\ud800"',
+    b'output_dir: "\\ud800"', b"run_name: \xc3\x28", b"---", b"...", b"--- {}", b"%YAML 9.9", b"- a", b"a",
+    b"eta: 1\neta: 2", b"? [a]\n: b", b"? {a: b}\n: c", b"generation_kwargs: {a: 1, a: 2}", b"{", b"}",
+    b"eta: |\n  1", b"eta: >\n", b"# " + b"x" * 2 * 10**5, b"run_name: " + b"x" * 90000, b"@", b"`", b"eta", b":",
+    b"self: 1", b"config: recipe.yaml", b"help: true", b"env: {HF_HOME: [1]}", b"env: 1", b"env: {'': 1}",
+    b"env: {a=b: 1}", b"env: {1: 2}", b'env: {A: "\\0"}', b"env: {A: null}", b"save_strategy: no", b"eta: yes",
+    b"training_script: x.py", b"module: true",
 ]  # fmt: skip
 
 # Each a recipe that says two things at once
@@ -198,9 +200,10 @@ CONTRADICTIONS: list[dict] = [
     {"load_in_4bit": True, "load_in_8bit": True}, {"generation_batch_size": 8, "steps_per_generation": 1},
     {"fp16": True, "bf16": True}, {"datasets": [{"path": "prompts"}], "dataset_name": "prompts"},
     {"win_rate_threshold": 0.7, "train_on": "best_and_worst"}, {"beta": 0.0, "forward_kl_share": 0.5},
-    {"loss_type": "sppo_hard", "baseline": "log_mean_exp"}, {"load_best_model_at_end": True, "eval_strategy": "no",
-    "save_strategy": "steps"}, {"eval_strategy": "steps", "per_device_eval_batch_size": 3},
-    {"num_generations": 3}, {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
+    {"loss_type": "sppo_hard", "baseline": "log_mean_exp"},
+    {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"},
+    {"eval_strategy": "steps", "per_device_eval_batch_size": 3}, {"num_generations": 3},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
     {"lr_scheduler_type": "reduce_lr_on_plateau"}, {"reward_weights": [1.0, 2.0]}, {"preference_weights": [1.0]},
     {"push_to_hub": True, "output_dir": "policy/config.json"}, {"missing_eos_penalty": 1.0, "reward_funcs": None},
 ]  # fmt: skip

@@ -64,7 +64,8 @@ def check_optimizer(args: SPPOConfig) -> None:
     """
     if args.deepspeed_plugin is not None:  # which may bring its own
         return
-    layer = nn.Linear(1, 1, device=args.device)
+    with torch.random.fork_rng(devices=[]):  # a training without this check has the same random numbers
+        layer = nn.Linear(1, 1).to(args.device)
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, layer))
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or {"params", "model"} & set(

@@ -48,8 +48,7 @@ def train(argv: list[str]) -> int:
         env = read_recipe(argv[argv.index("--config") + 1]).get("env", {}) if "--config" in argv else {}
     except ValueError as error:
         fail(error)
-    if isinstance(env, dict):  # TRL's parser says so if not
-        os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
+    os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
     # A failing process has said why: no traceback of the launcher on top of it, be there one process or several
     try:
         launch_command(launch_command_parser().parse_args([*launch, "--quiet", "--module", "trl_sppo.train", *argv]))
