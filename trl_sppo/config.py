@@ -474,7 +474,7 @@ class SPPOConfig(GRPOConfig):
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"):
             if name in generation:
                 raise ValueError(
-                    f"generation_kwargs={generation!r}: set {name} as an option of its own, so that the log-probabilities "
+                    f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities "
                     "are those of what is sampled."
                 )
         for name in ("num_beams", "num_return_sequences"):
