@@ -179,7 +179,7 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
         raise ValueError(
             f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
             "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
-            "evaluate after training, or use a GPU."
+            "evaluate after training, leave out load_in_4bit, or use a GPU."
         )
 
 
