@@ -2,15 +2,19 @@
 
 import importlib.util
 import os
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer, SchedulerType, Trainer, get_scheduler
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
+from trl import ModelConfig
 from trl.data_utils import is_conversational
 
 from .checkpoints import asked_checkpoint
@@ -65,6 +69,73 @@ def policy_config(model: str, args: SPPOConfig) -> Any:
         )
 
 
+def check_optimizer(args: SPPOConfig) -> None:
+    """
+    Take a step with the optimizer and the learning rate scheduler on a single number.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: if that does not work, or needs a package that is not installed.
+    """
+    if args.deepspeed_plugin is not None:  # which may bring its own
+        return
+    with torch.random.fork_rng(devices=[]):  # a training without this check has the same random numbers
+        layer = nn.Linear(1, 1).to(args.device)
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, layer))
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or {"params", "model"} & set(
+            kwargs
+        ):
+            return  # made of the policy's own layers
+        optimizer = kind(layer.parameters(), **kwargs)
+        layer(torch.ones(1, 1, device=args.device)).sum().backward()
+        optimizer.step()
+    except Exception as error:
+        if args.optim_target_modules is not None and not isinstance(error, ImportError):
+            return  # the policy has them, perhaps
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} with optim_args={args.optim_args!r} does not work here: "
+            f"{error}"
+        ) from error
+    scheduler = SchedulerType(args.lr_scheduler_type)
+    try:
+        get_scheduler(scheduler, optimizer, 1, 10, cast(Any, args.lr_scheduler_kwargs))
+    except Exception as error:
+        raise ValueError(
+            f"lr_scheduler_type={scheduler.value!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} does not "
+            f"work: {error}"
+        ) from error
+
+
+def check_activation_checkpointing(args: SPPOConfig) -> None:
+    """Raise `ValueError` if torch does not take the options of activation checkpointing."""
+    options: Any = args.activation_checkpointing_kwargs
+    if not args.activation_checkpointing or not options:
+        return
+    try:
+        checkpoint(torch.square, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
+    except Exception as error:
+        raise ValueError(
+            f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs) {options!r} is not what "
+            f"torch.utils.checkpoint takes: {error}"
+        ) from error
+
+
+def check_adapter(args: ModelConfig) -> None:
+    """Raise `ValueError` if an adapter of these sizes cannot be, or one is needed and not asked for."""
+    for name in ("lora_r", "lora_alpha"):
+        if not 1 <= getattr(args, name) <= 2**16:
+            raise ValueError(f"{name} must be between 1 and {2**16}, got {getattr(args, name)}.")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}: it is a probability.")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if getattr(args, name) and not args.use_peft:
+            raise ValueError(f"{name}=True needs use_peft=True: what is quantized cannot be trained, an adapter can.")
+
+
 def _quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any) -> int | None:
     """4 or 8, if the policy is, or would be, in bitsandbytes' format. An unknown path is no matter of this check."""
     kwargs: Any = args.model_init_kwargs or {}
@@ -113,7 +184,7 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
         raise ValueError(
             f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
             "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
-            "evaluate after training, or use a GPU."
+            "evaluate after training, leave out load_in_4bit, or use a GPU."
         )
 
 
@@ -311,7 +382,8 @@ def check_datasets(
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {num_prompts} of one generation batch "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so there "
-            "would be no training step. Lower per_device_train_batch_size or steps_per_generation, or add prompts."
+            "would be no training step. Lower per_device_train_batch_size or steps_per_generation (by default, "
+            "gradient_accumulation_steps), or add prompts."
         )
     # Of the prompt alone: other columns may have another format
     return is_conversational({"prompt": next(iter(train_dataset))["prompt"]})

@@ -59,8 +59,7 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
         env = read_recipe(argv[argv.index("--config") + 1]).get("env", {}) if "--config" in argv else {}
     except ValueError as error:
         fail(error)
-    if isinstance(env, dict):  # TRL's parser says so if not
-        os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
+    os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
     arguments = launch_command_parser().parse_args([*launch, "--module", module, *argv])
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torch's launcher would leave processes 30 s after the others
     # A failing process has said why: no traceback of the launcher on top of it, be there one process or several

@@ -7,12 +7,11 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade
 from .config import SPPOConfig
 
 
@@ -50,9 +49,17 @@ class SPPOScriptArguments(ScriptArguments):
                 setattr(self, name, [getattr(self, name)])
 
 
+# Options of `accelerate launch` that say what to run
+_SCRIPT = "training_script", "training_script_args", "module", "no_python"
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def fail(message: object) -> NoReturn:
@@ -85,9 +92,10 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    launcher = launch_command_parser()
+    launcher: Any = launch_command_parser()
+    launcher.error = _refuse  # not accelerate's usage and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
-    launching = {action.dest for action in launcher._actions} - training - {"help"} | {"accelerate_config"}
+    launching = {action.dest for action in launcher._actions} - training - {"help", *_SCRIPT} | {"accelerate_config"}
 
     def check(name: str, where: str) -> None:
         if name not in training | launching:
@@ -109,11 +117,18 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
             check(str(name), f"recipe {path}")
             if name in launching and value is not None and value is not False:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        try:
+            check_recipe(parser, recipe)
+        except ValueError as error:
+            raise ValueError(f"recipe {path}: {error}") from error
     options, remaining = parser.parse_known_args(argv, Namespace(use_cpu=recipe.get("use_cpu", False)))
     for token in remaining:
         if token.startswith("--"):
             check(token[2:].split("=")[0].replace("-", "_"), "command line")
-    found = resolve_accelerate_config_argument(found + remaining)
+    try:
+        found = resolve_accelerate_config_argument(found + remaining)
+    except ValueError as error:
+        raise ValueError(f"accelerate_config: {error}") from error
     # What accelerate would take for the script to run is an argument that belongs to no option
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
     script = launch.training_script
@@ -190,21 +205,6 @@ def split_config(argv: list[str]) -> list[str]:
     return [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """Read a YAML recipe. Raises `ValueError` if it is missing, is no YAML, or no mapping."""
-    if not Path(path).is_file():
-        raise ValueError(f"recipe {path!r} (--config) is not a file. The recipes of this package are in recipes/.")
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(
-            f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."
-        )
-    return recipe
-
-
 def load_reward_funcs(names: list[str]) -> list:
     """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
     functions = []
@@ -264,6 +264,11 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
                 f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
                 f"dataset that can be had from the Hugging Face hub. Check the path. ({error})"
             ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be loaded, with dataset_config="
+                f"{script_args.dataset_config!r}: {error}"
+            ) from error
     else:
         raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
@@ -282,11 +287,13 @@ def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, M
     argv = split_config(argv)
     launch = launch_arguments(parser, argv)  # refuses what is unknown; what is accelerate's has done its work by now
     try:
-        parsed: Any = parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
+        with naming_options({}):
+            parsed: Any = parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
     except ValueError:
         check_num_processes(launch)  # which may be why: what fits two processes need not fit one
         raise
     check_num_processes(launch)
+    check_output_dir(parsed[1].output_dir)
     return parsed
 
 
@@ -305,7 +312,7 @@ def build_trainer(argv: list[str]):
     """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
     from trl import get_peft_config, get_quantization_config
 
-    from .checks import check_vllm
+    from .checks import check_activation_checkpointing, check_adapter, check_optimizer, check_resume, check_vllm
     from .trainer import SPPOTrainer
 
     script_args, training_args, model_args, dataset_args = parse_arguments(argv)
@@ -319,25 +326,30 @@ def build_trainer(argv: list[str]):
         **init_kwargs,
     }
     check_vllm(training_args)
+    check_resume(training_args)
+    check_optimizer(training_args)
+    check_activation_checkpointing(training_args)
+    check_adapter(model_args)
     evaluate = training_args.eval_strategy != "no"
     train_dataset = eval_dataset = None
     if training_args.rollouts is None or evaluate:
         train_dataset, eval_dataset = load_data(script_args, dataset_args, evaluate)
     if training_args.rollouts is not None:  # they bring the prompts
         train_dataset = None
-    return SPPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=[
-            *(script_args.reward_model_name_or_path or []),
-            *load_reward_funcs(script_args.reward_funcs or []),
-        ],
-        preference_func=load_preference_funcs(script_args.preference_funcs or []),
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with unmade(str(training_args.output_dir)), naming_options(init_kwargs):
+        return SPPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=[
+                *(script_args.reward_model_name_or_path or []),
+                *load_reward_funcs(script_args.reward_funcs or []),
+            ],
+            preference_func=load_preference_funcs(script_args.preference_funcs or []),
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
 
 
 def main(argv: list[str] | None = None, only_rollouts: bool = False):

@@ -1,0 +1,101 @@
+"""Recipes as files: their syntax, the types of their values, and the folder that a training leaves."""
+
+import os
+from pathlib import Path
+
+import pytest
+from test_cli import message, workdir  # noqa: F401
+
+from trl_sppo import SPPOConfig, train
+from trl_sppo.arguments import check_output_dir, read_recipe, unmade
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("eta: 1\nbeta: 0\neta: 2", "eta is given more than once. Keep one"),
+        ("generation_kwargs: {a: 1, a: 2}", "a is given more than once"),
+        ("a: &x [1]\nb: *x", "[*]x repeats a list or a mapping: write it out"),
+        ("a: " + "[" * 30, "more than 20 levels of nesting"),
+        ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
+        ("a: 2026-13-01", "month must be in 1..12"),
+        ("# " + "x" * 100_000, "has 100,002 bytes: that is no list of options"),
+    ],
+)
+def test_what_yaml_would_let_through(tmp_path, text, expected):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"recipe .*r.yaml (?s:.*){expected}"):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_numbers_may_be_repeated(tmp_path):
+    (tmp_path / "r.yaml").write_text("per_device_train_batch_size: &n 8\nnum_generations: *n")
+    assert read_recipe(str(tmp_path / "r.yaml")) == {"per_device_train_batch_size": 8, "num_generations": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"learning_rate": [1, 2]}, "recipe recipe.yaml: learning_rate must be a number, got [1, 2]."),
+        ({"num_generations": "eight"}, "recipe recipe.yaml: argument --num_generations/--num-generations: invalid"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5."),
+        ({"max_steps": True}, "max_steps must be a whole number, got True."),
+        ({"use_peft": 2}, "use_peft must be true or false, got 2."),
+        ({"run_name": 7}, "run_name must be text, got 7. Put it in quotes if it is meant as text."),
+        ({"save_strategy": False}, "YAML reads a bare no as false: write 'no', in quotes."),
+        ({"optim": "adam"}, "argument --optim: invalid choice: 'adam'"),
+        ({"reward_funcs": [1]}, "reward_funcs must be a list, each text, got [1]."),
+        ({"generation_kwargs": "x"}, "generation_kwargs must be a mapping, or JSON such as"),
+        ({"dataset_name": None, "datasets": [{"pth": "prompts"}]}, "datasets[0] has no option 'pth'. It has path,"),
+        ({"dataset_name": None, "datasets": [{"name": "x"}]}, "datasets[0] has no path."),
+        ({"env": {"A": [1]}}, "env: A must be text or a number, got [1]."),
+        ({"num_processes": [2]}, "argument --num_processes/--num-processes: invalid int value: '[2]'"),
+        ({"resume_from_checkpoint": "policy"}, "resume_from_checkpoint must be a checkpoint's folder"),
+        ({"optim_args": "fast"}, "with optim_args='fast' does not work here"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "with lr_scheduler_kwargs={'a': 1} does not work"),
+        ({"model_init_kwargs": {"a": 1}}, "model_init_kwargs: Qwen2ForCausalLM"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "set temperature as an option of its own"),
+        ({"output_dir": "prompts/train.jsonl/out"}, "prompts/train.jsonl is no folder"),
+        ({"use_peft": True, "lora_target_modules": ["nowhere"]}, "lora_target_modules: Target modules"),
+        ({"load_in_4bit": True}, "load_in_4bit=True needs use_peft=True"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan."),
+    ],
+)
+def test_bad_values(workdir, tmp_path, capsys, changes, expected):  # noqa: F811
+    assert expected in message(capsys, workdir(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_numbers_will_do_where_numbers_are_wanted(workdir):  # noqa: F811
+    """transformers refuses a temperature that is no float, in the middle of generation."""
+    assert train.main(workdir(temperature=2)).state.global_step == 1
+    assert isinstance(SPPOConfig("out", bf16=False, temperature=2).temperature, float)
+
+
+def test_output_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for path in ("new", "new/below", "~", str(tmp_path)):
+        check_output_dir(path)
+    for path, expected in (
+        ("", "no name of a folder"), ("a\0b", "no name of a folder"), ("file", "file is no folder"),
+        ("x" * 300, "name is too long"), ("file/below", "file is no folder"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"output_dir must be a folder .*{expected}"):
+            check_output_dir(path)
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write everywhere
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_output_dir("new")
+    assert os.listdir() == ["file"]
+
+
+def test_a_failure_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), unmade(str(tmp_path / "a/b")):
+        (tmp_path / "a/b").mkdir(parents=True)
+        raise KeyboardInterrupt
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(KeyboardInterrupt), unmade(str(tmp_path / "a/b")):
+        (tmp_path / "a/b").mkdir(parents=True)
+        (tmp_path / "a/kept").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "a") == ["kept"]

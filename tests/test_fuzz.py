@@ -1,0 +1,408 @@
+"""Bad configuration: whatever a recipe or a command line says, it is trained as asked for, or refused by one message.
+
+Each case is a recipe that trains, with something changed. It must train two steps; or end with status 2, one message
+that names an option that was changed (or the recipe), and no new file, in seconds.
+"""
+
+import datetime
+import io
+import logging
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import get_type_hints
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from conftest import TINY, make_tokenizer
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.trainer_callback import DefaultFlowCallback
+
+from trl_sppo import train
+
+
+RECIPE = {
+    "model_name_or_path": "policy", "reward_funcs": "conftest.count_abc", "dataset_name": "prompts",
+    "output_dir": "out", "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4,
+    "max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
+    "gradient_checkpointing": False, "disable_tqdm": True,
+}  # fmt: skip
+ROW = '{"prompt": [{"role": "user", "content": "%s"}]}'
+# What is not in the recipe, so that its options are met as well
+MORE = {
+    "use_peft": True, "lora_r": 2, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4,
+    "save_strategy": "steps", "save_steps": 1, "beta": 0.1, "gradient_checkpointing": True, "log_completions": True,
+    "logging_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
+}  # fmt: skip
+PROMPTS = "ab", "fgh", "cd e", "xyz"
+SECONDS = 20  # for a case; the machine may be busy
+
+# Right values of these have effects outside, or need what is not here. Wrong ones are tried.
+NEEDS = {
+    **dict.fromkeys(["push_to_hub", "report_to", "log_completions_hub_repo"], "the network"),
+    **dict.fromkeys(["deepspeed", "fsdp", "use_vllm"], "a GPU, or an extra"),
+    **dict.fromkeys(["use_transformers_continuous_batching", "use_transformers_paged"], "minutes, on a CPU"),
+    **dict.fromkeys(["torch_compile", "torch_compile_backend", "torch_compile_mode"], "a compiler, and minutes"),
+    "use_liger_kernel": "a GPU, and a package",
+    "dataloader_num_workers": "that many processes",
+}
+
+ALIASES = {"reward_model_name_or_path": "reward model '"}  # as its message has it
+
+PARSER = train.make_parser()
+HINTS = {name: hint for each in PARSER.dataclass_types for name, hint in get_type_hints(each).items()}
+OPTIONS = sorted({action.dest for action in PARSER._actions} - {"help"})
+FLAGS = [option for action in PARSER._actions for option in action.option_strings if option not in ("-h", "--help")]
+LAUNCHING = (
+    "num_processes",
+    "accelerate_config",
+    "main_process_port",
+    "mixed_precision",
+    "num_machines",
+    "gpu_ids",
+    "env",
+)
+KNOWN = {*OPTIONS, "env", "config", *(action.dest for action in launch_command_parser()._actions)}
+
+INTEGERS = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 1000, -1, -5, 2**31, 2**63, -(2**63), 10**30, 10**400])
+FLOATS = st.sampled_from(
+    [0.0, -0.0, 0.3, 1.0, 1.5, 2.0, -1.0, -1e-3, 1e-300, 1e38, 1e308, float("nan"), float("inf"), -float("inf")]
+)
+TEXTS = st.sampled_from(
+    [
+        "",
+        " ",
+        "none",
+        "null",
+        "true",
+        "no",
+        "auto",
+        "eight",
+        "1e-6",
+        "nan",
+        "-inf",
+        "0",
+        "-1",
+        "3.5",
+        "./nowhere",
+        "policy/config.json",
+        "policy/nowhere",
+        "conftest",
+        "conftest.TINY",
+        "a.b",
+        ".",
+        "é☃",
+        "\U0001f600",
+        "x" * 5000,
+        "{",
+        "{}",
+        '{"a": 1}',
+        '{"a": [',
+        "{1: 2}",
+        "[1, 2]",
+        "--eta",
+        "-x",
+        "--",
+        "a b",
+        "a\nb",
+        "a\tb",
+        "%s {0} %(x)d",
+        "$HOME",
+        "=",
+        "a=1,b=2",
+        "lr",
+        "all-linear",
+        "1" * 5000,
+    ]
+) | st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/~"), max_size=8)
+LISTS = st.sampled_from(
+    [
+        [],
+        [1, 2],
+        [0.5],
+        [float("nan")],
+        [-1.0],
+        ["a"],
+        ["a", "b"],
+        ["0.5"],
+        [None],
+        [[1]],
+        [{}],
+        [True],
+        [{"path": 1}],
+        [{"path": "prompts"}],
+        [{"path": "./nowhere"}],
+        [{"pth": "prompts"}],
+        [{"path": "prompts", "fraction": -1.0}],
+        [{"path": "prompts", "split": "nowhere"}],
+        list(range(1000)),
+    ]
+)
+DICTS = st.sampled_from(
+    [
+        {},
+        {"a": 1},
+        {1: 2},
+        {None: None},
+        {"a": {"b": [1, {"c": None}]}},
+        {"path": "prompts"},
+        {"temperature": "hot"},
+        {"max_new_tokens": 2},
+        {"num_beams": 0},
+        {"torch_dtype": "float32"},
+        {"dtype": 7},
+        {"revision": 1},
+        {"split_batches": "perhaps"},
+        {"use_reentrant": 1},
+        {"num_cycles": "x"},
+        {True: False},
+        {"self": 1},
+    ]
+)
+ODD = st.sampled_from([datetime.date(2026, 2, 28), datetime.datetime(2026, 2, 28, 1, 2), b"\x00\xff", {1, 2}])
+ANY = st.none() | st.booleans() | INTEGERS | FLOATS | TEXTS | LISTS | DICTS | ODD
+WRONG = st.sampled_from([[1, 2], {1: 2}, [{}], 2.5, datetime.date(2026, 2, 28), b"\x00\xff", float("nan"), {"a"}])
+
+RIGHT = {"bool": st.booleans(), "int": INTEGERS, "float": FLOATS, "str": TEXTS, "list": LISTS, "dict": DICTS}
+RIGHT |= {"SchedulerType": TEXTS, "Literal": TEXTS}
+
+BOMB = b"\n".join(b"b%d: &b%d [%s]" % (i, i, b",".join([b"*b%d" % (i - 1)] * 9 if i else [b"x"])) for i in range(30))
+HOSTILE = [
+    b'eta: !!python/object/apply:os.system ["touch pwned"]', b"eta: !!python/name:os.system",
+    b"eta: !!python/tuple [1]", b"!!python/object/new:os.system {}", b"eta: !nowhere 1", b'eta: !!binary "%%%"',
+    b"eta: !!int x", b'eta: !!int ""', b"eta: !!bool perhaps", b"eta: !!timestamp x", b'eta: !!float ""',
+    b"eta: 2024-99-99", b"eta: 0x", b"eta: 1:99:99", b"eta: 0x" + b"f" * 5000, b"eta: " + b"9" * 5000,
+    b"eta: &a 1\nbeta: *a", b"eta: &a [*a]", b"eta: *nowhere", b"<<: {eta: 1}", b"<<: [1]",
+    b"generation_kwargs: &a {x: 1}\nmodel_init_kwargs: *a", BOMB,
+    b"generation_kwargs:\n  " + BOMB.replace(b"\n", b"\n  "), b"eta: " + b"[" * 10**4,
+    b"eta: " + b"{a: " * 50 + b"}" * 50, b"model_init_kwargs: " + b"{a: " * 19 + b"1" + b"}" * 19, b"\teta: 1",
+    b"eta:\t1", b"eta: \xff\xfe", b"run_name: \0", b'run_name: "\\0"', b'run_name: "\\ud800"',
+    b'output_dir: "\\ud800"', b"run_name: \xc3\x28", b"---", b"...", b"--- {}", b"%YAML 9.9", b"- a", b"a",
+    b"eta: 1\neta: 2", b"? [a]\n: b", b"? {a: b}\n: c", b"generation_kwargs: {a: 1, a: 2}", b"{", b"}",
+    b"eta: |\n  1", b"eta: >\n", b"# " + b"x" * 2 * 10**5, b"run_name: " + b"x" * 90000, b"@", b"`", b"eta", b":",
+    b"self: 1", b"config: recipe.yaml", b"help: true", b"env: {HF_HOME: [1]}", b"env: 1", b"env: {'': 1}",
+    b"env: {a=b: 1}", b"env: {1: 2}", b'env: {A: "\\0"}', b"env: {A: null}", b"save_strategy: no", b"eta: yes",
+    b"training_script: x.py", b"module: true",
+]  # fmt: skip
+
+# Each a recipe that says two things at once
+CONTRADICTIONS: list[dict] = [
+    {"load_in_4bit": True, "load_in_8bit": True}, {"generation_batch_size": 8, "steps_per_generation": 1},
+    {"fp16": True, "bf16": True}, {"datasets": [{"path": "prompts"}], "dataset_name": "prompts"},
+    {"win_rate_threshold": 0.7, "train_on": "best_and_worst"}, {"beta": 0.0, "forward_kl_share": 0.5},
+    {"loss_type": "sppo_hard", "baseline": "log_mean_exp"},
+    {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "steps"},
+    {"eval_strategy": "steps", "per_device_eval_batch_size": 3}, {"num_generations": 3},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
+    {"lr_scheduler_type": "reduce_lr_on_plateau"}, {"reward_weights": [1.0, 2.0]}, {"preference_weights": [1.0]},
+    {"push_to_hub": True, "output_dir": "policy/config.json"}, {"missing_eos_penalty": 1.0, "reward_funcs": None},
+]  # fmt: skip
+
+outcomes: Counter[str] = Counter()
+pytestmark = pytest.mark.filterwarnings("ignore")  # a warning is not a refusal
+
+
+def cases(number: int):
+    """So many cases, the same in each run."""
+    return settings(
+        max_examples=number,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A working directory with a policy and prompts. Training ends after two steps, however many are asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("fuzz")
+        patch.chdir(folder)
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(Qwen2Config(**TINY)).save_pretrained("policy")
+        make_tokenizer().save_pretrained("policy")
+        Path("prompts").mkdir()
+        for split in ("train", "test"):
+            Path(f"prompts/{split}.jsonl").write_text("\n".join(ROW % text for text in PROMPTS))
+
+        on_step_end = DefaultFlowCallback.on_step_end
+
+        def stop_after_two(self, args, state, control, **kwargs):
+            control = on_step_end(self, args, state, control, **kwargs)
+            control.should_training_stop |= state.global_step >= 2
+            return control
+
+        patch.setattr(DefaultFlowCallback, "on_step_end", stop_after_two)
+        yield folder
+
+
+def files() -> set[str]:
+    return {str(path) for path in Path().rglob("*")}
+
+
+def reset() -> None:
+    """Undo what options set in the process."""
+    torch.use_deterministic_algorithms(False)
+    transformers.logging.set_verbosity_warning()
+    logging.disable(logging.NOTSET)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def check(argv: list[str], *names: str) -> None:
+    """Run a case, and check what came of it. `names`: what a message has to name one of."""
+    before, stderr, start = files(), io.StringIO(), time.monotonic()
+    try:
+        with mock.patch.dict(os.environ), redirect_stderr(stderr), redirect_stdout(io.StringIO()):
+            trainer = train.main(argv)
+    except SystemExit as exit:
+        assert exit.code == 2
+        trainer = None
+    finally:
+        reset()
+        left = files() - before
+        for path in map(Path, left):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert time.monotonic() - start < SECONDS
+    if trainer is None:
+        outcomes["refused"] += 1
+        (message,) = stderr.getvalue().split("trl-sppo: error: ")[1:]
+        names = (*names, *(ALIASES[name] for name in names if name in ALIASES))
+        assert any(name in message for name in names), f"{names} are not in: {message}"
+        assert "Traceback" not in stderr.getvalue()
+        assert not left
+    else:
+        outcomes["trained"] += 1
+        assert trainer.state.global_step == min(2, trainer.state.max_steps) > 0
+        assert left
+
+
+def write(recipe: dict | bytes) -> list[str]:
+    text = recipe if isinstance(recipe, bytes) else yaml.safe_dump(recipe, allow_unicode=True).encode()
+    Path("recipe.yaml").write_bytes(text)
+    return ["--config", "recipe.yaml"]
+
+
+@st.composite
+def changes(draw):
+    name = draw(st.sampled_from(OPTIONS))
+    if name in NEEDS:
+        return name, draw(WRONG)
+    choices = next(action.choices for action in PARSER._actions if action.dest == name)
+    right = (
+        [st.sampled_from(list(choices))] if choices else [RIGHT[kind] for kind in RIGHT if kind in str(HINTS[name])]
+    )
+    return name, draw(st.one_of(ANY, *right))
+
+
+@cases(850)
+@given(st.lists(changes(), min_size=1, max_size=2))
+def test_values_in_a_recipe(changed):
+    check(write({**RECIPE, **dict(changed)}), *dict(changed))
+
+
+@cases(150)
+@given(changes())
+def test_values_in_a_recipe_that_evaluates_saves_and_has_an_adapter(changed):
+    check(write({**RECIPE, **MORE, **dict([changed])}), changed[0])
+
+
+@st.composite
+def tokens(draw):
+    """An option on the command line with nothing, a value, or two; and what a message may name."""
+    flag = draw(st.sampled_from(FLAGS))
+    (name,) = {action.dest for action in PARSER._actions if flag in action.option_strings}
+    if name in NEEDS:
+        return [flag, "eight", "nine"], [name, "nine"]
+    values = draw(st.lists((INTEGERS | FLOATS | st.booleans()).map(str) | TEXTS, max_size=2))
+    named = [name, *(part.strip("-") or "''" for value in values for part in (value, repr(value)[1:-1]))]
+    if len(values) == 1 and draw(st.booleans()):
+        return [f"{flag}={values[0]}"], named
+    return [flag, *values], named
+
+
+@cases(300)
+@given(tokens())
+def test_values_on_the_command_line(drawn):
+    argv, named = drawn
+    check([*write(RECIPE), *argv], *named)
+
+
+@st.composite
+def typos(draw):
+    name = draw(st.sampled_from(OPTIONS))
+    i, letter = draw(st.integers(0, len(name) - 1)), draw(st.sampled_from("aexyz_"))
+    typo = draw(
+        st.sampled_from(
+            [name[:i] + name[i + 1 :], name[:i] + letter + name[i:], name[:i] + letter + name[i + 1 :], name.upper(),
+             name[:i] + name[i : i + 2][::-1] + name[i + 2 :], name + "s", f"no_{name}_"]
+        )
+    )  # fmt: skip
+    return typo
+
+
+@cases(120)
+@given(typos(), ANY, st.booleans())
+def test_typos(typo, value, in_recipe):
+    if typo in KNOWN:
+        return
+    argv = write({**RECIPE, typo: value}) if in_recipe else [*write(RECIPE), f"--{typo}", "1"]
+    check(argv, f"there is no option {typo!r}")
+
+
+@cases(40)
+@given(ODD.filter(lambda key: not isinstance(key, set)) | st.none() | st.booleans() | INTEGERS | FLOATS, ANY)
+def test_keys_that_are_no_names(key, value):
+    check(write({**RECIPE, key: value}), str(key), "recipe.yaml")
+
+
+@cases(200)
+@given(st.sampled_from(HOSTILE) | st.binary(max_size=40), st.integers(0, len(RECIPE)))
+def test_hostile_yaml(text, position):
+    lines = yaml.safe_dump(RECIPE).encode().splitlines()
+    check(write(b"\n".join([*lines[:position], text, *lines[position:]])), "recipe.yaml", *OPTIONS)
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"[a]", b"a", b"1", b"--- {}\n--- {}", b"\xff\xfea\0", b"\0", b"a: [", b"!x"])
+def test_what_is_no_recipe(text):
+    check(write(text), "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", ["", ".", "policy", "nowhere.yaml", "x" * 5000, "a\0b", "policy/model.safetensors", "/dev/zero"]
+)
+def test_what_is_no_file(path):
+    check(["--config", path], "recipe")
+
+
+@cases(60)
+@given(st.sampled_from(LAUNCHING), ANY)
+def test_options_of_accelerate(name, value):
+    check(write({**RECIPE, name: value}), name)
+
+
+@cases(100)
+@given(st.sampled_from(CONTRADICTIONS), changes())
+def test_contradictions(contradiction, changed):
+    check(write({**RECIPE, **dict([changed]), **contradiction}), *contradiction, changed[0])
+
+
+def test_that_there_were_a_thousand_cases(request, capsys):
+    with capsys.disabled():
+        print(f"\nBad configuration: {sum(outcomes.values())} cases, {dict(outcomes)}")
+    run = {getattr(item, "originalname", "") for item in request.session.items}
+    if {name for name in globals() if name.startswith("test_")} <= run:  # not if some tests were chosen
+        assert sum(outcomes.values()) >= 1000
+        assert min(outcomes.values()) >= 100
