@@ -282,7 +282,7 @@ def test_which_checkpoint_is_taken(tmp_path, caplog):
     assert find_checkpoint(path(30), "elsewhere") == path(20)
     assert find_checkpoint(path(15), "elsewhere") == path(10)
     assert last_whole_checkpoint(str(tmp_path / "nowhere")) is None
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint='.*nowhere' is not a folder. Give the path of a"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint must be a checkpoint's folder, .*nowhere'"):
         find_checkpoint(str(tmp_path / "nowhere"), "elsewhere")
 
 
@@ -341,5 +341,5 @@ def test_a_checkpoint_of_the_model_alone(start, tmp_path):
 
 def test_the_checkpoint_is_looked_for_before_anything_is_loaded(start, monkeypatch):
     monkeypatch.setattr("trl.GRPOTrainer.__init__", lambda *args, **kwargs: pytest.fail("too late"))
-    with pytest.raises(ValueError, match="resume_from_checkpoint='nowhere' is not a folder"):
+    with pytest.raises(ValueError, match="must be a checkpoint's folder"):
         start("run", resume_from_checkpoint="nowhere")

@@ -71,8 +71,12 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ValueError(f"recipe {path} (--config) cannot be read: {error}") from error
     try:
         recipe = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:  # itself it would show the line, which may hold a key
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"recipe {path} is not valid YAML: {error.problem}{where}") from None
     except Exception as error:  # values such as `2024-13-01` or `!!int x` end in errors that are none of YAML's
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
+        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(
             f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."

@@ -12,7 +12,13 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # in each checkpoint
+
+# Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
+LAYOUT = (
+    "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
+    "num_iterations",
+)  # fmt: skip
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -86,16 +92,17 @@ def asked_checkpoint(resume_from_checkpoint: str | bool | None) -> Path | None:
         `Path` or `None`: the path, if one is given.
 
     Raises:
-        `ValueError`: if it is no folder.
+        `ValueError`: if it is no checkpoint's folder.
     """
     if not isinstance(resume_from_checkpoint, str) or resume_from_checkpoint.lower() in ("true", "false"):
         return None
-    if not Path(resume_from_checkpoint).is_dir():
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir() or (_step(path) is None and not (path / MANIFEST).exists()):
         raise ValueError(
-            f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder. Give the path of a checkpoint, or "
-            "`true` for the last whole one in output_dir."
+            f"resume_from_checkpoint must be a checkpoint's folder, with its {MANIFEST}, got "
+            f"{resume_from_checkpoint!r}; or `true`, for the last whole one in output_dir."
         )
-    return Path(resume_from_checkpoint)
+    return path
 
 
 def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
@@ -152,13 +159,47 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str 
                 "before it. Give another one, or leave the option out to begin anew."
             )
     for path, why in torn.items():
-        logger.warning(
+        logger.warning_once(
             f"{path} is torn ({why}): the run ended while it was written, or it is no checkpoint of an SPPOTrainer. "
             f"Going on from {found or 'the start'}."
         )
     if found is None:
-        logger.warning(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
+        logger.warning_once(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
     return None if found is None else str(found)
+
+
+def layout_of(args: Any) -> dict[str, int]:
+    """How a run with these arguments cuts an iteration into micro-batches."""
+    return {"num_processes": args.world_size, **{name: getattr(args, name) for name in LAYOUT}}
+
+
+def check_fits(checkpoint: str, args: Any) -> None:
+    """
+    Check that a run with these arguments can go on from a whole checkpoint.
+
+    Args:
+        checkpoint (`str`):
+            Its path.
+        args ([`SPPOConfig`]):
+            Configuration of the run.
+
+    Raises:
+        `ValueError`: if the checkpoint has no optimizer, or its rollouts and its place in the data do not fit.
+    """
+    manifest = read_manifest(Path(checkpoint))
+    if not manifest["can_be_resumed"]:
+        raise ValueError(
+            f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
+            f"a new run from its weights, set model_name_or_path={checkpoint!r}."
+        )
+    now, then = layout_of(args), manifest["layout"]
+    changed = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts and "
+            "a place in the data. Set these options back, or begin a new run from its weights with "
+            f"model_name_or_path={checkpoint!r}."
+        )
 
 
 def _step(path: Path) -> int | None:

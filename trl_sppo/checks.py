@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 from trl.data_utils import is_conversational
 
-from .checkpoints import asked_checkpoint
+from .checkpoints import check_fits, find_checkpoint
 from .comparisons import check_oracle
 from .config import SPPOConfig
 from .trust import check_safetensors, is_url, own_code_is_refused
@@ -29,8 +29,12 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 def check_resume(args: SPPOConfig) -> None:
-    """Raise `ValueError` if the checkpoint to resume from is not there."""
-    asked_checkpoint(args.resume_from_checkpoint)
+    """Raise `ValueError` if the checkpoint to resume from is not there, or belongs to another kind of run."""
+    resume: Any = args.resume_from_checkpoint
+    if resume and str(resume).lower() != "false":
+        checkpoint = find_checkpoint(resume, str(args.output_dir))
+        if checkpoint is not None:
+            check_fits(checkpoint, args)
 
 
 def check_vllm(args: SPPOConfig) -> None:

@@ -1,9 +1,72 @@
-"""What `trl-sppo rollout` runs in each process: arguments in, scored completions out."""
+"""Rollouts without training: what `SPPOTrainer.rollout` does, and what `trl-sppo rollout` runs in each process."""
 
-from .train import make_rollouts
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+
+def make_rollouts(trainer: Any) -> str:
+    """
+    Sample and score a trainer's prompts, and write them down.
+
+    Args:
+        trainer:
+            An [`SPPOTrainer`].
+
+    Returns:
+        `str`: the folder.
+
+    Raises:
+        `ValueError`: if models are sharded, or nothing would be written.
+    """
+    args, recorder = trainer.args, trainer._recorder
+    if trainer._is_sharded:
+        raise ValueError(
+            "rollouts are sampled with whole models, but this launch shards them (FSDP or DeepSpeed). Launch without, "
+            "with use_vllm=True where one GPU does not suffice."
+        )
+    if not recorder.recalls:
+        raise ValueError(
+            "rollouts are to be written, but save_rollouts=False, save_strategy='no' or rollouts=... says not to, or "
+            "tools, environments or a rollout_func take part, which cannot be repeated. Remove that option."
+        )
+    period = trainer._micro_steps_per_iteration
+    batches = trainer.get_train_dataloader()
+    total = len(batches) // period if isinstance(trainer.train_dataset, Dataset) else None
+    if args.max_steps > 0:
+        total = -(-args.max_steps * args.gradient_accumulation_steps // period)
+    quiet = bool(args.disable_tqdm) or not trainer.is_world_process_zero()
+    trainer.model.train()
+    with tqdm(total=total, desc="generation batches", disable=quiet) as progress:
+        for iteration, inputs in enumerate(_generation_batches(trainer, batches, period)):
+            if iteration == total:
+                break
+            trainer._step = iteration * period
+            recorder.begin(iteration, inputs, trainer.num_generations, resumed=True)
+            if recorder.is_complete:
+                recorder.skip()
+            else:
+                trainer._generate_and_score_completions(inputs)
+            progress.update()
+    trainer._step = 0
+    return str(recorder.files.folder)
+
+
+def _generation_batches(trainer: Any, batches: Any, period: int) -> Iterator[list[dict[str, Any]]]:
+    """Each batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each `period` times."""
+    for epoch in count():
+        trainer.state.epoch = epoch
+        yield from islice(batches, 0, None, period)
+        if trainer.args.max_steps <= 0:
+            break
 
 
 if __name__ == "__main__":
-    trainer = make_rollouts()
+    from trl_sppo.train import make_rollouts as main
+
+    trainer = main()
     if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
         trainer.end()

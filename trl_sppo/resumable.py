@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import find_checkpoint, read_manifest, write_manifest
+from .checkpoints import check_fits, find_checkpoint, layout_of, write_manifest
 from .config import SPPOConfig
 from .faults import how_to_go_on
 from .interruption import Interruption
@@ -22,14 +22,7 @@ from .nonfinite import NonFiniteSteps
 from .recording import RolloutRecorder
 
 
-# Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
-LAYOUT = (
-    "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
-    "num_iterations",
-)  # fmt: skip
-
-
-REFERENCE = "reference.pt"
+REFERENCE = "reference.pt"  # in checkpoints of runs that change the reference model
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -84,7 +77,7 @@ class ResumableTrainer(GRPOTrainer):
         if resume_from_checkpoint:
             checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self._output_dir))
             if checkpoint is not None:
-                self._check_layout(Path(checkpoint))
+                check_fits(checkpoint, self.args)
         elif self.accelerator.is_main_process and not self._recorder.given:
             self._recorder.files.set_aside()
         with self._interruption.listening():
@@ -212,7 +205,9 @@ class ResumableTrainer(GRPOTrainer):
                 torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
             self.accelerator.wait_for_everyone()
             if main:
-                write_manifest(folder, step=step, can_be_resumed=not self.args.save_only_model, layout=self._layout())
+                write_manifest(
+                    folder, step=step, can_be_resumed=not self.args.save_only_model, layout=layout_of(self.args)
+                )
         except BaseException:
             if main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -224,27 +219,6 @@ class ResumableTrainer(GRPOTrainer):
             iteration = -(-self._step // self._micro_steps_per_iteration)  # the next to be sampled
             self._recorder.files.rotate(iteration, self.args.rollouts_total_limit)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _layout(self) -> dict[str, int]:
-        return {"num_processes": self.accelerator.num_processes, **{name: getattr(self.args, name) for name in LAYOUT}}
-
-    def _check_layout(self, checkpoint: Path) -> None:
-        manifest = read_manifest(checkpoint)
-        if not manifest["can_be_resumed"]:
-            raise ValueError(
-                f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To "
-                f"begin a new run from its weights, set model_name_or_path={str(checkpoint)!r}."
-            )
-        now = self._layout()
-        changed = [
-            f"{name} was {old}, now {now[name]}" for name, old in manifest["layout"].items() if old != now[name]
-        ]
-        if changed:
-            raise ValueError(
-                f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts "
-                "and a place in the data. Set these options back, or begin a new run from its weights with "
-                f"model_name_or_path={str(checkpoint)!r}."
-            )
 
     def save_random_state(self, folder: Path) -> None:
         """Save the state of this process's random generators in a folder of the rollouts."""

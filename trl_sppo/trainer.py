@@ -3,16 +3,13 @@
 import math
 import textwrap
 from collections import deque
-from collections.abc import Iterator
 from functools import wraps
-from itertools import count, islice
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -29,6 +26,7 @@ from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
 from .faults import RunError
+from .make_rollouts import make_rollouts
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .prompts import check_prompt_ids, check_prompts, check_rows
 from .resumable import ResumableTrainer
@@ -233,45 +231,11 @@ class SPPOTrainer(ResumableTrainer):
         Raises:
             `ValueError`: if models are sharded, or nothing would be written.
         """
-        if self._is_sharded:
-            raise ValueError(
-                "rollouts are sampled with whole models, but this launch shards them (FSDP or DeepSpeed). Launch "
-                "without, with use_vllm=True where one GPU does not suffice."
-            )
-        if not self._recorder.recalls:
-            raise ValueError(
-                "rollouts are to be written, but save_rollouts=False, save_strategy='no' or rollouts=... says not to, "
-                "or tools, environments or a rollout_func take part, which cannot be repeated. Remove that option."
-            )
-        period = self._micro_steps_per_iteration
-        batches = self.get_train_dataloader()
-        total = len(batches) // period if isinstance(self.train_dataset, Dataset) else None
-        if self.args.max_steps > 0:
-            total = -(-self.args.max_steps * self.args.gradient_accumulation_steps // period)
-        quiet = bool(self.args.disable_tqdm) or not self.is_world_process_zero()
-        self.model.train()
         self._only_samples = True
-        with tqdm(total=total, desc="generation batches", disable=quiet) as progress:
-            for iteration, inputs in enumerate(self._generation_batches(batches, period)):
-                if iteration == total:
-                    break
-                self._step = iteration * period
-                self._recorder.begin(iteration, inputs, cast(int, self.num_generations), resumed=True)
-                if self._recorder.is_complete:
-                    self._recorder.skip()
-                else:
-                    self._generate_and_score_completions(inputs)
-                progress.update()
-        self._only_samples, self._step = False, 0
-        return str(self._recorder.files.folder)
-
-    def _generation_batches(self, batches, period: int) -> Iterator[list[dict[str, Any]]]:
-        """Each batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each `period` times."""
-        for epoch in count():
-            self.state.epoch = epoch
-            yield from islice(batches, 0, None, period)
-            if self.args.max_steps <= 0:
-                break
+        try:
+            return make_rollouts(self)
+        finally:
+            self._only_samples = False
 
     def _logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of the tokens of all completions of a batch under the policy."""
