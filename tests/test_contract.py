@@ -67,8 +67,8 @@ def test_what_is_overridden_and_nothing_else():
         "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs",
     }  # fmt: skip
     assert overridden[ResumableTrainer] - {"__init__"} == {
-        "train", "evaluate", "get_batch_samples", "_get_train_sampler", "_save_checkpoint",
-        "_load_from_checkpoint", "_load_rng_state",
+        "train", "evaluate", "training_step", "get_batch_samples", "_get_train_sampler", "_finalize_training",
+        "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state",
     }  # fmt: skip
 
 

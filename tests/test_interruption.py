@@ -89,6 +89,19 @@ def test_a_signal_with_evaluations_at_the_end_of_an_epoch(start, tmp_path, micro
     assert_same(resumed, whole)
 
 
+def test_a_best_model_is_not_loaded_and_the_checkpoint_stays(start, tmp_path):  # noqa: F811
+    """At its end, a run that keeps one checkpoint deletes the last one if that is not the best."""
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "save_steps": 1,
+        "save_total_limit": 1, "load_best_model_at_end": True, "metric_for_best_model": "reward",
+    }  # fmt: skip
+    trainer = start("run", **options, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})})
+    trainer._determine_best_metric = lambda metrics, trial: setattr(trainer.state, "best_global_step", 1) or False
+    interrupt(trainer, SignalAt(trainer, 7), SystemExit(143))
+    assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-3"
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+
+
 def test_ctrl_c_is_a_keyboard_interrupt(start, tmp_path, capfd):  # noqa: F811
     trainer = start("run", save_steps=100)
     interrupt(trainer, SignalAt(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())

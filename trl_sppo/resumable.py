@@ -169,6 +169,12 @@ class ResumableTrainer(GRPOTrainer):
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def _finalize_training(self, *args, **kwargs):
+        if self._interruption.exit_code is not None:
+            # The run is not over: neither is there a best model yet, nor a checkpoint to be deleted for it
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        return super()._finalize_training(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_are_finite.append(loss.isfinite())
@@ -189,7 +195,7 @@ class ResumableTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         if self._boundary is not None and self._last_saved_step == step:
             return  # interrupted inside the next step, at whose beginning it was saved
-        main = self.accelerator.is_main_process
+        main = self.args.should_save  # one process, or one of each machine
         if main:
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -197,9 +203,10 @@ class ResumableTrainer(GRPOTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-            state = self._get_state()
-            del state["random"]  # transformers has saved it
-            torch.save(state, folder / _state_file(self.args.process_index))
+            if not self.args.save_only_model:
+                state = self._get_state()
+                del state["random"]  # transformers has saved it
+                torch.save(state, folder / _state_file(self.args.process_index))
             if main and self.args.sync_ref_model and not self._is_sharded:
                 # The reference is then no longer a model that can be loaded from where the policy came from
                 torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
