@@ -37,7 +37,8 @@ class Watch(TrainerCallback):
         self.rows: list[tuple[float, int, int, float]] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        gc.collect()  # what is garbage is not held
+        if state.global_step % 10 == 0:
+            gc.collect()  # what is garbage is not held
         disk = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         self.rows.append(
             (self.process.memory_info().rss / 2**20, self.process.num_fds(), self.process.num_threads(), disk / 2**20)
@@ -96,10 +97,10 @@ def slope(values: np.ndarray) -> tuple[float, float, float]:
     size = len(half) // BLOCKS
     means = half[: size * BLOCKS].reshape(BLOCKS, size).mean(axis=1)
     thousands = np.arange(BLOCKS) * size / 1000
-    (estimate, offset), ((variance, _), _) = np.polyfit(thousands, means, deg=1, cov="unscaled")
-    residuals = means - estimate * thousands - offset
-    margin = T_975 * np.sqrt(variance * (residuals**2).sum() / (BLOCKS - 2))
-    return estimate, estimate - margin, estimate + margin
+    x, y = thousands - thousands.mean(), means - means.mean()
+    estimate = (x @ y) / (x @ x)
+    error = np.sqrt(((y - estimate * x) ** 2).sum() / (BLOCKS - 2) / (x @ x))
+    return estimate, estimate - T_975 * error, estimate + T_975 * error
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import TINY, make_tokenizer
+from datasets import load_dataset
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -39,7 +40,7 @@ def disagreement(trainer) -> float:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, lora):
+def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_path, lora):
     # No run needs this: for vLLM what earlier tests of this process hold is used up, unless it is told a size
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     trainer = make_trainer(
@@ -71,6 +72,24 @@ def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, lora)
     noise = 0.06  # of bfloat16
     assert after < noise and before > 10 * noise
     assert all(row["sampling/sampling_logp_difference/mean"] < noise for row in log)
+
+    # What was sampled is on disk, with the log-probabilities of both, and can be trained on without vLLM
+    rows = load_dataset(str(tmp_path / "out" / "rollouts"), split="train")
+    pairs = [
+        (torch.tensor(sampling), torch.tensor(logps))
+        for row in rows
+        for sampling, logps in zip(row["sampling_logps"], row["logps"], strict=True)
+        if logps is not None
+    ]
+    assert pairs and torch.cat([(a - b).abs() for a, b in pairs]).mean() < noise
+    assert rows[0]["versions"]["vllm"] and len(rows[0]["importance_weights"]) == 4
+    again = make_trainer(
+        policy, reward_funcs=None, rollouts=str(tmp_path / "out" / "rollouts"), max_steps=3,
+        output_dir=str(tmp_path / "again"), max_completion_length=16, temperature=0.8,
+        trainer_kwargs={"train_dataset": None, **({"peft_config": LORA} if lora else {})},
+    )  # fmt: skip
+    again.train()
+    assert all(row["importance_weight"] > 0.5 for row in again.state.log_history if "loss" in row)
 
     for name, parameter in trainer.model.named_parameters():
         if name in base:

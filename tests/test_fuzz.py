@@ -289,7 +289,9 @@ def check(argv: list[str], *names: str) -> None:
 
 
 def write(recipe: dict | bytes) -> list[str]:
-    text = recipe if isinstance(recipe, bytes) else yaml.safe_dump(recipe, allow_unicode=True).encode()
+    # As a file is written by hand: a value that two options have is written twice
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    text = recipe if isinstance(recipe, bytes) else yaml.dump(recipe, Dumper=dumper, allow_unicode=True).encode()
     Path("recipe.yaml").write_bytes(text)
     return ["--config", "recipe.yaml"]
 

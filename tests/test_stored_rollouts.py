@@ -187,6 +187,13 @@ def test_as_many_batches_as_max_steps_would_use(make_trainer, tmp_path):
     assert sorted(rows["prompt"][:8]) == sorted(prompts) and rows["prompt"][8:] != rows["prompt"][:4]
 
 
+def test_sources_of_one_name_are_told_apart(make_trainer, tmp_path):
+    make_trainer(max_steps=1, reward_funcs=[count_abc, lambda **k: [0.0] * 8, lambda **k: [1.0] * 8]).train()
+    scores = rollouts_of(tmp_path / "out")[0]["scores"]
+    assert scores.keys() == {"count_abc", "<lambda>_1", "<lambda>_2"}
+    assert scores["<lambda>_1"] == [0.0] * 4 and scores["<lambda>_2"] == [1.0] * 4
+
+
 def test_a_run_does_not_mix_its_rollouts_with_those_of_an_earlier_one(make_trainer, tmp_path, caplog):
     make_trainer(max_steps=3).train()
     make_trainer(max_steps=1).train()

