@@ -102,6 +102,59 @@ def test_a_best_model_is_not_loaded_and_the_checkpoint_stays(start, tmp_path):  
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
+def test_with_save_strategy_best(start, tmp_path):  # noqa: F811
+    """transformers drops the wish to save where an evaluation is no new best."""
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "save_strategy": "best",
+        "metric_for_best_model": "reward",
+    }  # fmt: skip
+    trainer = start("run", **options, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})})
+    trainer._determine_best_metric = lambda metrics, trial: trainer.state.global_step == 1
+    interrupt(trainer, SignalAt(trainer, 6), SystemExit(143))
+    assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-3"
+
+
+def test_a_signal_in_an_evaluation_starts_no_rollout(start, tmp_path):  # noqa: F811
+    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "save_steps": 100}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    whole = start("whole", **options, trainer_kwargs=kwargs)
+    whole.train()
+    trainer = start("run", **options, trainer_kwargs=kwargs)
+
+    class InEvaluation(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupt(trainer, InEvaluation(), SystemExit(143))
+    assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-2"
+    assert trainer.calls == {"generate": 3, "score": 3}  # of one rollout, and of an evaluation of two batches
+    resumed = start("run", **options, trainer_kwargs=kwargs)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
+
+
+def test_a_signal_when_all_is_done(start, tmp_path):  # noqa: F811
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupt(start("run", max_steps=2), AtTheEnd(), SystemExit(143))
+    assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-2"
+
+
+def test_interrupted_and_continued_in_one_process(start, tmp_path):  # noqa: F811
+    options = {"save_steps": 1, "save_total_limit": 1}
+    whole = start("whole", **options)
+    whole.train()
+    trainer = start("run", **options)
+    callback = SignalAt(trainer, 7)
+    interrupt(trainer, callback, SystemExit(143))
+    trainer.remove_callback(callback)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(trainer, whole)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
+
+
 def test_ctrl_c_is_a_keyboard_interrupt(start, tmp_path, capfd):  # noqa: F811
     trainer = start("run", save_steps=100)
     interrupt(trainer, SignalAt(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())

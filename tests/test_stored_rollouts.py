@@ -194,6 +194,75 @@ def test_sources_of_one_name_are_told_apart(make_trainer, tmp_path):
     assert scores["<lambda>_1"] == [0.0] * 4 and scores["<lambda>_2"] == [1.0] * 4
 
 
+@pytest.fixture
+def groups():
+    """Four groups of two, with all that a file has."""
+    return [
+        {"prompt": p, "completions": ["ab", "c"], "completion_ids": [[3, 4, 1], [5, 1]],
+         "preferences": [[0.5, 1.0], [0.0, 0.5]], "logps": [[-1.0] * 3, [-2.0] * 2]}
+        for p in ("ab", "cd", "x", "y")
+    ]  # fmt: skip
+
+
+def test_log_probabilities_are_needed_only_of_what_is_trained_on(make_trainer, tmp_path, groups, caplog):
+    """Where one of these is missing, the policy at hand is taken, and that is said."""
+    for group in groups:
+        group["preferences"], group["completions"] = (
+            [[0.5, 0.5, 1.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.5]],
+            ["ab", "c", "d"],
+        )
+        group["completion_ids"] += [[6, 1]]
+        group["logps"] += [None]
+    # Win rates 3/4, 1/4, 1/2: the third is not trained on beyond a threshold of 0.6
+    seen = []
+
+    def train(**options):
+        Dataset.from_list(groups).to_parquet(tmp_path / "made" / "r.parquet")
+        trainer = train_on(
+            make_trainer, tmp_path / "made", reward_funcs=None, num_generations=3, per_device_train_batch_size=12,
+            max_steps=1, **options,
+        )  # fmt: skip
+        loss = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: seen.append(inputs) or loss(model, inputs)
+        trainer.train()
+
+    train(win_rate_threshold=0.6)
+    kept = seen[0]["old_per_token_logps"][seen[0]["kept"]]
+    assert set(kept[kept != 0].tolist()) == {-1.0, -2.0} and "lack log-probabilities" not in caplog.text
+    groups[0]["logps"][0] = None
+    train(win_rate_threshold=0.6)
+    assert "old_per_token_logps" not in seen[1] and "lack log-probabilities of some completions" in caplog.text
+
+
+def test_rows_that_were_never_judged_are_left_out(make_trainer, tmp_path, groups, caplog):
+    """A run that ended between sampling and scoring leaves some."""
+    groups[3]["preferences"] = None
+    Dataset.from_list(groups).to_parquet(tmp_path / "made" / "r.parquet")
+    assert len(load_rollouts(str(tmp_path / "made"), num_generations=2)) == 3
+    assert "1 rows without preferences are left out" in caplog.text
+
+
+def test_tokens_of_tools_are_refused(tmp_path, groups):
+    for group in groups:
+        group["tool_mask"] = [[1, 0, 1], [1, 1]]
+    Dataset.from_list(groups).to_parquet(tmp_path / "made" / "r.parquet")
+    with pytest.raises(ValueError, match="have tokens of tools in their completions"):
+        load_rollouts(str(tmp_path / "made"), num_generations=2)
+
+
+def test_trl_walks_through_prompts_and_not_through_whole_groups(make_trainer, tmp_path, groups):
+    """It copies each row once for each completion of each micro-step."""
+    groups = [{**group, "level": 1} for group in groups]
+    Dataset.from_list(groups).to_parquet(tmp_path / "made" / "r.parquet")
+    trainer = train_on(make_trainer, tmp_path / "made", reward_funcs=None, num_generations=2)
+    assert trainer.train_dataset.column_names == ["prompt", "level", "row_of_rollouts"]
+
+
+def test_rollouts_are_not_uploaded_unasked(make_trainer):
+    with pytest.raises(ValueError, match="push_to_hub=True would upload the rollouts in output_dir"):
+        make_trainer(push_to_hub=True)
+
+
 def test_a_run_does_not_mix_its_rollouts_with_those_of_an_earlier_one(make_trainer, tmp_path, caplog):
     make_trainer(max_steps=3).train()
     make_trainer(max_steps=1).train()

@@ -243,10 +243,10 @@ def check_output_dir(path: str | None) -> None:
             problem = f"{parent} is no folder"
         elif not os.access(parent, os.W_OK | os.X_OK):
             problem = f"{parent} cannot be written to"
-        elif longest > os.pathconf(parent, "PC_NAME_MAX") or len(os.fsencode(path)) >= os.pathconf(
-            parent, "PC_PATH_MAX"
-        ):
-            problem = "the name is too long"
+        elif hasattr(os, "pathconf"):  # not on Windows
+            limits = os.pathconf(parent, "PC_NAME_MAX"), os.pathconf(parent, "PC_PATH_MAX")
+            if longest > limits[0] or len(os.fsencode(path)) >= limits[1]:
+                problem = "the name is too long"
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem is not None:

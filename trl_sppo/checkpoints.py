@@ -13,6 +13,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"  # in each checkpoint
+BEGINNING = "run_began.json"  # in the output directory
+REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
 # Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
 LAYOUT = (
@@ -43,7 +45,7 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
-        "written_at": datetime.now(UTC).isoformat(),
+        "written_at": _now(),
         "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
         **facts,
     }
@@ -80,12 +82,22 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def asked_checkpoint(resume_from_checkpoint: str | bool | None) -> Path | None:
+def mark_beginning(output_dir: str) -> None:
+    """Write down that a run begins here, so that checkpoints of earlier ones are not taken for its own."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(output_dir) / BEGINNING, json.dumps({"began_at": _now()}) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def asked_checkpoint(resume_from_checkpoint: Any) -> Path | None:
     """
     The checkpoint that is asked for by its path.
 
     Args:
-        resume_from_checkpoint (`str` or `bool`, *optional*):
+        resume_from_checkpoint (`str`, `PathLike` or `bool`, *optional*):
             A path; or `True` (also `"true"`, from a command line) for the last one.
 
     Returns:
@@ -94,13 +106,13 @@ def asked_checkpoint(resume_from_checkpoint: str | bool | None) -> Path | None:
     Raises:
         `ValueError`: if it is no checkpoint's folder.
     """
-    if not isinstance(resume_from_checkpoint, str) or resume_from_checkpoint.lower() in ("true", "false"):
+    if isinstance(resume_from_checkpoint, bool) or str(resume_from_checkpoint).lower() in ("true", "false", "none"):
         return None
     path = Path(resume_from_checkpoint)
     if not path.is_dir() or (_step(path) is None and not (path / MANIFEST).exists()):
         raise ValueError(
             f"resume_from_checkpoint must be a checkpoint's folder, with its {MANIFEST}, got "
-            f"{resume_from_checkpoint!r}; or `true`, for the last whole one in output_dir."
+            f"{str(path)!r}; or `true`, for the last whole one in output_dir."
         )
     return path
 
@@ -119,17 +131,22 @@ def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
 
 
 def last_whole_checkpoint(folder: str) -> Path | None:
-    """The whole checkpoint that was written last: a folder may hold those of an earlier run, with more steps."""
+    """The whole checkpoint that was written last by the run that began last in a folder."""
     whole, _ = _checkpoints(Path(folder))
+    try:
+        began_at = json.loads((Path(folder) / BEGINNING).read_text())["began_at"]
+    except FileNotFoundError:
+        began_at = ""
+    whole = {path: time for path, time in whole.items() if time >= began_at}
     return max(whole, key=lambda path: whole[path], default=None)
 
 
-def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str | None:
+def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     """
     The checkpoint to go on from: the one that is asked for, or the last one before it that is whole.
 
     Args:
-        resume_from_checkpoint (`str` or `bool`):
+        resume_from_checkpoint (`str`, `PathLike` or `bool`):
             Path of a checkpoint; or `True` (also `"true"`, from a command line), for the last one in `output_dir`.
         output_dir (`str`):
             Folder of the run.
@@ -203,7 +220,7 @@ def check_fits(checkpoint: str, args: Any) -> None:
 
 
 def _step(path: Path) -> int | None:
-    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    match = re.fullmatch(rf"checkpoint-(\d+)(?:{re.escape(REPLACED)})?", path.name)
     return int(match[1]) if match else None
 
 

@@ -386,6 +386,11 @@ class SPPOConfig(GRPOConfig):
                 f"rollouts_total_limit must be at least 1, got {self.rollouts_total_limit}. To write no rollouts, set "
                 "save_rollouts=False."
             )
+        if self.push_to_hub and self.save_rollouts:
+            raise ValueError(
+                "push_to_hub=True would upload the rollouts in output_dir, which hold the dataset's prompts and "
+                "columns and all that was sampled. Set save_rollouts=False, or push afterwards what you choose."
+            )
         if self.rollouts is not None and self.use_vllm:
             raise ValueError(
                 f"rollouts={self.rollouts!r} are trained on instead of sampling, so there is no use for vLLM. Set "

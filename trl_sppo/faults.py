@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import last_whole_checkpoint, read_manifest
 
 
 class RunError(RuntimeError):
@@ -49,6 +49,11 @@ def explain(error: BaseException) -> str:
 def how_to_go_on(output_dir: str) -> str:
     """Where a run that has ended can be taken up again."""
     checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is not None and not read_manifest(checkpoint)["can_be_resumed"]:
+        return (
+            f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with "
+            f"model_name_or_path={str(checkpoint)!r}."
+        )
     if checkpoint is None:
         place = "There is no checkpoint yet"
     else:
@@ -59,13 +64,23 @@ def how_to_go_on(output_dir: str) -> str:
     )
 
 
-def report(error: BaseException, step: int, output_dir: str) -> None:
-    """Print what has ended a run: the trace if it is needed to understand that, and how to go on."""
+def report(error: BaseException, what: str, how: str) -> None:
+    """
+    Print what has ended a run: the trace if it is needed to understand that, and how to go on.
+
+    Args:
+        error (`BaseException`):
+            What has ended it.
+        what (`str`):
+            What has ended, and where.
+        how (`str`):
+            How to go on.
+    """
     if not isinstance(error, RunError):
         traceback.print_exception(error)
     elif error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
     print(
-        f"trl-sppo: error: training ended at step {step}: {explain(error)}\n{how_to_go_on(output_dir)}",
+        f"trl-sppo: error: {what}: {explain(error)}\n{how}",
         file=sys.stderr,
     )

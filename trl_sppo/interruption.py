@@ -46,6 +46,7 @@ class Interruption(TrainerCallback):
         # rollout, and of the others
         self._longest = {True: 0.0, False: 0.0}
         self._rollout = True  # whether the micro-step at hand begins with one
+        self._epoch_has_ended = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -75,9 +76,12 @@ class Interruption(TrainerCallback):
             signal.signal(number, handle)
         try:
             yield
+            if self._signal is not None and self.exit_code is None:  # it came when all was done
+                self.exit_code = 128 + self._signal
         finally:
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that is not Python's
+                    signal.signal(number, handler)
 
     def end(self) -> NoReturn:
         """End the run, as the signal would have."""
@@ -88,32 +92,43 @@ class Interruption(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._begin_micro_step()
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._epoch_has_ended = False
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.remember()
 
     def on_substep_end(self, args, state, control, **kwargs):
-        if self._is_over():
+        if self.is_over():
             self.trainer.roll_back()  # a resumed run begins with this optimizer step
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.forget()
-        if self._is_over():
-            # Evaluations that are due come first
-            control.should_save = control.should_training_stop = True
+        self._epoch_has_ended = state.epoch % 1 == 0
+        if self.is_over():
+            control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        # transformers calls it whenever it leaves an epoch, also in its middle
         if self.exit_code is None:
             return
-        if state.epoch % 1:  # the epoch is not over, only the run
+        if not self._epoch_has_ended:
             control.should_log = control.should_evaluate = False
-        else:  # again, with what comes at the end of an epoch
-            control.should_save = True
+        # With what comes at the end of an epoch
+        control.should_save = self._epoch_has_ended or not self.trainer.is_saved
+
+    def check_time(self) -> None:
+        """End the process if its time is up."""
+        if self.trainer.agree(int(self._deadline is not None and time.time() > self._deadline)):
+            print("trl-sppo: the time budget is used up. The same command goes on.")
+            raise SystemExit(EXIT_TIME_BUDGET)
 
     def _begin_micro_step(self) -> None:
         self._micro_step_began, self._rollout = time.time(), self.trainer.needs_rollout()
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether the run is to end now, the same in all processes."""
         now = time.time()
         self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
         self._begin_micro_step()

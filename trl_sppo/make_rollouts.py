@@ -44,6 +44,7 @@ def make_rollouts(trainer: Any) -> str:
         for iteration, inputs in enumerate(_generation_batches(trainer, batches, period)):
             if iteration == total:
                 break
+            trainer._interruption.check_time()
             trainer._step = iteration * period
             recorder.begin(iteration, inputs, trainer.num_generations, resumed=True)
             if recorder.is_complete:
@@ -59,8 +60,10 @@ def _generation_batches(trainer: Any, batches: Any, period: int) -> Iterator[lis
     """Each batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each `period` times."""
     for epoch in count():
         trainer.state.epoch = epoch
-        yield from islice(batches, 0, None, period)
-        if trainer.args.max_steps <= 0:
+        batch = None
+        for batch in islice(batches, 0, None, period):
+            yield batch
+        if batch is None or trainer.args.max_steps <= 0:
             break
 
 

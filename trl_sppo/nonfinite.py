@@ -39,7 +39,8 @@ class NonFiniteSteps(TrainerCallback):
             return
         gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         local = (g.to_local() if hasattr(g, "to_local") else g for g in gradients)  # FSDP has a shard of each
-        finite = torch.stack([*losses, *(g.isfinite().all() for g in local)]).all()
+        flags = [*losses, *(g.isfinite().all() for g in local)]
+        finite = torch.stack([flag.to(args.device) for flag in flags]).all()
         if not trainer.agree(int(not finite)):
             trainer._skipped_in_a_row = 0
             return

@@ -143,7 +143,7 @@ def check_keywords(args: GRPOConfig) -> None:
         raise ValueError(f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}") from error
     for name in args.chat_template_kwargs or {}:
         if name in SET_BY_TRL:
-            raise ValueError(f"chat_template_kwargs: {name} is set by TRL itargs. Remove it.")
+            raise ValueError(f"chat_template_kwargs: {name} is set by TRL itself. Remove it.")
 
 
 def check_trust(args: Any) -> None:

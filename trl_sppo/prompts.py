@@ -108,9 +108,13 @@ def _what_is_missing(prompt: Any) -> str | None:
         if len(prompt) == 0:
             return "has a prompt without messages"
         for message in prompt:
-            if message is None or message.get("role") is None or message.get("content") is None:
+            if message is None or message.get("role") is None or not _says_something(message):
                 return f"has a message without role or content ({message})"
     return None
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
 def _bytes(prompt: Any) -> int:

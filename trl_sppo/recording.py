@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .stored_rollouts import (
     COLUMNS,
+    ROW,
     RolloutFiles,
     installed_versions,
     same_prompts,
@@ -52,15 +53,17 @@ class RolloutRecorder:
         self.given = self.args.rollouts is not None
         self._writes = self.args.save_rollouts and not self.given
         # What tools, environments and a `rollout_func` do cannot be done again from tokens
-        repeatable = not (trainer.tools or trainer.environments or trainer.rollout_func)
+        repeatable = not (trainer.tools or trainer.environment_factories or trainer.rollout_func)
         self.recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
         self._recalled = False
         self._has_warned = False
+        self.rollouts = trainer.rollouts_to_train_on  # a dataset, if they are given
         self._forget()
 
     def _forget(self) -> None:
         # One row per group: of the whole rollout, and the same on all processes, if it is given or recalled
         self.groups: list[dict[str, Any]] = []
+        self._mine: dict[int, dict[str, Any]] = {}  # with all columns, those that this process has completions of
         self._recalled = False
 
     def begin(self, iteration: int, inputs: Sequence[dict[str, Any]], group_size: int, resumed: bool) -> None:
@@ -80,7 +83,15 @@ class RolloutRecorder:
         self._forget()
         self._iteration, self._inputs, self._group_size = iteration, inputs, group_size
         if self.given:
-            self.groups = gather_object(self._first_of_groups(inputs))
+            # All of the preferences, but only this process's completions
+            rows = gather_object([row[ROW] for row in self._first_of_groups(inputs)])
+            columns = [name for name in ("preferences", "scores") if name in self.rollouts.column_names]
+            self.groups = [{} for _ in rows]
+            if columns:
+                self.groups = self.rollouts.select_columns(columns).select(rows).to_list()
+            start = self.accelerator.process_index * len(inputs)
+            mine = range(start // group_size, (start + len(inputs) - 1) // group_size + 1)
+            self._mine = dict(zip(mine, self.rollouts.select([rows[g] for g in mine]).to_list(), strict=True))
         elif resumed and self.recalls:
             self._recall()
 
@@ -115,7 +126,8 @@ class RolloutRecorder:
         """Of this process's completions, what the groups have in a column."""
         start = self.accelerator.process_index * len(self._inputs)
         places = [divmod(start + i, self._group_size) for i in range(len(self._inputs))]
-        return [self.groups[g][name][k] for g, k in places]
+        groups = self._mine if self.given else self.groups
+        return [None if groups[g].get(name) is None else groups[g][name][k] for g, k in places]
 
     @property
     def is_complete(self) -> bool:
@@ -140,11 +152,12 @@ class RolloutRecorder:
         """
         if not self.groups:
             return None
-        if self.groups[0].get("completion_ids") is None:
+        known = self._local("completion_ids")
+        if None in known:
             texts = zip(self._inputs, prompt_ids, self._local("completions"), strict=True)
-            return [self._tokenize(row["prompt"], ids, completion) for row, ids, completion in texts], None
-        logps = self._local("sampling_logps") if self.groups[0].get("sampling_logps") is not None else None
-        return self._local("completion_ids"), logps
+            known = [self._tokenize(row["prompt"], ids, completion) for row, ids, completion in texts]
+        logps = self._local("sampling_logps")
+        return known, None if None in logps or self.given else logps
 
     def _tokenize(self, prompt: Any, prompt_ids: list[int], completion: Any) -> list[int]:
         """Tokens of a completion by others, up to its end."""
@@ -196,13 +209,14 @@ class RolloutRecorder:
                 "own with these names."
             )
         columns = [name for name in inputs[0] if name not in (*COLUMNS, *IMAGES)]
-        if trainer.tools or trainer.environments:  # messages of many shapes
+        if trainer.tools or trainer.environment_factories:  # messages of many shapes
             completions = [json.dumps(completion, default=str) for completion in completions]
         samples = [completions, completion_ids, tool_mask, sampling_logps]
         per_row = zip(*(values if values is not None else [None] * len(inputs) for values in samples), strict=True)
         rows = gather_object(list(per_row))
         prompts = gather_object(self._first_of_groups(list(zip(inputs, prompt_ids, strict=True))))
         if self.accelerator.is_main_process:
+            run, versions = self._run(), installed_versions(self.args.use_vllm)
             for g, (prompt, ids) in enumerate(prompts):
                 group = rows[g * self._group_size : (g + 1) * self._group_size]
                 texts, tokens, masks, logps = (list(values) for values in zip(*group, strict=True))
@@ -216,8 +230,8 @@ class RolloutRecorder:
                     "tool_mask": None if tool_mask is None else masks,
                     "sampling_logps": None if sampling_logps is None else logps,
                     "policy": trainer.model.config._name_or_path,
-                    "run": self._run(),
-                    "versions": installed_versions(self.args.use_vllm),
+                    "run": run,
+                    "versions": versions,
                 })  # fmt: skip
         self._save_random_state(scored=False)
         self._write()
@@ -267,16 +281,18 @@ class RolloutRecorder:
         self._save_random_state(scored=True)
         self._write()
 
-    def finish(self, batch: dict[str, Any]) -> None:
+    def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
         """
         Write log-probabilities down, or put given ones in.
 
         Args:
             batch (`dict`):
                 TRL's batch of this process's completions.
+            kept (`torch.Tensor` of bool, of shape `(N,)`):
+                Which of them are trained on.
         """
         if self.given:
-            self._put_logps(batch)
+            self._put_logps(batch, kept.tolist())
         elif self._writes and "old_per_token_logps" in batch:
             rows = zip(batch["old_per_token_logps"].cpu(), self._lengths, strict=True)
             known = [None if row[:length].isnan().any() else row[:length].tolist() for row, length in rows]
@@ -291,24 +307,31 @@ class RolloutRecorder:
                 self._write()
         self._forget()
 
-    def _put_logps(self, batch: dict[str, Any]) -> None:
-        ids = batch["completion_ids"]
-        if all(group.get("logps") is not None and None not in group["logps"] for group in self.groups):
-            rows = self._local("logps")
-            wrong = [len(row) for row, length in zip(rows, self._lengths, strict=True) if len(row) != length]
-            if wrong:
-                raise ValueError(
-                    f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than those of their "
-                    "completions: they need one for each of 'completion_ids'. Correct them, or remove the column "
-                    "'logps'."
-                )
-            logps = torch.zeros(ids.shape)
+    def _put_logps(self, batch: dict[str, Any], kept: list[bool]) -> None:
+        ids, rows, weights = batch["completion_ids"], self._local("logps"), self._local("importance_weights")
+        if any(row is not None and len(row) != length for row, length in zip(rows, self._lengths, strict=True)):
+            raise ValueError(
+                f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than those of their "
+                "completions: they need one for each of 'completion_ids'. Correct them, or remove the column 'logps'."
+            )
+        missing = sum(row is None for row, is_kept in zip(rows, kept, strict=True) if is_kept)
+        if self.trainer.agree(missing) == 0:
+            logps = torch.full(ids.shape, torch.nan)
             for i, row in enumerate(rows):
-                logps[i, : len(row)] = torch.tensor(row)
+                if row is not None:
+                    logps[i] = 0.0
+                    logps[i, : len(row)] = torch.tensor(row)
             batch["old_per_token_logps"] = logps.to(ids.device)
-        if all(group.get("importance_weights") is not None for group in self.groups):
-            weights = torch.tensor(self._local("importance_weights"))
-            batch["importance_sampling_ratio"] = weights.unsqueeze(1).to(ids.device)
+        elif not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"rollouts={self.args.rollouts!r} lack log-probabilities of some completions that are trained on, so "
+                "the policy at hand is taken for the one that sampled them. That is right if it has: for its first "
+                "iteration. Let one iteration be the whole file (steps_per_generation), or make them with `trl-sppo "
+                "rollout`, which writes all. This is said once."
+            )
+        if not self.trainer.agree(int(None in weights)):
+            batch["importance_sampling_ratio"] = torch.tensor(weights).unsqueeze(1).to(ids.device)
 
     def _save_random_state(self, scored: bool) -> None:
         # Before the file: where that is, the random states of all processes are whole

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import check_fits, find_checkpoint, layout_of, write_manifest
+from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_beginning, write_manifest
 from .config import SPPOConfig
 from .faults import how_to_go_on
 from .interruption import Interruption
@@ -78,15 +78,30 @@ class ResumableTrainer(GRPOTrainer):
             checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self._output_dir))
             if checkpoint is not None:
                 check_fits(checkpoint, self.args)
-        elif self.accelerator.is_main_process and not self._recorder.given:
-            self._recorder.files.set_aside()
-        with self._interruption.listening():
-            output = super().train(checkpoint, *args, **kwargs)
+        self._forget_earlier_training()
+        if not self._resumed and self.args.should_save:
+            mark_beginning(self._output_dir)
+            if not self._recorder.given:
+                self._recorder.files.set_aside()
+        options = self.args.load_best_model_at_end, self.args.save_total_limit
+        try:
+            with self._interruption.listening():
+                output = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = options
         if self._interruption.exit_code is not None:
-            if self.accelerator.is_main_process:
+            if self.is_world_process_zero():
                 print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
             self._interruption.end()
         return output
+
+    def _forget_earlier_training(self) -> None:
+        """Of this trainer, in this process."""
+        self._step, self._buffered_inputs = 0, None
+        self._boundary = self._last_saved_step = None
+        self._losses_are_finite = []
+        self._skipped_steps = self._skipped_in_a_row = 0
+        self._metrics["train"].clear()
 
     def _from_main_process(self, find: Callable[[], Any]) -> Any:
         """What the main process finds, on all processes."""
@@ -106,6 +121,11 @@ class ResumableTrainer(GRPOTrainer):
     def _output_dir(self) -> str:
         assert self.args.output_dir is not None  # TrainingArguments has set it
         return self.args.output_dir
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of the optimizer steps taken so far."""
+        return self._last_saved_step == self.state.global_step
 
     @property
     def _micro_steps_per_iteration(self) -> int:
@@ -128,6 +148,7 @@ class ResumableTrainer(GRPOTrainer):
         """Go back to where the optimizer step at hand began. What it has done so far changed no weight."""
         assert self._boundary is not None
         self._set_state(self._boundary)
+        self._losses_are_finite = []
 
     def _get_state(self) -> dict[str, Any]:
         return {
@@ -162,8 +183,8 @@ class ResumableTrainer(GRPOTrainer):
         return _EpochSampler(sampler, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.state.global_step >= self.state.max_steps:
-            # A resumed run that had taken all its steps. transformers would take one more
+        # The second: a resumed run that had taken all its steps. transformers would take one more
+        if self._interruption.is_over() or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
             num_batches = 0
@@ -193,11 +214,13 @@ class ResumableTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        if self._boundary is not None and self._last_saved_step == step:
+        if self._boundary is not None and self.is_saved:
             return  # interrupted inside the next step, at whose beginning it was saved
         main = self.args.should_save  # one process, or one of each machine
-        if main:
-            shutil.rmtree(folder, ignore_errors=True)
+        aside = folder.with_name(folder.name + REPLACED)
+        if main and folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
         self.accelerator.wait_for_everyone()
         # Older checkpoints go only when this one is whole
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -223,6 +246,7 @@ class ResumableTrainer(GRPOTrainer):
             self.args.save_total_limit = limit
         self._last_saved_step = step
         if main:
+            shutil.rmtree(aside, ignore_errors=True)
             iteration = -(-self._step // self._micro_steps_per_iteration)  # the next to be sampled
             self._recorder.files.rotate(iteration, self.args.rollouts_total_limit)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)

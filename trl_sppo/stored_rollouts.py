@@ -43,6 +43,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
+ROW = "row_of_rollouts"
+
+
 def installed_versions(use_vllm: bool) -> dict[str, str | None]:
     """Versions of the packages that make rollouts."""
     found: dict[str, str | None] = {name: version(name) for name in ("trl", "transformers", "torch")}
@@ -202,6 +205,12 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             f"rollouts={path!r} have no column {' and no '.join(map(repr, missing))}, but {dataset.column_names}. One "
             "row is a 'prompt' with its 'completions'."
         )
+    dataset = _judged_rows(dataset, path)
+    if _some(dataset, "tool_mask"):
+        raise ValueError(
+            f"rollouts={path!r} have tokens of tools in their completions (column 'tool_mask'), which a training "
+            "without these tools would take for the policy's. Train where they are sampled."
+        )
     for i, row in enumerate(dataset.select_columns(["prompt", "completions"])):
         if row["prompt"] is None or row["completions"] is None or len(row["completions"]) != num_generations:
             found = None if row["completions"] is None else len(row["completions"])
@@ -212,9 +221,29 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
     return dataset
 
 
+def _some(dataset: Dataset, name: str) -> bool:
+    """Whether a column is there with something in it."""
+    return name in dataset.column_names and dataset.data.column(name).null_count < len(dataset)
+
+
+def _judged_rows(dataset: Dataset, path: str) -> Dataset:
+    """Without those that a run had sampled and not yet scored when it ended, if others are scored."""
+    if not _some(dataset, "preferences") or dataset.data.column("preferences").null_count == 0:
+        return dataset
+    judged = dataset.filter(lambda preferences: preferences is not None, input_columns="preferences")
+    logger.warning(f"rollouts={path!r}: {len(dataset) - len(judged)} rows without preferences are left out.")
+    return judged
+
+
 def is_judged(dataset: Dataset) -> bool:
     """Whether rollouts bring preferences or scores, so that nobody has to be asked."""
-    return any(name in dataset.column_names and dataset[0][name] is not None for name in ("preferences", "scores"))
+    return any(_some(dataset, name) for name in ("preferences", "scores"))
+
+
+def prompts_of(rollouts: Dataset) -> Dataset:
+    """What TRL walks through instead of rollouts: their prompts, and where each stands. It copies rows many times."""
+    light = [name for name in rollouts.column_names if name not in COLUMNS]
+    return rollouts.select_columns(light).add_column(ROW, list(range(len(rollouts))))
 
 
 def stored_panel(groups: Sequence[dict[str, Any]], size: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:

@@ -354,7 +354,7 @@ def build_trainer(argv: list[str]):
 
 def main(argv: list[str] | None = None, only_rollouts: bool = False):
     """Train as the arguments say, save the policy to `output_dir`, and return the trainer."""
-    from .faults import report
+    from .faults import how_to_go_on, report
 
     try:
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
@@ -366,10 +366,16 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
             trainer.accelerator.print(f"Wrote rollouts to {folder}, for `trl-sppo train --rollouts {folder}`.")
             return trainer
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except KeyboardInterrupt:  # it has said how to go on
+    except KeyboardInterrupt:  # training has said how to go on
+        if only_rollouts:
+            print("trl-sppo: sampling ended. The same command goes on.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        report(error, trainer.state.global_step, trainer.args.output_dir)
+        if only_rollouts:
+            report(error, "sampling ended", "The same command goes on.")
+        else:
+            step, output_dir = trainer.state.global_step, trainer.args.output_dir
+            report(error, f"training ended at step {step}", how_to_go_on(output_dir))
         raise SystemExit(1) from error
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()

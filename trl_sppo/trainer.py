@@ -41,7 +41,7 @@ from .rollouts import (
     to_device,
     trim_completions,
 )
-from .stored_rollouts import COLUMNS, is_judged, load_rollouts, stored_panel
+from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of, stored_panel
 from .weight_sync import prepare_weight_sync
 
 
@@ -108,7 +108,7 @@ class SPPOTrainer(ResumableTrainer):
 
     model: nn.Module
 
-    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts"]
+    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts", "_sums"]
 
     _tag_names = ["trl", "sppo"]
     _name = "SPPO"
@@ -149,14 +149,16 @@ class SPPOTrainer(ResumableTrainer):
         self.preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
+        self.rollouts_to_train_on: Dataset | None = None
         if args.rollouts is not None:
             if train_dataset is not None:
                 raise TypeError(
                     f"train_dataset is given, but also rollouts={args.rollouts!r}, which bring the prompts. Leave one "
                     "of them out."
                 )
-            train_dataset = load_rollouts(args.rollouts, cast(int, args.num_generations))
-        judged = train_dataset is not None and args.rollouts is not None and is_judged(train_dataset)
+            self.rollouts_to_train_on = load_rollouts(args.rollouts, cast(int, args.num_generations))
+            train_dataset = prompts_of(self.rollouts_to_train_on)
+        judged = self.rollouts_to_train_on is not None and is_judged(self.rollouts_to_train_on)
         check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment, judged)
         check_quantization(args, model, kwargs.get("quantization_config"))
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
@@ -167,7 +169,8 @@ class SPPOTrainer(ResumableTrainer):
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         check_model(model, args, has_adapter, needs_tokenizer=processing_class is None)
-        check_prompts(args, model, processing_class, train_dataset, eval_dataset)
+        if not has_environment:
+            check_prompts(args, model, processing_class, train_dataset, eval_dataset)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
@@ -261,7 +264,8 @@ class SPPOTrainer(ResumableTrainer):
     # generation, so that the log-probability passes can skip the completions that will not be trained on.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
-        check_rows(inputs)
+        if not self.environment_factories:  # these may bring the prompts
+            check_rows(inputs)
         self._rollout_inputs = inputs
         # Of an earlier iteration, if that one was interrupted
         self._verdict, self._sums = None, {}
@@ -274,7 +278,7 @@ class SPPOTrainer(ResumableTrainer):
         if self.model.training:
             if self._only_samples and "old_per_token_logps" not in batch:
                 batch["old_per_token_logps"] = self._logps(batch)
-            self._recorder.finish(batch)
+            self._recorder.finish(batch, self._local(verdict.kept))
 
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
@@ -320,8 +324,7 @@ class SPPOTrainer(ResumableTrainer):
             recorder.sampled(prompt_ids, completion_ids, completions, tool_mask, sampling_logps)
 
         # Like TRL, hand what a `rollout_func` returned besides the completions to the reward functions
-        own = COLUMNS if recorder is not None and recorder.given else {}
-        inputs = [{name: value for name, value in row.items() if name not in own} for row in self._rollout_inputs]
+        inputs = [{name: value for name, value in row.items() if name != ROW} for row in self._rollout_inputs]
         for name, value in extra_fields.items():
             for i, row in enumerate(inputs):
                 if not isinstance(value, list) or i < len(value):
