@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
 from conftest import make_tokenizer
+from safetensors.torch import load_file
 from test_launch import ACCELERATE, run
 from test_rewards import encoder
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -90,6 +91,20 @@ def test_two_processes_equal_one(launch, case):
     elif case == "nothing":
         assert kept.shape == (2, 12) and len(one["loss"]) == 6  # six optimizer steps of two micro-batches
         assert (kept[0] > 0).all() and (kept[1] == 0).all()
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_sharded_runs_are_resumed_to_the_same_weights(tmp_path, mode):
+    """Bit for bit, from inside an iteration, without sampling anew."""
+    config = resources.files("trl.accelerate_configs") / f"{mode}.yaml"
+    command = [*ACCELERATE, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    for part in ("whole", "ends", "resumed"):
+        script = [str(TESTS / "resume_two_processes.py"), str(tmp_path), part]
+        result = run([*command, "--config_file", str(config), *script], timeout=300)
+        assert result.returncode == 0, result.stderr
+    expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "ends"))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("mode", SHARDED)
