@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.checkpoints import last_whole_checkpoint
 
 
 LETTERS = [chr(ord("a") + i) for i in range(26)]
@@ -246,7 +248,12 @@ def run(points: int, seed: int, work: Path) -> dict[str, Counter]:
             children = launch(case, work / "policy", folder, resume=attempt > 0, kill_at=at_file)
             kills += not wait(children, random.uniform(0.1, 1.0) * duration if at_file is None else None)
         log = folder.with_suffix(".log")
-        torn = [p for p in folder.glob("checkpoint-*") if not (p / "manifest.json").exists()]
+        whole_step = int(re.findall(r"\d+", (last_whole_checkpoint(str(folder)) or Path("0")).name)[0])
+        torn = [  # not those that were about to be deleted
+            path
+            for path in folder.glob("checkpoint-*")
+            if not (path / "manifest.json").exists() and int(re.findall(r"\d+", path.name)[0]) >= whole_step
+        ]
         log.open("a").write("\n==== resumed\n")
         assert wait(launch(case, work / "policy", folder, resume=True)), log.read_text()
         if torn and "is torn" not in log.read_text():

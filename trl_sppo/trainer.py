@@ -25,7 +25,7 @@ from .checks import (
 from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
-from .faults import RunError
+from .faults import RunError, is_of_another_process
 from .make_rollouts import make_rollouts
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .prompts import check_prompt_ids, check_prompts, check_rows
@@ -381,7 +381,7 @@ class SPPOTrainer(ResumableTrainer):
         try:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except Exception as error:
-            if not self.use_vllm or isinstance(error, torch.OutOfMemoryError):
+            if not self.use_vllm or isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
                 raise
             raise RunError(
                 f"vLLM failed while sampling: {type(error).__name__}: {error}. docs/vllm.md lists what it needs; in "
@@ -459,9 +459,9 @@ class SPPOTrainer(ResumableTrainer):
             return torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         try:
             scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever it is, the completions are not lost
+            if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
+                raise
             names = ", ".join(map(repr, self.reward_func_names))
             raise RunError(
                 f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
