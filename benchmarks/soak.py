@@ -53,13 +53,16 @@ def longer(prompts, first, second, **kwargs) -> list[float]:
     return [0.5 + 0.1 * max(-5, min(5, len(a) - len(b))) for a, b in zip(first, second, strict=True)]
 
 
-def soak(steps: int, folder: Path) -> np.ndarray:
+def soak(steps: int, every: int, folder: Path) -> np.ndarray:
     """
     Train.
 
     Args:
         steps (`int`):
             Optimizer steps.
+        every (`int`):
+            Steps between log lines, and between evaluations: transformers keeps all of the log, in memory and in each
+            checkpoint.
         folder (`Path`):
             Where to.
 
@@ -71,8 +74,8 @@ def soak(steps: int, folder: Path) -> np.ndarray:
     args = SPPOConfig(
         str(folder / "run"), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
         num_generations=4, per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=2,
-        max_steps=steps, max_completion_length=8, temperature=1.0, learning_rate=1e-3, beta=0.1, logging_steps=50,
-        save_steps=50, save_total_limit=2, rollouts_total_limit=2, eval_strategy="steps", eval_steps=50,
+        max_steps=steps, max_completion_length=8, temperature=1.0, learning_rate=1e-3, beta=0.1, logging_steps=every,
+        save_steps=50, save_total_limit=2, rollouts_total_limit=2, eval_strategy="steps", eval_steps=every,
         per_device_eval_batch_size=4,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": [a + b for a in "abcdefgh" for b in "ijklmnop"]})
@@ -106,9 +109,10 @@ def slope(values: np.ndarray) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=50, help="steps between log lines, and between evaluations")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = soak(args.steps, Path(folder))
+        rows = soak(args.steps, args.every, Path(folder))
     print(f"{'':18}{'step 100':>12}{'half':>12}{'end':>12}   slope over the second half, per 1,000 steps")
     for (name, unit), values in zip(MEASURES.items(), rows.T, strict=True):
         mean, low, high = slope(values)
