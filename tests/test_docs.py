@@ -45,6 +45,7 @@ def test_every_metric_of_this_package_is_documented(fixed, tiny_policy):
         "<oracle>/verdict_mass",
         "rewards/<source>/mean",
         "completions/std",
+        "skipped_steps",
     }
     assert expanded - elsewhere <= {name.replace("more_abc", "<oracle>") for name in logged}
 
