@@ -31,12 +31,15 @@ MEASURES = {"resident memory": "MiB", "open files": "", "threads": "", "disk use
 class Watch(TrainerCallback):
     """Writes down at each step what the process holds."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, forget_log: bool):
         self.folder = folder
+        self.forget_log = forget_log
         self.process = psutil.Process()
         self.rows: list[tuple[float, int, int, float]] = []
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.forget_log:
+            del state.log_history[:-10]
         if state.global_step % 10 == 0:
             gc.collect()  # what is garbage is not held
         disk = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -53,16 +56,15 @@ def longer(prompts, first, second, **kwargs) -> list[float]:
     return [0.5 + 0.1 * max(-5, min(5, len(a) - len(b))) for a, b in zip(first, second, strict=True)]
 
 
-def soak(steps: int, every: int, folder: Path) -> np.ndarray:
+def soak(steps: int, forget_log: bool, folder: Path) -> np.ndarray:
     """
     Train.
 
     Args:
         steps (`int`):
             Optimizer steps.
-        every (`int`):
-            Steps between log lines, and between evaluations: transformers keeps all of the log, in memory and in each
-            checkpoint.
+        forget_log (`bool`):
+            Whether to keep the last rows of the log only. transformers keeps all, in memory and in each checkpoint.
         folder (`Path`):
             Where to.
 
@@ -74,12 +76,12 @@ def soak(steps: int, every: int, folder: Path) -> np.ndarray:
     args = SPPOConfig(
         str(folder / "run"), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
         num_generations=4, per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=2,
-        max_steps=steps, max_completion_length=8, temperature=1.0, learning_rate=1e-3, beta=0.1, logging_steps=every,
-        save_steps=50, save_total_limit=2, rollouts_total_limit=2, eval_strategy="steps", eval_steps=every,
+        max_steps=steps, max_completion_length=8, temperature=1.0, learning_rate=1e-3, beta=0.1, logging_steps=50,
+        save_steps=50, save_total_limit=2, rollouts_total_limit=2, eval_strategy="steps", eval_steps=50,
         per_device_eval_batch_size=4,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": [a + b for a in "abcdefgh" for b in "ijklmnop"]})
-    watch = Watch(folder)
+    watch = Watch(folder, forget_log)
     trainer = SPPOTrainer(
         str(folder / "policy"),
         vowels,
@@ -109,10 +111,10 @@ def slope(values: np.ndarray) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=50, help="steps between log lines, and between evaluations")
+    parser.add_argument("--forget_log", action="store_true", help="keep the last ten rows of the log only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = soak(args.steps, args.every, Path(folder))
+        rows = soak(args.steps, args.forget_log, Path(folder))
     print(f"{'':18}{'step 100':>12}{'half':>12}{'end':>12}   slope over the second half, per 1,000 steps")
     for (name, unit), values in zip(MEASURES.items(), rows.T, strict=True):
         mean, low, high = slope(values)
