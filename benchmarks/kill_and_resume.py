@@ -12,6 +12,10 @@ float32 on a CPU; sampled by transformers; scored by a reward function and a pai
 import argparse
 import json
 import os
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not survive the forks by which runs are started
+
 import random
 import re
 import shutil
@@ -296,6 +300,7 @@ def main() -> None:
         print(f"{case:16}" + "".join(f"{count[column]:18}" for column in columns))
     total = sum(counts.values(), Counter())
     print(f"{total['same weights']} of {total['killed']} killed runs ended with the same weights, bit for bit.")
+    print(json.dumps(total))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,6 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
 
 from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from kill_and_resume import run
 
 
 # Iterations of two optimizer steps, each of two micro-batches; three iterations in an epoch
@@ -222,10 +219,15 @@ def test_rollouts_of_other_options_are_set_aside(start, tmp_path):
 # ---- Killed
 
 
-def test_killed_at_fifty_points(tmp_path):
+def test_killed_at_fifty_points():
     """SIGKILL anywhere, also while checkpoints and rollouts are being written; LoRA and full, one process and two."""
-    counts = sum(run(points=50, seed=0, work=tmp_path).values(), Counter())
-    assert counts["killed"] == counts["same weights"] == counts["same log"] == 50
+    script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--points", "50"], capture_output=True, text=True, timeout=1800
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = Counter(json.loads(result.stdout.splitlines()[-1]))
+    assert counts["killed"] == counts["same weights"] == counts["same log"] == 50, result.stdout
     assert counts["torn checkpoints"] > 0
     # At most what was under way is done again: by each of two processes one sampling, one scoring, one judgement
     assert counts["calls repeated"] <= 3 * counts["kills"]
