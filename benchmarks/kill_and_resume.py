@@ -282,7 +282,7 @@ def run(points: int, seed: int, work: Path) -> dict[str, Counter]:
         else:
             print(f"{point} {case}: other weights, see {log}")
         progress.update()
-        if progress.n == points:
+        if sum(each["killed"] for each in counts.values()) == points:
             break
     return counts
 
