@@ -465,8 +465,9 @@ class SPPOTrainer(ResumableTrainer):
             names = ", ".join(map(repr, self.reward_func_names))
             raise RunError(
                 f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
-                "its completions, None where it cannot say. What was sampled is kept: a resumed run scores it without "
-                "sampling again."
+                "its completions, None where it cannot say."
+                + " What was sampled is kept: a resumed run scores it without sampling again."
+                * self._recorder.recalls
             ) from error
         for name, column in zip(self.reward_func_names, scores.T, strict=True):
             unscorable = (~column.isfinite()).sum().item()
