@@ -25,5 +25,6 @@ def build_with_full_disk(argv):
     return trainer
 
 
-train.build_trainer = build_with_full_disk
-train.main(sys.argv[2:])
+if __name__ == "__main__":  # pytest imports it, in search of doctests
+    train.build_trainer = build_with_full_disk
+    train.main(sys.argv[2:])
