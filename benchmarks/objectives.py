@@ -15,7 +15,7 @@ import torch
 from datasets import load_dataset
 
 from trl_sppo import cli, train
-from trl_sppo.evaluation import policy_win_rate
+from trl_sppo.evaluation import outcomes_of_scores, win_rate
 from trl_sppo.quickstart.run import FOLDER, reward_model_judge, sample, vader_judge
 
 
@@ -69,7 +69,9 @@ def main():
                     train.main(argv)
             trained = scores(run, folder / run, training_args)
             initial = scores(f"initial_{seed}", FOLDER / "policy", training_args)
-            rates = {j: policy_win_rate(torch.tensor(trained[j]), torch.tensor(initial[j])) for j in judges}
+            rates = {
+                j: win_rate(outcomes_of_scores(torch.tensor(trained[j]), torch.tensor(initial[j]))) for j in judges
+            }
             results[name].append(rates)
             print(name, seed, {judge: str(rate) for judge, rate in rates.items()}, flush=True)
 

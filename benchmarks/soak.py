@@ -31,11 +31,11 @@ MEASURES = {"resident memory": "MiB", "open files": "", "threads": "", "disk use
 class Watch(TrainerCallback):
     """Writes down at each step what the process holds."""
 
-    def __init__(self, folder: Path, forget_log: bool):
+    def __init__(self, folder: Path, steps: int, forget_log: bool):
         self.folder = folder
         self.forget_log = forget_log
         self.process = psutil.Process()
-        self.rows: list[tuple[float, int, int, float]] = []
+        self.rows = np.ones((steps, len(MEASURES)))  # all of its memory now: it must not be what grows
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.forget_log:
@@ -43,9 +43,8 @@ class Watch(TrainerCallback):
         if state.global_step % 10 == 0:
             gc.collect()  # what is garbage is not held
         disk = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        self.rows.append(
-            (self.process.memory_info().rss / 2**20, self.process.num_fds(), self.process.num_threads(), disk / 2**20)
-        )
+        memory, process = self.process.memory_info().rss, self.process
+        self.rows[state.global_step - 1] = memory / 2**20, process.num_fds(), process.num_threads(), disk / 2**20
 
 
 def vowels(completions: list[str], **kwargs) -> list[float]:
@@ -81,7 +80,7 @@ def soak(steps: int, forget_log: bool, folder: Path) -> np.ndarray:
         per_device_eval_batch_size=4,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": [a + b for a in "abcdefgh" for b in "ijklmnop"]})
-    watch = Watch(folder, forget_log)
+    watch = Watch(folder, steps, forget_log)
     trainer = SPPOTrainer(
         str(folder / "policy"),
         vowels,
@@ -93,7 +92,7 @@ def soak(steps: int, forget_log: bool, folder: Path) -> np.ndarray:
         callbacks=[watch],
     )
     trainer.train()
-    return np.array(watch.rows)
+    return watch.rows
 
 
 def slope(values: np.ndarray) -> tuple[float, float, float]:

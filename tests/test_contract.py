@@ -65,6 +65,7 @@ def test_what_is_overridden_and_nothing_else():
     assert overridden[SPPOTrainer] - {"__init__"} == {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards",
         "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs",
+        "evaluation_loop",
     }  # fmt: skip
     assert overridden[ResumableTrainer] - {"__init__"} == {
         "train", "evaluate", "training_step", "get_batch_samples", "_get_train_sampler", "_finalize_training",

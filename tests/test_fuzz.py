@@ -267,6 +267,10 @@ def check(argv: list[str], *names: str) -> None:
         with mock.patch.dict(os.environ), redirect_stderr(stderr), redirect_stdout(io.StringIO()):
             trainer = train.main(argv)
     except SystemExit as exit:
+        if exit.code == 124:  # the time budget counts from the start of this process
+            assert "time_budget" in names
+            outcomes["trained"] += 1
+            return
         assert exit.code == 2
         trainer = None
     finally:

@@ -267,13 +267,6 @@ def check_sources(
         )
     for oracle in preference_funcs:
         check_oracle(oracle)
-    paths = [source for source in reward_funcs if isinstance(source, str) and not is_url(source)]
-    for trusted in args.reward_trust_remote_code or []:
-        if trusted not in paths:
-            raise ValueError(
-                f"reward_trust_remote_code names {trusted!r}, which is none of the reward models that are loaded here "
-                f"({paths}). Write it as it is given in reward_funcs (--reward_model_name_or_path), or remove it."
-            )
     if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
         raise ValueError(
             f"reward_weights must have one entry per reward source ({len(reward_funcs)}), got {args.reward_weights}."
@@ -303,6 +296,44 @@ def check_sources(
             f"reward_processing_classes must have one entry per reward source ({len(reward_funcs)}), got "
             f"{len(reward_processing_classes)}. Use None for a reward function."
         )
+
+
+def check_judges(
+    args: SPPOConfig, reward_funcs: list, judges: list, processing_classes: list, preference_funcs: list
+) -> None:
+    """
+    Check those that judge in evaluations only, and whose own code may run.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        reward_funcs (`list`):
+            Reward sources of the training.
+        judges, processing_classes, preference_funcs (`list`):
+            `eval_reward_funcs`, `eval_reward_processing_classes` and `eval_preference_func` of [`SPPOTrainer`].
+
+    Raises:
+        `ValueError`: if there is no evaluation, or the options do not fit.
+    """
+    for oracle in preference_funcs:
+        check_oracle(oracle)
+    if (judges or preference_funcs) and IntervalStrategy(args.eval_strategy).value == "no":
+        raise ValueError(
+            "judges for evaluations are given (eval_reward_funcs, eval_reward_model_name_or_path or "
+            "eval_preference_funcs), but eval_strategy='no' evaluates nothing. Set eval_strategy, or leave them out."
+        )
+    if len(processing_classes) != len(judges):
+        raise ValueError(
+            f"eval_reward_processing_classes must have one entry per source in eval_reward_funcs ({len(judges)}), got "
+            f"{len(processing_classes)}. Use None for a reward function."
+        )
+    paths = [source for source in [*reward_funcs, *judges] if isinstance(source, str) and not is_url(source)]
+    for trusted in args.reward_trust_remote_code or []:
+        if trusted not in paths:
+            raise ValueError(
+                f"reward_trust_remote_code names {trusted!r}, which is none of the reward models that are loaded here "
+                f"({paths}). Write it as it is given in reward_funcs (--reward_model_name_or_path), or remove it."
+            )
 
 
 def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, needs_tokenizer: bool = True) -> None:

@@ -99,6 +99,7 @@ def ask_oracle(
     log_metric: Callable[[str, float], None],
     disable_tqdm: bool = False,
     known: torch.Tensor | None = None,
+    first_side: int | None = None,
 ) -> Answers:
     """
     Compare the completions of each group, each process a part of the pairs. What an oracle says outside [0, 1], leaves
@@ -125,13 +126,19 @@ def ask_oracle(
             Whether to show no progress bar.
         known (`torch.Tensor` of shape `(groups, K, K)`, *optional*):
             What it has said of these completions before, as in [`Answers`]. Then it is not asked.
+        first_side (`int`, *optional*):
+            Compare only the first so many completions of each group with the others of it, and not among each other.
 
     Returns:
         [`Answers`], the same on all processes.
     """
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
-    pairs = ordered_pairs(same, both_orders)
+    needless = same
+    if first_side is not None:
+        is_first = torch.arange(group_size) < first_side
+        needless = same | (is_first[:, None] == is_first)
+    pairs = ordered_pairs(needless, both_orders)
     if known is not None:
         lost = int(known[pairs.unbind(dim=1)].isnan().sum())
         return Answers(known, same, num_asked=len(pairs), num_lost=lost, problem="it returned None or NaN")

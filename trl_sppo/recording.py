@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .stored_rollouts import (
     COLUMNS,
+    IMAGES,
     ROW,
     RolloutFiles,
     installed_versions,
@@ -30,7 +31,6 @@ NEUTRAL = (
     "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_", "resume_from_checkpoint", "ignore_data_skip",
     "time_budget", "rollouts", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-IMAGES = ("image", "images")
 
 
 class RolloutRecorder:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_beginning, write_manifest
@@ -19,6 +19,7 @@ from .config import SPPOConfig
 from .faults import how_to_go_on
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
+from .opponents import Opponents
 from .recording import RolloutRecorder
 
 
@@ -37,7 +38,9 @@ class ResumableTrainer(GRPOTrainer):
     args: SPPOConfig
 
     # Attributes that a resumed run needs, besides what transformers saves: numbers, tensors, and containers of them
-    _saved = ["_step", "_tr_loss", "_globalstep_last_logged", "_skipped_steps", "_skipped_in_a_row"]
+    _saved = [
+        "_step", "_tr_loss", "_globalstep_last_logged", "_skipped_steps", "_skipped_in_a_row", "_evaluated",
+    ]  # fmt: skip
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -45,6 +48,8 @@ class ResumableTrainer(GRPOTrainer):
         self._last_saved_step: int | None = None
         self._resumed = False
         self._recorder = RolloutRecorder(self)
+        self._opponents = Opponents(self)
+        self._evaluated: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
         self._losses_are_finite: list[torch.Tensor] = []  # of the micro-batches of the optimizer step at hand
         self._skipped_steps = self._skipped_in_a_row = 0
         self.add_callback(NonFiniteSteps(self))
@@ -83,12 +88,17 @@ class ResumableTrainer(GRPOTrainer):
             mark_beginning(self._output_dir)
             if not self._recorder.given:
                 self._recorder.files.set_aside()
-        options = self.args.load_best_model_at_end, self.args.save_total_limit
+            self._opponents.files.set_aside()
+        options = self.args.load_best_model_at_end, self.args.save_total_limit, self.args.eval_on_start
+        # The initial policy is the first opponent of evaluations. A resumed run has that, or cannot have it any more
+        self.args.eval_on_start = checkpoint is None and (
+            self.args.eval_on_start or self.args.eval_strategy != IntervalStrategy.NO
+        )
         try:
             with self._interruption.listening():
                 output = super().train(checkpoint, *args, **kwargs)
         finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit = options
+            self.args.load_best_model_at_end, self.args.save_total_limit, self.args.eval_on_start = options
         if self._interruption.exit_code is not None:
             if self.is_world_process_zero():
                 print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
@@ -102,6 +112,8 @@ class ResumableTrainer(GRPOTrainer):
         self._losses_are_finite = []
         self._skipped_steps = self._skipped_in_a_row = 0
         self._metrics["train"].clear()
+        self._evaluated = {}
+        self._opponents.forget()
 
     def _from_main_process(self, find: Callable[[], Any]) -> Any:
         """What the main process finds, on all processes."""
@@ -173,10 +185,12 @@ class ResumableTrainer(GRPOTrainer):
     def evaluate(self, *args, **kwargs):
         # Evaluations sample, and may come at other places in a resumed run. They leave no trace in the training
         random_state = _random_state()
+        num_dataloaders = len(self.accelerator._dataloaders)
         try:
             return super().evaluate(*args, **kwargs)
         finally:
             _set_random_state(random_state)
+            del self.accelerator._dataloaders[num_dataloaders:]  # accelerate keeps that of each evaluation for ever
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -249,6 +263,7 @@ class ResumableTrainer(GRPOTrainer):
             shutil.rmtree(aside, ignore_errors=True)
             iteration = -(-self._step // self._micro_steps_per_iteration)  # the next to be sampled
             self._recorder.files.rotate(iteration, self.args.rollouts_total_limit)
+            self._opponents.files.rotate(step, self.args.rollouts_total_limit)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def save_random_state(self, folder: Path) -> None:

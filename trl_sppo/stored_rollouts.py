@@ -42,6 +42,7 @@ COLUMNS = {
     "versions": {name: Value("string") for name in ("trl_sppo", "trl", "transformers", "torch", "vllm")},
 }  # fmt: skip
 
+IMAGES = ("image", "images")  # columns of the dataset that are not written
 
 ROW = "row_of_rollouts"
 
@@ -76,7 +77,7 @@ class RolloutFiles:
 
     def write(self, iteration: int, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
         """
-        Write an iteration. The file is there whole or not at all, whenever the process ends.
+        Write an iteration.
 
         Args:
             iteration (`int`):
@@ -86,19 +87,7 @@ class RolloutFiles:
             prompt_features ([`~datasets.Features`], *optional*):
                 Features of the dataset of prompts. By default they are found in the rows.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = Dataset.from_list(list(groups), features=_features(groups, prompt_features)).data.table
-        path = self.path(iteration)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with open(partial, "wb") as file:
-                pyarrow.parquet.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_parquet(self.path(iteration), groups, prompt_features)
 
     def read(self, iteration: int) -> list[dict[str, Any]] | None:
         """The rows of an iteration, or `None` if it has not been written."""
@@ -116,9 +105,7 @@ class RolloutFiles:
         paths = [path for path in self.folder.glob("iteration-*.parquet") if _iteration(path) >= iteration]
         if not paths:
             return
-        number = 1
-        while (aside := self.folder.with_name(f"rollouts-{number}")).exists():
-            number += 1
+        aside = unused(self.folder)
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
@@ -144,6 +131,40 @@ class RolloutFiles:
             for path in self.folder.glob("iteration-*.parquet"):
                 if _iteration(path) < next_iteration - limit:
                     path.unlink()
+
+
+def write_parquet(path: Path, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
+    """
+    Write groups. The file is there whole or not at all, whenever the process ends.
+
+    Args:
+        path (`Path`):
+            Of the file. Its folder is made if it is not there.
+        groups (sequence of `dict`):
+            Its rows.
+        prompt_features ([`~datasets.Features`], *optional*):
+            Features of the dataset of prompts. By default they are found in the rows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_list(list(groups), features=_features(groups, prompt_features)).data.table
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            pyarrow.parquet.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def unused(folder: Path) -> Path:
+    """The first of `folder-1`, `folder-2`, ... that is not there."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return aside
 
 
 def _iteration(path: Path) -> int:

@@ -27,6 +27,8 @@ class SPPOScriptArguments(ScriptArguments):
             Reward functions: names in `trl.rewards`, or dotted import paths such as `my_rewards.brevity`.
         preference_funcs (`list[str]`, *optional*):
             Pairwise oracles: dotted import paths of functions or of judges, such as `my_judges.judge`.
+        eval_reward_model_name_or_path, eval_reward_funcs, eval_preference_funcs (`list[str]`, *optional*):
+            Likewise, judges for evaluations only.
     """
 
     reward_model_name_or_path: list[str] | None = field(
@@ -41,12 +43,25 @@ class SPPOScriptArguments(ScriptArguments):
         default=None,
         metadata={"help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge')."},
     )
+    eval_reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward models that judge in evaluations only."},
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions that judge in evaluations only."},
+    )
+    eval_preference_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairwise oracles that judge in evaluations only."},
+    )
 
     def __post_init__(self):
         # A YAML recipe may give one name instead of a list
         for name in ("reward_model_name_or_path", "reward_funcs", "preference_funcs"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+            for each in (name, f"eval_{name}"):
+                if isinstance(getattr(self, each), str):
+                    setattr(self, each, [getattr(self, each)])
 
 
 # Options of `accelerate launch` that say what to run
@@ -205,7 +220,7 @@ def split_config(argv: list[str]) -> list[str]:
     return [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
 
 
-def load_reward_funcs(names: list[str]) -> list:
+def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
     """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
     functions = []
     for name in names:
@@ -216,14 +231,14 @@ def load_reward_funcs(names: list[str]) -> list:
         else:
             path = name if "." in name else f"trl.rewards.{name}"
             hint = "Give a name in trl.rewards or a dotted path, my_rewards.brevity for `brevity` in my_rewards.py"
-            functions.append(import_callable(path, f"reward function {name!r} (--reward_funcs)", hint))
+            functions.append(import_callable(path, f"reward function {name!r} (--{option})", hint))
     return functions
 
 
-def load_preference_funcs(names: list[str]) -> list:
+def load_preference_funcs(names: list[str], option: str = "preference_funcs") -> list:
     """Import pairwise oracles by dotted paths, also of modules in the working directory."""
     hint = "Give a dotted path, such as my_judges.judge for `judge` in my_judges.py"
-    return [import_callable(name, f"pairwise oracle {name!r} (--preference_funcs)", hint) for name in names]
+    return [import_callable(name, f"pairwise oracle {name!r} (--{option})", hint) for name in names]
 
 
 def import_callable(path: str, what: str, hint: str) -> Any:
@@ -344,6 +359,13 @@ def build_trainer(argv: list[str]):
                 *load_reward_funcs(script_args.reward_funcs or []),
             ],
             preference_func=load_preference_funcs(script_args.preference_funcs or []),
+            eval_reward_funcs=[
+                *(script_args.eval_reward_model_name_or_path or []),
+                *load_reward_funcs(script_args.eval_reward_funcs or [], "eval_reward_funcs"),
+            ],
+            eval_preference_func=load_preference_funcs(
+                script_args.eval_preference_funcs or [], "eval_preference_funcs"
+            ),
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections import deque
+from collections.abc import Sized
 from functools import wraps
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from .checks import (
     check_datasets,
+    check_judges,
     check_model,
     check_quantization,
     check_resume,
@@ -84,6 +86,10 @@ class SPPOTrainer(ResumableTrainer):
             gets lists of prompts and of two completions each, and the dataset's other columns by name, and returns
             P(first beats second) in [0, 1] of each, `None` where it cannot say. It may be intransitive, and `async`.
             Each votes with its weight in `args.preference_weights`. Ready ones are in [`judges`].
+        eval_reward_funcs, eval_reward_processing_classes, eval_preference_func (*optional*):
+            Judges for evaluations only, given like `reward_funcs`, `reward_processing_classes` and `preference_func`:
+            nothing is trained on what they say. Each evaluation plays against the initial policy and against the one
+            before under all judges.
         kwargs:
             Further arguments of [`~trl.GRPOTrainer`], such as `peft_config`, `quantization_config` and `callbacks`.
 
@@ -137,6 +143,9 @@ class SPPOTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         preference_func: PreferenceFunc | list[PreferenceFunc] | None = None,
+        eval_reward_funcs: RewardSource | list[RewardSource] | None = None,
+        eval_reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        eval_preference_func: PreferenceFunc | list[PreferenceFunc] | None = None,
         **kwargs,
     ):
         if args is None:
@@ -149,6 +158,9 @@ class SPPOTrainer(ResumableTrainer):
         self.preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
+        judges = _as_list(eval_reward_funcs)
+        judges_classes = _as_list(eval_reward_processing_classes) or [None] * len(judges)
+        self.eval_preference_funcs = _as_list(eval_preference_func)
         self.rollouts_to_train_on: Dataset | None = None
         if args.rollouts is not None:
             if train_dataset is not None:
@@ -160,6 +172,7 @@ class SPPOTrainer(ResumableTrainer):
             train_dataset = prompts_of(self.rollouts_to_train_on)
         judged = self.rollouts_to_train_on is not None and is_judged(self.rollouts_to_train_on)
         check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment, judged)
+        check_judges(args, reward_funcs, judges, judges_classes, self.eval_preference_funcs)
         check_quantization(args, model, kwargs.get("quantization_config"))
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
         check_vllm(args)
@@ -175,8 +188,8 @@ class SPPOTrainer(ResumableTrainer):
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
         reward_sources, processing_classes = load_reward_models(
-            reward_funcs,
-            processing_classes,
+            [*judges, *reward_funcs],
+            [*judges_classes, *processing_classes],
             conversational,
             args.reward_trust_remote_code or (),
             cast(Any, args.chat_template_kwargs),
@@ -193,28 +206,44 @@ class SPPOTrainer(ResumableTrainer):
         self._warned: set[str] = set()
         self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
         self.preference_func_names = _told_apart([oracle_name(oracle) for oracle in self.preference_funcs])
+        self.eval_preference_func_names = _told_apart(
+            [*self.preference_func_names, *(oracle_name(oracle) for oracle in self.eval_preference_funcs)]
+        )[len(self.preference_funcs) :]
 
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
-        no_scores = not reward_sources and (judged or bool(self.preference_funcs))
+        # TRL insists on a reward function, but if there is none there is nothing to log or to warn about
+        num_hidden = len(judges)
+        if not reward_sources and (judged or self.preference_funcs):
+            reward_sources, processing_classes, num_hidden = [_no_reward], [None], 1
+        weights = args.reward_weights
+        if weights is not None:
+            args.reward_weights = [*[0.0] * num_hidden, *weights]
         super().__init__(
             model=model,
-            reward_funcs=[_no_reward] if no_scores else reward_sources,
+            reward_funcs=reward_sources,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            reward_processing_classes=cast(Any, [None]) if no_scores else processing_classes,
+            reward_processing_classes=processing_classes,
             **kwargs,
         )
-        if no_scores:  # TRL insists on a reward function, but there is nothing to log or to warn about
-            for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
-                del cast(list, sources)[0]
-            self.reward_weights = self.reward_weights[1:]
+        args.reward_weights = weights
         self.reward_funcs = [
             MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
             for source in self.reward_funcs
         ]
+        # For evaluations only: TRL has prepared them like the others
+        names = self.reward_func_names[num_hidden:]
+        self._judges = {
+            "reward_funcs": self.reward_funcs[: len(judges)],
+            "reward_processing_classes": self.reward_processing_classes[: len(judges)],
+            "reward_func_names": _told_apart([*names, *self.reward_func_names[: len(judges)]])[len(names) :],
+        }
+        for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+            del cast(list, sources)[:num_hidden]
+        self.reward_weights = self.reward_weights[num_hidden:]
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
 
@@ -333,6 +362,7 @@ class SPPOTrainer(ResumableTrainer):
             self._scores = scores = recorder.scores(self.reward_source_names)
         else:
             self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        by_judge = {} if training else self._ask_judges(inputs, prompts, completions, completion_ids, group_size)
 
         # Of each completion: the tokens that the policy sampled, whether it came to its end, what it is
         pad = self._tokenizer.pad_token_id
@@ -371,7 +401,36 @@ class SPPOTrainer(ResumableTrainer):
                 self._verdict.preferences,
                 self._verdict.win_rates,
             )
+        if not training:
+            by_judge |= zip(self.reward_source_names, by_source, strict=True)
+            self._opponents.add(inputs, completions, lengths, by_judge)
         return generated
+
+    def _ask_judges(self, inputs, prompts, completions, completion_ids, group_size: int) -> dict[str, torch.Tensor]:
+        """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
+        own = {name: getattr(self, name) for name in self._judges}
+        vars(self).update(self._judges)
+        try:
+            scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+            names = self.reward_func_names
+        finally:
+            vars(self).update(own)
+        for name, column in zip(names, scores.T, strict=True):
+            if not column.isnan().all():
+                self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
+        return {name: column.reshape(-1, group_size) for name, column in zip(names, scores.T, strict=True)}
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        dataset = dataloader.dataset
+        self._opponents.begin(
+            metric_key_prefix.removeprefix("eval").removeprefix("_"),
+            len(dataset) if isinstance(dataset, Sized) else None,
+        )
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        results = self._opponents.finish()
+        cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
+        return output
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         known = self._recorder.completion_ids(prompt_ids) if self.model.training else None

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from .. import cli, train
-from ..evaluation import WinRate, policy_win_rate, sample_completions
+from ..evaluation import WinRate, outcomes_of_scores, sample_completions, win_rate
 from ..rewards import MicroBatchedRewardModel
 from . import assets
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         judge: {name: torch.tensor([score(group) for group in groups]) for name, groups in answers.items()}
         for judge, score in judges.items()
     }
-    results = {judge: policy_win_rate(each["trained"], each["initial"]) for judge, each in scores.items()}
+    results = {judge: win_rate(outcomes_of_scores(each["trained"], each["initial"])) for judge, each in scores.items()}
 
     _save(output_dir, prompts, answers, scores, results)
     _draw(output_dir / "quickstart.png", history, results)

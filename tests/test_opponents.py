@@ -1,0 +1,206 @@
+"""Evaluations inside a training: win rates against the initial policy and against that of the evaluation before."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, count_abc, more_abc
+from datasets import Dataset, load_dataset
+from transformers import EarlyStoppingCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, win_rate
+from trl_sppo.opponents import EvaluationFiles
+
+
+EVAL_PROMPTS = Dataset.from_dict({"prompt": ["ab", "fgh", "k", "l m", "no"], "topic": list("vwxyz")})
+EVALUATING = {
+    "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "per_device_eval_batch_size": 4, "num_generations": 4,
+    "learning_rate": 0.1,
+}  # fmt: skip
+
+
+def evaluations(trainer) -> list[dict]:
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def tiny() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**TINY))
+
+
+def length(completions, **kwargs) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture
+def evaluated(make_trainer):
+    def make(model=None, trainer_kwargs=None, **options):
+        trainer_kwargs = {"eval_dataset": EVAL_PROMPTS, **(trainer_kwargs or {})}
+        trainer = make_trainer(model, trainer_kwargs=trainer_kwargs, **{**EVALUATING, **options})
+        trainer.train()
+        return trainer
+
+    return make
+
+
+def test_win_rates_are_those_of_the_files(evaluated, tmp_path):
+    trainer = evaluated(trainer_kwargs={"eval_reward_funcs": length, "preference_func": more_abc})
+    rows = evaluations(trainer)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert not any("win_rate_vs" in name for name in rows[0])
+    files = {step: EvaluationFiles(str(tmp_path / "out")).read("", step) for step in (0, 2, 4)}
+    for row, label, opponent in ((rows[1], "initial", 0), (rows[2], "initial", 0), (rows[2], "previous", 2)):
+        ours, theirs = files[row["step"]], files[opponent]
+        for judge, score in (("count_abc", count_abc), ("length", length), ("more_abc", count_abc)):
+            won = []  # one number for each pair of answers to a prompt, by a loop
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a["prompt"], a["topic"]) == (b["prompt"], b["topic"])
+                pairs = [(x, y) for x in score(a["completions"]) for y in score(b["completions"])]
+                won.append(sum((x > y) + 0.5 * (x == y) for x, y in pairs) / len(pairs))
+            name = f"eval_win_rate_vs_{label}/{judge}"
+            assert row[name] == pytest.approx(sum(won) / len(won))
+            assert row[f"{name}/low"] <= row[name] <= row[f"{name}/high"]
+        outcomes = outcomes_of_scores(*(torch.tensor([length(g["completions"]) for g in e]) for e in (ours, theirs)))
+        lengths = [torch.tensor([g["lengths"] for g in each]).float() for each in (ours, theirs)]
+        expected = length_controlled_win_rate(outcomes, *lengths).mean
+        assert row[f"eval_win_rate_vs_{label}/length/length_controlled"] == pytest.approx(expected)
+        assert row[f"eval_win_rate_vs_{label}/opponent_mean_length"] == pytest.approx(lengths[1].mean().item())
+        expected = win_rate(outcomes)
+        assert row[f"eval_win_rate_vs_{label}/length/low"] == pytest.approx(expected.low)
+
+
+def test_datasets_reads_the_files(evaluated, tmp_path):
+    evaluated()
+    stored = load_dataset(str(tmp_path / "out" / "evaluations"), split="train")
+    assert sorted(set(stored["step"])) == [0, 2, 4] and len(stored) == 15
+    assert sorted(stored[:5]["prompt"]) == sorted(EVAL_PROMPTS["prompt"])
+    assert stored[0]["scores"]["count_abc"] == count_abc(stored[0]["completions"])
+
+
+def test_judges_are_asked_in_evaluations_only_and_change_nothing(evaluated, tmp_path):
+    asked = []
+
+    def judge(completions, trainer_state, **kwargs):
+        asked.append(trainer_state.global_step)
+        return [None if text.startswith("a") else float(len(text)) for text in completions]
+
+    def oracle(prompts, first, second, topic, **kwargs):
+        assert len(topic) == len(prompts)
+        return [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+    plain = evaluated(tiny(), output_dir=str(tmp_path / "plain"))
+    judged = {"eval_reward_funcs": judge, "eval_preference_func": oracle}
+    trainer = evaluated(tiny(), trainer_kwargs=judged, reward_weights=[2.0])
+    assert set(asked) == {0, 2, 4} and trainer.args.reward_weights == [2.0]
+    row = evaluations(trainer)[-1]
+    assert {"eval_win_rate_vs_initial/judge", "eval_win_rate_vs_initial/oracle", "eval_rewards/judge/mean"} <= set(row)
+    assert not any("judge" in name for row in trainer.state.log_history if "loss" in row for name in row)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, plain.model.state_dict()[name])
+
+
+def test_a_resumed_run_plays_against_the_same_opponents(make_trainer, tmp_path):
+    def make(folder, **options):
+        options = {**EVALUATING, "save_strategy": "steps", "save_steps": 2, "output_dir": str(folder), **options}
+        return make_trainer(tiny(), trainer_kwargs={"eval_dataset": EVAL_PROMPTS}, **options)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    first = make(tmp_path / "parts")
+    first.add_callback(_StopAfter(2))
+    first.train()
+    sampled = []
+    second = make(tmp_path / "parts")
+    generate = second._generate
+    second._generate = lambda *args: (sampled.append(second._mode), generate(*args))[1]
+    second.train(True)
+    assert sampled.count("eval") == len(EVAL_PROMPTS)  # at step 4 alone
+    keep = {name for name in evaluations(whole)[-1] if "win_rate_vs" in name}
+    assert len(keep) == 10
+    for name in keep:
+        assert evaluations(second)[-1][name] == evaluations(whole)[-1][name]
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_the_best_model_and_early_stopping(evaluated, tmp_path):
+    """A learning rate of 0 never gets better than the first win rate that there is."""
+    trainer = evaluated(
+        trainer_kwargs={"callbacks": [EarlyStoppingCallback(early_stopping_patience=2)]},
+        learning_rate=1e-12, max_steps=20, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="win_rate_vs_initial/count_abc", greater_is_better=True,
+    )  # fmt: skip
+    best = [row.get("eval_win_rate_vs_initial/count_abc", 0) for row in evaluations(trainer)]
+    assert trainer.state.best_metric == max(best)
+    assert trainer.state.global_step < 20
+
+
+def test_several_evaluation_sets(evaluated, tmp_path):
+    sets = {"one": EVAL_PROMPTS, "two": EVAL_PROMPTS.select(range(2))}
+    trainer = evaluated(trainer_kwargs={"eval_dataset": sets})
+    names = {name for row in trainer.state.log_history for name in row}
+    assert {"eval_one_win_rate_vs_initial/count_abc", "eval_two_win_rate_vs_previous/count_abc/low"} <= names
+    files = EvaluationFiles(str(tmp_path / "out"))
+    assert files.names() == ["one", "two"] and files.steps("two") == [0, 2, 4]
+    assert len(files.read("two", 4)) == 2
+
+
+def test_without_files(evaluated, tmp_path):
+    trainer = evaluated(save_rollouts=False)
+    assert "eval_win_rate_vs_previous/count_abc" in evaluations(trainer)[-1]
+    assert not (tmp_path / "out" / "evaluations").exists()
+
+
+def test_an_earlier_runs_evaluations_are_set_aside(evaluated, tmp_path, caplog):
+    evaluated()
+    evaluated(max_steps=2)
+    assert EvaluationFiles(str(tmp_path / "out")).steps("") == [0, 2]
+    assert len(list((tmp_path / "out" / "evaluations-1").glob("*.parquet"))) == 3
+
+
+def test_limit_keeps_the_first_and_the_last(evaluated, tmp_path):
+    evaluated(max_steps=10, save_strategy="steps", save_steps=2, rollouts_total_limit=2)
+    assert EvaluationFiles(str(tmp_path / "out")).steps("") == [0, 8, 10]
+
+
+def test_an_evaluation_outside_a_training_keeps_nothing(evaluated, tmp_path):
+    trainer = evaluated(max_steps=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
+    metrics = trainer.evaluate()
+    assert "eval_win_rate_vs_initial/count_abc" in metrics
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
+    json.dumps(metrics)  # plain numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_reward_funcs": length}, "eval_strategy='no' evaluates nothing"),
+        ({"eval_preference_func": more_abc}, "eval_strategy='no' evaluates nothing"),
+    ],
+)
+def test_judges_need_evaluations(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(trainer_kwargs=options)
+
+
+def test_judges_are_checked(make_trainer):
+    with pytest.raises(ValueError, match="is neither a folder with"):
+        make_trainer(
+            eval_strategy="steps",
+            trainer_kwargs={"eval_dataset": EVAL_PROMPTS, "eval_reward_funcs": "no/such/model"},
+        )
+    with pytest.raises(ValueError, match="one entry per source in eval_reward_funcs"):
+        make_trainer(
+            eval_strategy="steps",
+            trainer_kwargs={
+                "eval_dataset": EVAL_PROMPTS, "eval_reward_funcs": length,
+                "eval_reward_processing_classes": [None, None],
+            },
+        )  # fmt: skip

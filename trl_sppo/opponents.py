@@ -1,0 +1,276 @@
+"""What the policies of a run answer to the evaluation prompts, kept, so that later ones play against earlier ones."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers.utils import logging
+
+from .comparisons import PreferenceFunc, ask_oracle
+from .evaluation import WinRate, length_controlled_win_rate, outcomes_of_scores, win_rate
+from .stored_rollouts import (
+    COLUMNS,
+    IMAGES,
+    installed_versions,
+    same_prompts,
+    to_lists,
+    to_tensor,
+    unused,
+    write_parquet,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# Columns of the dataset that are not kept: they have no place, or their names are taken
+LEFT_OUT = (*COLUMNS, *IMAGES, "lengths")
+FOLDER = "evaluations"  # in the output directory
+
+Groups = list[dict[str, Any]]
+
+
+class EvaluationFiles:
+    """
+    The evaluations in an output directory: a file for each, a folder for each evaluation set if there are several.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+    """
+
+    def __init__(self, output_dir: str):
+        self.folder = Path(output_dir) / FOLDER
+
+    def path(self, name: str, step: int) -> Path:
+        return self.folder / name / f"step-{step:06d}.parquet"
+
+    def steps(self, name: str) -> list[int]:
+        """Optimizer steps at which there is an evaluation, in order."""
+        return sorted(int(path.stem.split("-")[1]) for path in (self.folder / name).glob("step-*.parquet"))
+
+    def names(self) -> list[str]:
+        """The evaluation sets: `""` if there is only one."""
+        return sorted({str(path.parent.relative_to(self.folder)) for path in self.folder.rglob("step-*.parquet")})
+
+    def read(self, name: str, step: int) -> Groups | None:
+        """The rows of an evaluation, or `None` if there is none."""
+        path = self.path(name, step)
+        return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
+
+    def set_aside(self) -> None:
+        """Move what an earlier run has left here, so that the two are not mixed up."""
+        if self.folder.exists():
+            aside = unused(self.folder)
+            self.folder.rename(aside)
+            logger.warning(f"{self.folder} holds evaluations of an earlier run: they are now in {aside}.")
+
+    def rotate(self, step: int, limit: int | None) -> None:
+        """Of those up to a checkpoint at this step, keep the first and the last `limit`."""
+        if limit is not None:
+            for name in self.names():
+                for old in [each for each in self.steps(name) if each <= step][1:-limit]:
+                    self.path(name, old).unlink()
+
+
+class Opponents:
+    """
+    Lets each evaluation of a training play against the first one and the one before, without sampling those again.
+
+    For each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
+
+    Args:
+        trainer:
+            An [`SPPOTrainer`].
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.args = trainer.args
+        self.files = EvaluationFiles(self.args.output_dir)
+        self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
+        self.forget()
+
+    def forget(self) -> None:
+        """Of an earlier training of this trainer."""
+        self._memory.clear()
+        self._groups: Groups = []
+
+    def begin(self, name: str, num_prompts: int | None) -> None:
+        """
+        Begin an evaluation.
+
+        Args:
+            name (`str`):
+                Of the evaluation set, `""` if there is only one.
+            num_prompts (`int`, *optional*):
+                How many it has, if that is known. Several processes may see some of them again at its end.
+        """
+        self._name, self._num_prompts, self._groups = name, num_prompts, []
+
+    def add(
+        self, rows: Sequence[dict[str, Any]], completions: Sequence[Any], lengths: torch.Tensor, scores: dict
+    ) -> None:
+        """
+        Add a batch.
+
+        Args:
+            rows (sequence of `dict`), completions (sequence):
+                This process's rows of the dataset and their completions.
+            lengths (`torch.Tensor` of shape `(groups, K)`):
+                Tokens of the completions of all processes.
+            scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
+                By reward source.
+        """
+        size = lengths.size(1)
+        names = [name for name in rows[0] if name not in LEFT_OUT]
+        prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
+        texts = gather_object(list(completions))
+        for g, prompt in enumerate(prompts):
+            self._groups.append({
+                "step": self.trainer.state.global_step,
+                **prompt,
+                "completions": texts[g * size : (g + 1) * size],
+                "lengths": lengths[g].int().tolist(),
+                "scores": {name: to_lists(values[g]) for name, values in scores.items()},
+                "policy": self.trainer.model.config._name_or_path,
+                "versions": installed_versions(self.args.use_vllm),
+            })  # fmt: skip
+
+    def finish(self) -> dict[str, float]:
+        """
+        Play against the opponents, and keep the answers for the next evaluation.
+
+        Returns:
+            `dict[str, float]`: metrics.
+        """
+        groups, self._groups = self._groups[: self._num_prompts], []
+        trainer, step = self.trainer, self.trainer.state.global_step
+        steps = trainer._evaluated.get(self._name, [])
+        earlier = [each for each in steps if each < step]
+        metrics: dict[str, float] = {}
+        results: dict[int, dict[str, float]] = {}
+        if 0 not in earlier and step > 0 and trainer.is_in_train:
+            logger.warning_once(
+                "there are no win rates against the initial policy: this training has no evaluation of it, which an "
+                "earlier version, or a run without evaluations, has left out."
+            )
+        for label, opponent in (("initial", earlier[:1]), ("previous", earlier[-1:])):
+            if opponent and (label == "previous" or opponent == [0]):
+                if opponent[0] not in results:
+                    results[opponent[0]] = self._play(groups, self._get(self._name, opponent[0]))
+                metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent[0]].items()}
+        if trainer.is_in_train:
+            self._keep(groups, step, steps)
+        return metrics
+
+    def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
+        name = self._name
+        self.trainer._evaluated[name] = [*(each for each in steps if each < step), step]
+        kept = {(name, steps[0] if steps else step)}
+        self._memory = {key: value for key, value in self._memory.items() if key[0] != name or key in kept}
+        self._memory[name, step] = groups
+        if self.args.save_rollouts and self.trainer.is_world_process_zero():
+            dataset = self.trainer.eval_dataset
+            dataset = dataset.get(name) if isinstance(dataset, dict) else dataset
+            write_parquet(self.files.path(name, step), groups, getattr(dataset, "features", None))
+
+    def _get(self, name: str, step: int) -> Groups | None:
+        if (name, step) not in self._memory:
+            main = self.trainer.is_world_process_zero()
+            found = broadcast_object_list([self.files.read(name, step) if main else None])[0]
+            if found is None:
+                logger.warning_once(
+                    f"{self.files.path(name, step)} is missing, so there are no win rates against the policy of step "
+                    f"{step}."
+                )
+                return None
+            self._memory[name, step] = found
+        return self._memory[name, step]
+
+    def _play(self, groups: Groups, opponents: Groups | None) -> dict[str, float]:
+        if opponents is None or not same_prompts(opponents, [group["prompt"] for group in groups]):
+            return {}
+        trainer = self.trainer
+        oracles = [*trainer.preference_funcs, *trainer.eval_preference_funcs]
+        names = [*trainer.preference_func_names, *trainer.eval_preference_func_names]
+        results = play(
+            groups,
+            opponents,
+            dict(zip(names, oracles, strict=True)),
+            both_orders=self.args.both_orders,
+            batch_size=self.args.preference_batch_size,
+            accelerator=trainer.accelerator,
+            log_metric=trainer._log_metric,
+            disable_tqdm=bool(self.args.disable_tqdm),
+        )
+        metrics: dict[str, float] = {}
+        for judge, (plain, controlled) in results.items():
+            metrics |= {judge: plain.mean, f"{judge}/low": plain.low, f"{judge}/high": plain.high}
+            metrics[f"{judge}/length_controlled"] = controlled.mean
+        lengths = torch.tensor([group["lengths"] for group in opponents]).float()
+        return {**metrics, "opponent_mean_length": lengths.mean().item()}
+
+
+def play(
+    groups: Groups,
+    opponents: Groups,
+    oracles: dict[str, PreferenceFunc],
+    *,
+    both_orders: bool,
+    batch_size: int,
+    accelerator: Any,
+    log_metric: Callable[[str, float], None],
+    disable_tqdm: bool,
+) -> dict[str, tuple[WinRate, WinRate]]:
+    """
+    Play one policy's completions against another's, on the same prompts.
+
+    Args:
+        groups, opponents (`list[dict]`):
+            P rows each, with `"prompt"`, `"completions"`, `"lengths"` and `"scores"` by source, and further columns,
+            which oracles get.
+        oracles (`dict`):
+            Pairwise oracles by name, which compare every completion with every one of the opponent's.
+        both_orders, batch_size, accelerator, log_metric, disable_tqdm:
+            See [`~comparisons.ask_oracle`].
+
+    Returns:
+        `dict`: for each judge (the sources that scored both, then the oracles) the win rate and the length-controlled
+        win rate. A judge that says nothing is left out.
+    """
+    lengths, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
+    outcomes = {}
+    for name in groups[0]["scores"]:
+        if name in opponents[0]["scores"]:
+            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
+            outcomes[name] = outcomes_of_scores(*scores)
+    size, total = lengths.size(1), lengths.size(1) + theirs.size(1)
+    columns = [name for name in groups[0] if name not in (*LEFT_OUT, "prompt")]
+    for name, oracle in oracles.items():
+        answers = ask_oracle(
+            oracle,
+            [group["prompt"] for group in groups for _ in range(total)],
+            [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
+            {column: [group[column] for group in groups for _ in range(total)] for column in columns},
+            group_size=total,
+            first_side=size,
+            both_orders=both_orders,
+            batch_size=batch_size,
+            accelerator=accelerator,
+            log_metric=log_metric,
+            disable_tqdm=disable_tqdm,
+        )
+        if answers.num_lost:
+            logger.warning(
+                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
+                f"lost, since {answers.problem}. They take no part in the win rate."
+            )
+        outcomes[name] = answers.preferences[:, :size, size:]
+    return {
+        name: (win_rate(outcome), length_controlled_win_rate(outcome, lengths, theirs))
+        for name, outcome in outcomes.items()
+        if not outcome.isnan().all()
+    }
