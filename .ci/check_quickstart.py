@@ -7,6 +7,6 @@ import sys
 with open(sys.argv[1]) as file:
     win_rates = json.load(file)
 print(json.dumps(win_rates, indent=2))
-trained_on = win_rates["training reward model"]
+trained_on = win_rates["reward_model"]
 assert trained_on["mean"] >= 0.65 and trained_on["low"] > 0.5, trained_on
-assert win_rates["VADER (not trained on)"]["mean"] > 0.5, win_rates
+assert win_rates["vader"]["mean"] > 0.5, win_rates

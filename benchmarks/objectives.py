@@ -8,15 +8,11 @@ prompts against the initial policy. What is there already (in ./quickstart/objec
 """
 
 import argparse
-import json
-from pathlib import Path
-
-import torch
-from datasets import load_dataset
 
 from trl_sppo import cli, train
-from trl_sppo.evaluation import outcomes_of_scores, win_rate
-from trl_sppo.quickstart.run import FOLDER, reward_model_judge, sample, vader_judge
+from trl_sppo.ladder import stored_players
+from trl_sppo.opponents import play_stored
+from trl_sppo.quickstart.run import FOLDER
 
 
 SOFT = ["--comparison", "bradley_terry"]  # of hard comparisons best and worst always have win rates 1 and 0
@@ -31,7 +27,8 @@ VARIANTS = {
     "η = 1000, b = ½": ["--eta", "1000"],
     "η = 1000, b = log-mean-exp": ["--eta", "1000", "--baseline", "log_mean_exp"],
 }
-OPTIONS = ["--max_completion_length", "20", "--disable_tqdm", "true", "--logging_strategy", "no"]
+OPTIONS = ["--max_completion_length", "20", "--disable_tqdm", "true", "--logging_strategy", "no", "--eval_steps", "12"]
+LAST_STEP = 12
 
 
 def main():
@@ -44,37 +41,21 @@ def main():
     variants = {name: options for i, (name, options) in enumerate(VARIANTS.items()) if i in args.variants}
 
     folder = FOLDER / "objectives"
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = load_dataset(str(FOLDER / "prompts"), split="test")["prompt"]
-    judges = {"training reward model": reward_model_judge(), "VADER (not trained on)": vader_judge()}
-
-    def scores(name: str, path: Path, training_args) -> dict[str, list[list[float]]]:
-        """Of the policy's completions under each judge, kept in a file."""
-        file = folder / f"{name}.json"
-        if not file.is_file():
-            completions = sample(name, path, prompts, training_args)
-            values = {judge: [score(group) for group in completions] for judge, score in judges.items()}
-            file.write_text(json.dumps(values))
-        return json.loads(file.read_text())
-
     results: dict[str, list[dict]] = {name: [] for name in variants}
     for seed in args.seeds:
         for name, options in variants.items():
-            run = f"{'_'.join(['seed', str(seed), *options]).replace('--', '')}"
-            with cli.recipe("quickstart.yaml") as recipe:
-                argv = ["--config", str(recipe), *OPTIONS, *options, "--seed", str(seed)]
-                argv += ["--output_dir", str(folder / run)]
-                training_args = train.parse_arguments(argv)[1]
-                if not (folder / f"{run}.json").is_file():
-                    train.main(argv)
-            trained = scores(run, folder / run, training_args)
-            initial = scores(f"initial_{seed}", FOLDER / "policy", training_args)
-            rates = {
-                j: win_rate(outcomes_of_scores(torch.tensor(trained[j]), torch.tensor(initial[j]))) for j in judges
-            }
+            run = folder / "_".join(["seed", str(seed), *options]).replace("--", "")
+            players = stored_players(run) if run.is_dir() else {}
+            if LAST_STEP not in players:
+                with cli.recipe("quickstart.yaml") as recipe:
+                    argv = ["--config", str(recipe), *OPTIONS, *options, "--seed", str(seed)]
+                    train.main([*argv, "--output_dir", str(run)])
+                players = stored_players(run)
+            rates = {judge: plain for judge, (plain, _) in play_stored(players[LAST_STEP], players[0]).items()}
             results[name].append(rates)
             print(name, seed, {judge: str(rate) for judge, rate in rates.items()}, flush=True)
 
+    judges = list(next(iter(results.values()))[0])
     print("| objective | " + " | ".join(f"{judge}: each seed | mean" for judge in judges) + " |")
     print("|---|" + "---|---|" * len(judges))
     for name, runs in results.items():

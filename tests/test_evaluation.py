@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, sample_completions, win_rate
+from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, win_rate
 
 
 def test_outcomes_golden():
@@ -115,17 +115,3 @@ def test_messages():
     for function in (win_rate, lambda outcomes: length_controlled_win_rate(outcomes, *torch.zeros(2, 2, 1))):
         with pytest.raises(ValueError, match="nothing was scored or compared"):
             function(torch.full((2, 1, 1), math.nan))
-
-
-def test_sample_completions(tiny_model, tiny_tokenizer):
-    prompts = [[{"role": "user", "content": text}] for text in ("ab", "fgh ij", "k")]
-
-    def sample(**options):
-        return sample_completions(
-            tiny_model, tiny_tokenizer, prompts, num_samples=2, max_completion_length=5, temperature=1.0, **options
-        )
-
-    completions = sample(seed=0)
-    assert [len(samples) for samples in completions] == [2, 2, 2]
-    assert all(0 < len(text) <= 5 for samples in completions for text in samples)
-    assert completions == sample(seed=0) and completions != sample(seed=1)

@@ -8,7 +8,8 @@ import pytest
 from trl_sppo import cli
 from trl_sppo.evaluation import WinRate
 from trl_sppo.quickstart import assets
-from trl_sppo.quickstart.run import _draw, vader_judge
+from trl_sppo.quickstart.run import _draw
+from trl_sppo.quickstart.vader import vader
 from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
 
 
@@ -48,7 +49,7 @@ def test_the_reward_model_is_usable_and_prefers_praise(tmp_path):
 
 
 def test_the_judge_is_another_mechanism():
-    praise, blame = vader_judge()([PRAISE, BLAME])
+    praise, blame = vader([[{"role": "assistant", "content": text}] for text in (PRAISE, BLAME)])
     assert praise > 0 > blame
 
 

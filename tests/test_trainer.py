@@ -290,11 +290,41 @@ def test_metrics_and_evaluation(make_trainer):
     expected = {
         "reward", "reward_std", "rewards/count_abc/mean", "win_rate/spread", "win_rate/kept", "win_rate/unscorable",
         "win_rate/groups_without_signal", "preferences/tied", "preferences/saturated", "completions/duplicates",
-        "log_ratio", "log_ratio_to_target", "winner_log_ratio", "loser_log_ratio", "kl_to_rollout_policy", "entropy",
         "completions/winners_mean_length", "completions/losers_mean_length",
     }  # fmt: skip
-    assert expected <= train.keys()
+    of_the_loss = {
+        "log_ratio", "log_ratio_to_target", "winner_log_ratio", "loser_log_ratio", "kl_to_rollout_policy", "entropy",
+    }  # fmt: skip
+    assert expected | of_the_loss <= train.keys()
     assert {f"eval_{name}" for name in expected} <= evaluation.keys()
+
+
+def test_evaluations_compute_no_log_probabilities(make_trainer, monkeypatch):
+    """The policy is the one that sampled: the loss is the mean squared target, (eta (W - 1/2))^2."""
+    passes = []
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_get_per_token_logps_and_entropies",
+        lambda self, *args, **kwargs: (passes.append(self.model.training), original(self, *args, **kwargs))[1],
+    )
+    scores = {"ab": [1.0, 2.0, 3.0, 3.0], "q": [0.0, 0.0, 0.0, 4.0]}
+
+    def score(prompts, **kwargs):
+        return [scores[prompt][i % 4] for i, prompt in enumerate(prompts)]
+
+    trainer = make_trainer(
+        reward_funcs=score, eta=2.0, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8,
+        prompts=["ab", "q"] * 4, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"]})},
+        max_steps=1, steps_per_generation=2,
+    )  # fmt: skip
+    trainer.train()
+    assert passes and all(passes)
+    # ab: win rates 0, 1/3, 5/6, 5/6; q: 1/3 three times, 1
+    targets = [2 * (w - 0.5) for w in (0, 1 / 3, 5 / 6, 5 / 6, 1 / 3, 1 / 3, 1 / 3, 1)]
+    expected = sum(target**2 for target in targets) / 8
+    evaluation = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert [row["eval_loss"] for row in evaluation] == pytest.approx([expected] * 2, rel=1e-5)
 
 
 def test_metrics_of_the_rollout_are_logged_at_each_of_its_steps(fixed, tiny_model):

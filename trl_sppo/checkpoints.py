@@ -82,10 +82,25 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def mark_beginning(output_dir: str) -> None:
-    """Write down that a run begins here, so that checkpoints of earlier ones are not taken for its own."""
+def mark_beginning(output_dir: str, **facts: Any) -> None:
+    """
+    Write down that a run begins here, so that checkpoints of earlier ones are not taken for its own.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+        facts:
+            What readers of the run will want to know: its policy, sources, options and versions.
+    """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(output_dir) / BEGINNING, json.dumps({"began_at": _now()}) + "\n")
+    text = json.dumps({"began_at": _now(), **facts}, indent=2, default=str)
+    write_atomically(Path(output_dir) / BEGINNING, text + "\n")
+
+
+def read_beginning(output_dir: str) -> dict[str, Any]:
+    """What was written down when the run in a folder began; empty if nothing was."""
+    path = Path(output_dir) / BEGINNING
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _now() -> str:
@@ -133,10 +148,7 @@ def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
 def last_whole_checkpoint(folder: str) -> Path | None:
     """The whole checkpoint that was written last by the run that began last in a folder."""
     whole, _ = _checkpoints(Path(folder))
-    try:
-        began_at = json.loads((Path(folder) / BEGINNING).read_text())["began_at"]
-    except FileNotFoundError:
-        began_at = ""
+    began_at = read_beginning(folder).get("began_at", "")
     whole = {path: time for path, time in whole.items() if time >= began_at}
     return max(whole, key=lambda path: whole[path], default=None)
 

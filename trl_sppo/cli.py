@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +18,9 @@ from . import __version__
 COMMANDS = {
     "train": "train a policy as a YAML recipe and the command line say",
     "rollout": "sample and score completions as a recipe says, without training, for `train --rollouts`",
+    "eval": "compare two policies on the same prompts, under one or several judges",
+    "ladder": "let the checkpoints of a run play against each other",
+    "report": "write a page about a run: curves, win rates, diagnostics, samples",
     "quickstart": "train a small real model on this machine and show its win rate against itself",
 }
 
@@ -34,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
+    own_modules = {"eval": "evaluate", "ladder": "ladder", "report": "report"}
+    if args.command in own_modules:
+        return import_module(f"trl_sppo.{own_modules[args.command]}").main(argv[1:])
     return {"train": train, "rollout": rollout, "quickstart": quickstart}[args.command](argv[1:])
 
 

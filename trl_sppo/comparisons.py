@@ -156,7 +156,7 @@ def ask_oracle(
         group, first, second = call.unbind(dim=1)
         first, second = (group * group_size + first).tolist(), (group * group_size + second).tolist()
         try:
-            output = _call(
+            output = ask(
                 oracle,
                 prompts=[prompts[i] for i in first],
                 first=[completions[i] for i in first],
@@ -193,7 +193,7 @@ def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
     return list(pairs.split(sizes)) if sizes else []
 
 
-def _call(oracle: PreferenceFunc, **kwargs) -> Any:
+def ask(oracle: PreferenceFunc, **kwargs) -> Any:
     output = oracle(**kwargs)
     if inspect.iscoroutine(output):
         # In a thread of its own: a notebook has an event loop running in this one

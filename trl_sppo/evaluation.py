@@ -1,12 +1,9 @@
 """Win rates between two policies, with intervals."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Precision of a normal prior on the coefficients of the length-controlled win rate. It keeps them finite where one
@@ -179,66 +176,3 @@ def _logistic_regression(features: torch.Tensor, won: torch.Tensor, weight: torc
         if step.norm() < 1e-9:
             break
     return coefficients
-
-
-@torch.inference_mode()
-def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict[str, str]]],
-    num_samples: int,
-    max_completion_length: int,
-    temperature: float,
-    seed: int,
-    batch_size: int = 64,
-    description: str = "sampling",
-) -> list[list[str]]:
-    """
-    Sample completions of conversational prompts, with a progress bar.
-
-    Args:
-        model, tokenizer:
-            The policy.
-        prompts (sequence of conversations):
-            P prompts, each a list of messages.
-        num_samples (`int`):
-            Completions per prompt, S.
-        max_completion_length (`int`):
-            Length limit, in tokens.
-        temperature (`float`):
-            Sampling temperature.
-        seed (`int`):
-            Seed of the global random generator.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions sampled at the same time.
-        description (`str`, *optional*):
-            Text of the progress bar.
-
-    Returns:
-        P lists of S completions.
-    """
-    torch.manual_seed(seed)
-    texts = [
-        tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-        for _ in range(num_samples)
-    ]
-    completions: list[str] = []
-    for start in tqdm(range(0, len(texts), batch_size), desc=description):
-        inputs = tokenizer(
-            texts[start : start + batch_size],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(model.device)
-        output = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_completion_length,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        completions += tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
-    return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]

@@ -214,6 +214,39 @@ class Opponents:
         return {**metrics, "opponent_mean_length": lengths.mean().item()}
 
 
+def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
+    """
+    Play one policy's completions against another's, on the same prompts, by the scores that they have.
+
+    Args:
+        groups, opponents (`list[dict]`):
+            P rows each, with `"lengths"`, and `"scores"` by source.
+
+    Returns:
+        `dict`: for each source that scored both, the win rate and the length-controlled win rate. One that has scored
+        nothing is left out.
+    """
+    return _rates(_outcomes(groups, opponents), groups, opponents)
+
+
+def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
+    outcomes = {}
+    for name in groups[0]["scores"]:
+        if name in opponents[0]["scores"]:
+            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
+            outcomes[name] = outcomes_of_scores(*scores)
+    return outcomes
+
+
+def _rates(outcomes: dict[str, torch.Tensor], groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
+    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
+    return {
+        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
+        for name, outcome in outcomes.items()
+        if not outcome.isnan().all()
+    }
+
+
 def play(
     groups: Groups,
     opponents: Groups,
@@ -241,13 +274,9 @@ def play(
         `dict`: for each judge (the sources that scored both, then the oracles) the win rate and the length-controlled
         win rate. A judge that says nothing is left out.
     """
-    lengths, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
-    outcomes = {}
-    for name in groups[0]["scores"]:
-        if name in opponents[0]["scores"]:
-            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
-            outcomes[name] = outcomes_of_scores(*scores)
-    size, total = lengths.size(1), lengths.size(1) + theirs.size(1)
+    outcomes = _outcomes(groups, opponents)
+    size = len(groups[0]["completions"])
+    total = size + len(opponents[0]["completions"])
     columns = [name for name in groups[0] if name not in (*LEFT_OUT, "prompt")]
     for name, oracle in oracles.items():
         answers = ask_oracle(
@@ -268,9 +297,6 @@ def play(
                 f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
                 f"lost, since {answers.problem}. They take no part in the win rate."
             )
-        outcomes[name] = answers.preferences[:, :size, size:]
-    return {
-        name: (win_rate(outcome), length_controlled_win_rate(outcome, lengths, theirs))
-        for name, outcome in outcomes.items()
-        if not outcome.isnan().all()
-    }
+        if answers.num_lost < answers.num_asked or not answers.num_asked:
+            outcomes[name] = answers.preferences[:, :size, size:]
+    return _rates(outcomes, groups, opponents)

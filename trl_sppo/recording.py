@@ -122,6 +122,14 @@ class RolloutRecorder:
         start = self.accelerator.process_index * len(rows)  # a group may straddle processes
         return [row for i, row in enumerate(rows) if (start + i) % self._group_size == 0]
 
+    def _on_main(self, rows: list) -> list:
+        """The rows of all processes, on the main one. Of a large rollout they are too many to be everywhere."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        parts: list = [None] * self.accelerator.num_processes
+        torch.distributed.gather_object(rows, parts if self.accelerator.is_main_process else None, dst=0)
+        return [row for part in parts for row in part or ()]
+
     def _local(self, name: str) -> list:
         """Of this process's completions, what the groups have in a column."""
         start = self.accelerator.process_index * len(self._inputs)
@@ -213,8 +221,8 @@ class RolloutRecorder:
             completions = [json.dumps(completion, default=str) for completion in completions]
         samples = [completions, completion_ids, tool_mask, sampling_logps]
         per_row = zip(*(values if values is not None else [None] * len(inputs) for values in samples), strict=True)
-        rows = gather_object(list(per_row))
-        prompts = gather_object(self._first_of_groups(list(zip(inputs, prompt_ids, strict=True))))
+        rows = self._on_main(list(per_row))
+        prompts = self._on_main(self._first_of_groups(list(zip(inputs, prompt_ids, strict=True))))
         if self.accelerator.is_main_process:
             run, versions = self._run(), installed_versions(self.args.use_vllm)
             for g, (prompt, ids) in enumerate(prompts):
@@ -297,9 +305,9 @@ class RolloutRecorder:
             rows = zip(batch["old_per_token_logps"].cpu(), self._lengths, strict=True)
             known = [None if row[:length].isnan().any() else row[:length].tolist() for row, length in rows]
             weights = batch.get("importance_sampling_ratio")
-            columns = {"logps": gather_object(known)}
+            columns = {"logps": self._on_main(known)}
             if weights is not None:
-                columns["importance_weights"] = gather_object(weights.flatten().tolist())
+                columns["importance_weights"] = self._on_main(weights.flatten().tolist())
             if self.accelerator.is_main_process:
                 for name, values in columns.items():
                     for g, group in enumerate(self.groups):

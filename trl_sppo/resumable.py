@@ -21,6 +21,7 @@ from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 from .opponents import Opponents
 from .recording import RolloutRecorder
+from .stored_rollouts import installed_versions
 
 
 REFERENCE = "reference.pt"  # in checkpoints of runs that change the reference model
@@ -85,7 +86,7 @@ class ResumableTrainer(GRPOTrainer):
                 check_fits(checkpoint, self.args)
         self._forget_earlier_training()
         if not self._resumed and self.args.should_save:
-            mark_beginning(self._output_dir)
+            mark_beginning(self._output_dir, **self.describe())
             if not self._recorder.given:
                 self._recorder.files.set_aside()
             self._opponents.files.set_aside()
@@ -104,6 +105,15 @@ class ResumableTrainer(GRPOTrainer):
                 print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
             self._interruption.end()
         return output
+
+    def describe(self) -> dict[str, Any]:
+        """What readers of the run will want to know."""
+        config = self.args.to_dict()
+        return {
+            "policy": cast(Any, self.model).config._name_or_path,
+            "versions": installed_versions(self.args.use_vllm),
+            "config": {name: value for name, value in config.items() if value is not None},
+        }
 
     def _forget_earlier_training(self) -> None:
         """Of this trainer, in this process."""

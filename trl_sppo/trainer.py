@@ -406,6 +406,14 @@ class SPPOTrainer(ResumableTrainer):
             self._opponents.add(inputs, completions, lengths, by_judge)
         return generated
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            **super().describe(),
+            "reward_sources": self.reward_source_names,
+            "preference_funcs": self.preference_func_names,
+            "judges": [*cast(list, self._judges["reward_func_names"]), *self.eval_preference_func_names],
+        }
+
     def _ask_judges(self, inputs, prompts, completions, completion_ids, group_size: int) -> dict[str, torch.Tensor]:
         """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
         own = {name: getattr(self, name) for name in self._judges}
@@ -559,8 +567,10 @@ class SPPOTrainer(ResumableTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
         if self._verdict is None or kwargs.get("num_images") is not None:
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
-        # During a rollout: only for the rows that will be trained on. The others are NaN, which TRL's vLLM importance
-        # correction reads as "unknown", and which would not stay unnoticed in a loss.
+        # During a rollout: only for the rows that will be trained on, and in evaluations for none. The others are NaN,
+        # which TRL's vLLM importance correction reads as "unknown", and which would not stay unnoticed in a loss.
+        if not self.model.training:
+            return torch.full((len(input_ids), args[0]), torch.nan, device=input_ids.device), None, None
         rows = self._verdict.rows[: self._verdict.num_logps]
         if self._only_samples:
             rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -575,7 +585,20 @@ class SPPOTrainer(ResumableTrainer):
 
     def _compute_loss(self, model, inputs):
         mode = self._mode
-        num_items = self._count_kept(inputs, mode)
+        if mode == "eval":
+            # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed
+            regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
+            num_items = self._count_kept([inputs]) / self.accelerator.num_processes
+            loss, _ = sppo_loss(
+                torch.zeros_like(regressed),
+                regressed,
+                eta=self.args.eta,
+                baseline=inputs["baseline"],
+                num_items=num_items.to(regressed.device),
+            )
+            self._log_sums({}, mode)
+            return loss.to(self.accelerator.device)
+        num_items = self._count_kept(self.micro_batches_of_step())
         # Rows that are not trained on cost nothing. Only if there are other processes, and nothing is to be trained on
         # here, one row stays: every process has to take part.
         rows = inputs["kept"].nonzero().squeeze(1)
@@ -618,7 +641,7 @@ class SPPOTrainer(ResumableTrainer):
             num_items=num_items,
         )
         if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+            steps = self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
             metrics["aux_loss"] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)])
 
@@ -658,9 +681,8 @@ class SPPOTrainer(ResumableTrainer):
             if not math.isnan(value):  # there was nothing to measure
                 self._metrics[mode][name].append(value)
 
-    def _count_kept(self, inputs: dict[str, Any], mode: str) -> torch.Tensor:
-        """Number of completions trained on in this optimizer step, over its micro-batches and all processes."""
-        micro_batches = self.micro_batches_of_step() if mode == "train" else [inputs]
+    def _count_kept(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Number of completions in these micro-batches that are trained on, over all processes."""
         count = torch.stack([micro_batch["kept"].sum() for micro_batch in micro_batches]).sum()
         return self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").clamp(min=1)
 

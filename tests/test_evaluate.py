@@ -1,0 +1,284 @@
+"""`trl-sppo eval` and `trl-sppo ladder`, and what they stand on."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, count_abc, make_tokenizer, more_abc
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
+
+from trl_sppo import cli, ladder
+from trl_sppo.evaluation import WinRate
+from trl_sppo.opponents import EvaluationFiles
+from trl_sppo.panel import Panel
+from trl_sppo.policies import Sampling, load_completions, sample, sample_ids
+from trl_sppo.stored_rollouts import write_parquet
+
+
+PROMPTS = ["ab", "fgh", "k", "l m", "no", "p"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with two policies, an adapter of the first, prompts, and judges in a module."""
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(Qwen2Config(**TINY))
+        model.save_pretrained(f"policy-{seed}")
+        make_tokenizer().save_pretrained(f"policy-{seed}")
+    base = Qwen2ForCausalLM.from_pretrained("policy-0")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+    adapted.save_pretrained("adapter")
+    (tmp_path / "prompts").mkdir()
+    rows = [json.dumps({"prompt": prompt, "topic": len(prompt)}) for prompt in PROMPTS]
+    (tmp_path / "prompts" / "test.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def run(*argv) -> int:
+    try:
+        return cli.main([*map(str, argv)])
+    except SystemExit as exit:
+        return exit.code
+
+
+EVAL = ("eval", "--dataset_name", "prompts", "--max_completion_length", 6, "--temperature", 1.0)
+JUDGES = ("--reward_funcs", "conftest.count_abc", "--preference_funcs", "conftest.more_abc")
+
+
+@pytest.mark.parametrize("policy", ["policy-1", "adapter"])
+def test_eval(folder, policy, capsys):
+    assert run(*EVAL, *JUDGES, "--model_name_or_path", policy, "--opponent_name_or_path", "policy-0") == 0
+    facts = json.loads((folder / "eval" / "win_rates.json").read_text())
+    sides = {side: load_completions(f"eval/{side}.parquet") for side in ("model", "opponent")}
+    assert [group["prompt"] for group in sides["model"]] == PROMPTS and sides["model"][0]["topic"] == 2
+    won = []
+    for ours, theirs in zip(*sides.values(), strict=True):
+        assert len(ours["completions"]) == len(ours["lengths"]) == 4 and max(ours["lengths"]) <= 6
+        pairs = [(a, b) for a in count_abc(ours["completions"]) for b in count_abc(theirs["completions"])]
+        won.append(sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs))
+    assert set(facts["win_rates"]) == {"count_abc", "more_abc"}
+    for rates in facts["win_rates"].values():
+        assert rates["win_rate"]["mean"] == pytest.approx(sum(won) / len(won))
+    assert f"count_abc  {sum(won) / len(won):.3f} [" in capsys.readouterr().out
+
+
+def test_eval_of_a_policy_against_itself_uses_other_random_numbers(folder):
+    assert run(*EVAL, *JUDGES, "--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0") == 0
+    sides = [load_completions(f"eval/{side}.parquet") for side in ("model", "opponent")]
+    assert sides[0][0]["completions"] != sides[1][0]["completions"]
+
+
+def test_eval_of_files(folder, capsys):
+    (folder / "a.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": prompt, "completion": completion})
+            for prompt, completion in [
+                ("x", "aaa"),
+                ("y", "ab"),
+                ("x", "zzz"),
+                ("y", "b"),
+                ("only here", "a"),
+                ("only here", "b"),
+            ]
+        )
+    )
+    (folder / "b.csv").write_text("prompt,completion\ny,a\nx,aa\n")
+    files = (
+        "--model_name_or_path",
+        "a.jsonl",
+        "--opponent_name_or_path",
+        "b.csv",
+        "--reward_funcs",
+        "conftest.count_abc",
+    )
+    # x: 3 and 0 against 2 -> 1/2; y: 2 and 1 against 1 -> 3/4
+    assert run("eval", *files) == 0
+    facts = json.loads((folder / "eval" / "win_rates.json").read_text())
+    assert facts["win_rates"]["count_abc"]["win_rate"]["mean"] == 0.625 and facts["num_prompts"] == 2
+    assert "left out" in capsys.readouterr().err
+    assert run("eval", *files, "--at_least", 0.01) == 0
+    assert run("eval", *files, "--at_least", 0.6) == 1  # the lower bound counts
+    # What was written can be compared again, by the scores in it
+    files = ("--model_name_or_path", "eval/opponent.parquet", "--opponent_name_or_path", "eval/model.parquet")
+    assert run("eval", *files, "--output_dir", "again") == 0
+    facts = json.loads((folder / "again" / "win_rates.json").read_text())
+    assert facts["win_rates"]["count_abc"]["win_rate"]["mean"] == 0.375
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--opponent_name_or_path", "policy-0"), "model_name_or_path is missing"),
+        (("--model_name_or_path", "nowhere", "--opponent_name_or_path", "policy-0"), "policy 'nowhere' is neither"),
+        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0"), "nobody judges"),
+        (("--model_name_or_path", "policy-0", "--oponent", "policy-0"), "'--oponent' is no option of `trl-sppo eval`"),
+        (("--temperature", "0"), "temperature must be positive"),
+        (("--num_generations", "0"), "num_generations must be at least 1, got 0"),
+        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0", "--dataset_test_split", "no",
+          *JUDGES), "dataset_test_split='no' cannot be"),
+        (("--model_name_or_path", "bad.jsonl", "--opponent_name_or_path", "policy-0", *JUDGES),
+         "needs columns 'prompt'"),
+        (("--model_name_or_path", "ragged.jsonl", "--opponent_name_or_path", "policy-0", *JUDGES),
+         "has [1, 2] completions per prompt"),
+        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0", "--reward_funcs", "no.such"),
+         "(--reward_funcs) could not be imported"),
+        (("--model_name_or_path", "pickled", "--opponent_name_or_path", "policy-0", *JUDGES), "only safetensors"),
+    ],
+)  # fmt: skip
+def test_eval_messages(folder, argv, message, capsys):
+    (folder / "bad.jsonl").write_text('{"question": "x"}')
+    (folder / "ragged.jsonl").write_text(
+        '{"prompt": "x", "completions": ["a"]}\n{"prompt": "y", "completions": ["a", "b"]}'
+    )
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "pytorch_model.bin").write_text("")
+    assert run(*EVAL, *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (folder / "eval").exists()
+
+
+def test_sampling_is_of_the_policy(folder):
+    """Frequencies of first tokens against the model's probabilities at this temperature."""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained("policy-0").eval(), make_tokenizer()
+    sampling = Sampling(num_generations=4000, max_completion_length=1, temperature=0.5, batch_size=4000)
+    prompts = [[3, 4], [5]]  # of different lengths
+    ids = sample_ids(model, tokenizer, prompts, sampling)
+    for prompt, group in zip(prompts, ids, strict=True):
+        with torch.no_grad():
+            expected = (model(torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(dim=0)
+        counts = torch.bincount(torch.tensor([each[0] for each in group]), minlength=31) / 4000
+        assert (counts - expected).abs().max() < 4 * (expected.max() / 4000) ** 0.5
+    assert ids == sample_ids(model, tokenizer, prompts, sampling)
+
+
+def test_completions_end_with_their_eos(folder):
+    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    groups = sample("policy-0", prompts, Sampling(num_generations=50, max_completion_length=8, temperature=2.0))
+    lengths = [length for group in groups for length in group["lengths"]]
+    texts = [text for group in groups for text in group["completions"]]
+    assert 1 <= min(lengths) < 8 == max(lengths)
+    # an EOS token is counted and not shown; others of the tiny vocabulary may decode to nothing too
+    assert all(len(text) <= length for text, length in zip(texts, lengths, strict=True))
+
+
+def test_a_panel_scores_like_the_trainer(folder, make_trainer):
+    """The same reward model, on the same completions, in both."""
+    torch.manual_seed(0)
+    BertForSequenceClassification(
+        BertConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                   num_labels=1)
+    ).save_pretrained("reward")  # fmt: skip
+    make_tokenizer().save_pretrained("reward")
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    for prompts in (PROMPTS, chats):
+        trainer = make_trainer(
+            reward_funcs=["reward", count_abc], prompts=prompts, eval_strategy="steps", eval_steps=1,
+            per_device_eval_batch_size=4, output_dir=str(folder / f"run-{len(prompts[0])}"),
+            trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": prompts})}, max_steps=1,
+            per_device_train_batch_size=4,
+        )  # fmt: skip
+        trainer.train()
+        stored = EvaluationFiles(trainer.args.output_dir).read("", 1)
+        groups = [{name: group[name] for name in ("prompt", "completions", "lengths")} for group in stored]
+        Panel(["reward", count_abc], [], conversational=prompts is chats).score(groups)
+        for group, again in zip(stored, groups, strict=True):
+            for name in ("reward", "count_abc"):
+                assert again["scores"][name] == pytest.approx(group["scores"][name], abs=1e-5)
+
+
+def test_judges_of_the_same_name(folder):
+    with pytest.raises(ValueError, match="two judges have the same name"):
+        Panel([count_abc, count_abc], [], conversational=False)
+
+
+# ---- The ladder
+
+
+def make_run(folder, scores: dict[int, list[list[float]]]):
+    for step, table in scores.items():
+        groups = [
+            {"step": step, "prompt": f"p{i}", "completions": ["a"] * len(row), "lengths": [1] * len(row),
+             "scores": {"judge": row}, "policy": "x", "versions": {"trl_sppo": "0", "trl": "1", "transformers": "2",
+             "torch": "3", "vllm": None}}
+            for i, row in enumerate(table)
+        ]  # fmt: skip
+        write_parquet(EvaluationFiles(str(folder)).path("", step), groups, None)
+
+
+def test_ladder_golden(tmp_path, capsys):
+    make_run(tmp_path, {0: [[1.0], [1.0]], 5: [[2.0], [1.0]], 10: [[0.0], [3.0]]})
+    assert run("ladder", tmp_path) == 0
+    matrix = json.loads((tmp_path / "ladder.json").read_text())["judge"]
+    assert matrix["5"]["0"]["mean"] == 0.75 and matrix["0"]["5"]["mean"] == 0.25  # a win and a tie
+    assert matrix["10"]["5"]["mean"] == 0.5 and matrix["10"]["0"]["mean"] == 0.5
+    assert matrix["0"]["5"]["low"] == pytest.approx(1 - matrix["5"]["0"]["high"])
+    assert (tmp_path / "ladder.png").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert "step 5 cannot be told from step 0: 0.750" in out and "no circles" in out
+
+
+def test_circles():
+    def rate(mean):
+        return WinRate(mean, mean - 0.05, mean + 0.05, 100)
+
+    def matrix(ab, bc, ca):
+        return {
+            "0": {"5": rate(ab), "10": rate(1 - ca)},
+            "5": {"0": rate(1 - ab), "10": rate(bc)},
+            "10": {"0": rate(ca), "5": rate(1 - bc)},
+        }
+
+    assert [names for names, _ in ladder.circles(matrix(0.6, 0.7, 0.8))] == [("0", "5", "10")]
+    assert [names for names, _ in ladder.circles(matrix(0.4, 0.3, 0.2))] == [("0", "10", "5")]
+    assert ladder.circles(matrix(0.6, 0.7, 0.4)) == []
+    assert "circle: step 0 beats 5" in "\n".join(ladder.verdict(matrix(0.6, 0.7, 0.8)))
+    assert "none beyond the noise" in "\n".join(ladder.verdict(matrix(0.52, 0.7, 0.8)))
+
+
+def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, folder, capsys):
+    trainer = make_trainer(
+        model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1, max_steps=2,
+        per_device_eval_batch_size=4, output_dir="run", learning_rate=0.1,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": make_tokenizer()},
+    )  # fmt: skip
+    trainer.train()
+    assert run("ladder", "run") == 0
+    assert "the checkpoints of steps [1], which no evaluation has sampled" in capsys.readouterr().err
+    assert set(json.loads((folder / "run" / "ladder.json").read_text())["count_abc"]) == {"0", "2"}
+    assert run("ladder", "run", *JUDGES) == 0
+    result = json.loads((folder / "run" / "ladder.json").read_text())
+    assert set(result) == {"count_abc", "more_abc"} and set(result["more_abc"]) == {"0", "1", "2"}
+    for a, b in (("1", "0"), ("2", "1")):  # the oracle's opinion is that of the scores
+        assert result["count_abc"][a][b]["mean"] == pytest.approx(result["more_abc"][a][b]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("ladder",), "give the output directory of a run first"),
+        (("ladder", "nowhere"), "'nowhere' is no folder"),
+        (("ladder", "prompts"), "has evaluations of 0 policies, and a ladder needs two"),
+        (("report", "prompts"), "has no trainer_state.json"),
+        (("report", "prompts", "--x"), "'--x' is no option of `trl-sppo report RUN`"),
+    ],
+)
+def test_messages(folder, argv, message, capsys):
+    assert run(*argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    for command in ("eval", "ladder", "report"):
+        assert run(command, "--help") == 0
+        assert command in capsys.readouterr().out
+
+
+assert more_abc  # imported by its path

@@ -1,0 +1,125 @@
+"""`trl-sppo report`: what is on the page, and that a browser shows it and filters its samples."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from trl_sppo.ladder import stored_players
+from trl_sppo.report import RULES, diagnose, samples, write_report
+
+
+EVIL = "<script>document.title='owned'</script>"
+CHROMIUM = shutil.which("chromium")
+
+
+def length(completions, **kwargs) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture
+def run(make_trainer, tmp_path):
+    """A finished run whose dataset has a prompt that is a script."""
+    prompts = ["ab", "fgh", "k", EVIL]
+    trainer = make_trainer(
+        eval_strategy="steps", eval_steps=2, max_steps=4, per_device_eval_batch_size=4, learning_rate=0.1,
+        prompts=prompts * 4, trainer_kwargs={
+            "eval_dataset": Dataset.from_dict({"prompt": prompts}), "eval_reward_funcs": length,
+        },
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    return tmp_path / "out"
+
+
+def test_the_page(run):
+    text = write_report(run).read_text()
+    HTMLParser().feed(text)
+    assert EVIL not in text and "&lt;script&gt;" in text  # what models and datasets say is data
+    assert not re.search(r"(src|href)=.https?:", text)  # no network
+    for expected in ("count_abc", "length", "winners", "learning_rate", "transformers", "step 4"):
+        assert expected in text
+    assert text.count("<svg") == 4  # curves, win rates, ladder, length
+    assert "There was no judge besides" not in text
+
+
+def test_a_run_without_evaluations(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    trainer.save_state()
+    text = write_report(tmp_path / "out").read_text()
+    assert "no two evaluations to compare" in text and "There was no judge besides" not in text
+    assert text.count("<svg") == 1
+
+
+def test_diagnoses():
+    history = [{"step": i, "win_rate/length_correlation": i / 10, "preferences/tied": 0.05} for i in range(1, 11)]
+    by_name = {each.name: each for each in diagnose(history)}
+    assert set(by_name) == {"win_rate/length_correlation", "preferences/tied"}
+    correlation = by_name["win_rate/length_correlation"]
+    assert (correlation.first, correlation.last) == (pytest.approx(0.15), pytest.approx(0.95))
+    assert not correlation.healthy and "follow length" in correlation.words
+    assert by_name["preferences/tied"].healthy
+
+
+def test_rules_are_about_metrics_that_are_documented():
+    documented = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    for name, low, high, good, bad in RULES:
+        assert low < high and good != bad
+        assert name in documented or name == "completions/clipped_ratio"  # TRL's
+
+
+def test_samples():
+    before = [{"prompt": "p", "completions": ["a", "b"], "scores": {"j": [1.0, 0.0]}}] * 4
+    after = [
+        {"prompt": "p", "completions": ["c", "d"], "scores": {"j": [score, 0.0]}} for score in (2.0, 0.0, 1.0, None)
+    ]
+    assert [row["outcome"] for row in samples(before, after)] == ["won", "lost", "tied", "unscored"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_in_a_browser(run, tmp_path):
+    path = write_report(run)
+
+    def dom(name: str, script: str = "") -> str:
+        page = tmp_path / f"{name}.html"
+        page.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+        command = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / name}.png", "--dump-dom",
+            "--window-size=1200,3000", page.as_uri(),
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    def visible(text: str) -> int:
+        rows = re.findall(r"<tr data-outcome=\"\w+\"[^>]*>", text)
+        return sum("hidden" not in row for row in rows)
+
+    plain = dom("plain")
+    assert "4 of 4 prompts" in plain and visible(plain) == 4
+    assert "<title>SPPO run out</title>" in plain  # the prompt that is a script did not run
+    assert (tmp_path / "plain.png").stat().st_size > 50_000
+    found = dom("found", "document.getElementById('filter').value = 'SCRIPT>'; show();")
+    assert "1 of 4 prompts" in found and visible(found) == 1
+    stored = samples_of(run)
+    won = sum(outcome == "won" for outcome in stored)
+    select = "const s = document.getElementById('outcome'); s.value = 'won'; s.dispatchEvent(new Event('change'));"
+    assert f"{won} of 4 prompts" in dom("won", select)
+
+
+def samples_of(run) -> list[str]:
+    players = stored_players(run)
+    return [row["outcome"] for row in samples(players[0], players[max(players)])]
+
+
+def test_the_beginning_holds_no_secrets(run):
+    began = json.loads((run / "run_began.json").read_text())
+    assert began["reward_sources"] == ["count_abc"] and began["judges"] == ["length"]
+    secrets = [value for name, value in began["config"].items() if name.endswith("_token")]
+    assert secrets and all(value == "<HUB_TOKEN>" for value in secrets)  # transformers masks them, set or not

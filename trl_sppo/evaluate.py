@@ -1,0 +1,310 @@
+"""`trl-sppo eval`: one policy against another, on the same prompts, under one or several judges."""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from trl.data_utils import is_conversational
+
+from .arguments import check_output_dir
+from .checkpoints import write_atomically
+from .evaluation import WinRate
+from .opponents import Groups, play_stored
+from .panel import Panel
+from .policies import Sampling, check_policy, is_file, key_of, load_completions, sample
+from .stored_rollouts import write_parquet
+from .train import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
+
+
+@dataclass
+class JudgeArguments:
+    """
+    Who judges, and how policies are sampled for it.
+
+    Args:
+        reward_model_name_or_path, reward_funcs, preference_funcs (`list[str]`, *optional*):
+            Judges, given as in training recipes.
+        reward_trust_remote_code (`list[str]`, *optional*):
+            Reward models that may run Python code of their own.
+        both_orders (`bool`, *optional*, defaults to `True`):
+            Whether pairwise oracles are asked for each pair in both orders.
+        reward_batch_size (`int`, *optional*, defaults to `16`):
+            Completions per forward pass of a reward model.
+        dataset_name, dataset_config (`str`, *optional*):
+            Dataset with a `"prompt"` column.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Its split.
+        max_prompts (`int`, *optional*):
+            Use the first so many prompts only.
+        num_generations (`int`, *optional*, defaults to `4`):
+            Completions per prompt of each policy.
+        max_completion_length (`int`, *optional*, defaults to `1024`):
+            Their length limit, in tokens.
+        temperature (`float`, *optional*, defaults to `0.8`):
+            Sampling temperature.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Completions sampled at the same time by transformers.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM samples.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.5`):
+            Share of the GPU's memory that it takes.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the policies may run Python code of their own.
+    """
+
+    reward_model_name_or_path: list[str] | None = field(default=None, metadata={"help": "Reward models that judge."})
+    reward_funcs: list[str] | None = field(default=None, metadata={"help": "Reward functions that judge."})
+    preference_funcs: list[str] | None = field(default=None, metadata={"help": "Pairwise oracles that judge."})
+    reward_trust_remote_code: list[str] | None = field(
+        default=None, metadata={"help": "Reward models that may run Python code of their own."}
+    )
+    both_orders: bool = field(default=True, metadata={"help": "Ask pairwise oracles for each pair in both orders."})
+    reward_batch_size: int = field(default=16, metadata={"help": "Completions per forward pass of a reward model."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset with a 'prompt' column."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Use the first so many prompts only."})
+    num_generations: int = field(default=4, metadata={"help": "Completions per prompt of each policy."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Their length limit, in tokens."})
+    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    batch_size: int = field(default=64, metadata={"help": "Completions sampled at the same time by transformers."})
+    use_vllm: bool = field(default=False, metadata={"help": "Let vLLM sample."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.5, metadata={"help": "Share of the GPU's memory that vLLM takes."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether the policies may run Python code of their own."}
+    )
+
+    def __post_init__(self):
+        for name in ("num_generations", "max_completion_length", "batch_size", "reward_batch_size", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}: policies are sampled.")
+
+    @property
+    def has_judges(self) -> bool:
+        return bool(self.reward_model_name_or_path or self.reward_funcs or self.preference_funcs)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            num_generations=self.num_generations,
+            max_completion_length=self.max_completion_length,
+            temperature=self.temperature,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            use_vllm=self.use_vllm,
+            vllm_gpu_memory_utilization=self.vllm_gpu_memory_utilization,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def load_panel(self, prompts: list[Any]) -> Panel:
+        """The judges, for these prompts. Raises `ValueError` if there are none, or one could not be asked."""
+        if not self.has_judges:
+            raise ValueError(
+                "nobody judges: give --reward_model_name_or_path, --reward_funcs or --preference_funcs; at best one "
+                "that the policy was not trained on."
+            )
+        return Panel(
+            [*(self.reward_model_name_or_path or []), *load_reward_funcs(self.reward_funcs or [])],
+            load_preference_funcs(self.preference_funcs or []),
+            conversational=is_conversational({"prompt": prompts[0]}),
+            trust_remote_code=self.reward_trust_remote_code or (),
+            both_orders=self.both_orders,
+            batch_size=self.reward_batch_size,
+        )
+
+    def load_prompts(self) -> Dataset:
+        """The prompts. Raises `ValueError` if there are none."""
+        if self.dataset_name is None:
+            raise ValueError("no prompts: give --dataset_name, a folder or an id on the hub.")
+        try:
+            prompts: Any = load_dataset(self.dataset_name, name=self.dataset_config, split=self.dataset_test_split)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "
+                f"loaded: {error}"
+            ) from error
+        if "prompt" not in prompts.column_names:
+            raise ValueError(f"dataset_name={self.dataset_name!r} has no column 'prompt', but {prompts.column_names}.")
+        return prompts.select(range(min(len(prompts), self.max_prompts or len(prompts))))
+
+
+@dataclass
+class EvalArguments(JudgeArguments):
+    """
+    Arguments of `trl-sppo eval`, besides those of [`JudgeArguments`].
+
+    Args:
+        model_name_or_path (`str`):
+            Policy: a model, an adapter, or a file of completions.
+        opponent_name_or_path (`str`):
+            Its opponent, likewise.
+        output_dir (`str`, *optional*, defaults to `"eval"`):
+            Folder for the completions and the results.
+        at_least (`float`, *optional*):
+            The command ends with status 1 if the lower bound of a win rate is below this.
+    """
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Policy: a model, an adapter, or a file of completions."}
+    )
+    opponent_name_or_path: str = field(default="", metadata={"help": "Its opponent, likewise."})
+    output_dir: str = field(default="eval", metadata={"help": "Folder for the completions and the results."})
+    at_least: float | None = field(
+        default=None, metadata={"help": "End with status 1 if the lower bound of a win rate is below this."}
+    )
+
+
+def parse(kind: Any, prog: str, argv: list[str]) -> Any:
+    """
+    Options of a command, from a YAML file (`--config`) and the command line.
+
+    Args:
+        kind (dataclass):
+            The options.
+        prog (`str`):
+            Name of the command.
+        argv (`list[str]`):
+            Arguments.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        `ValueError`: for what is unknown or contradictory.
+    """
+    parser = _Parser((kind,), prog=prog, allow_abbrev=False)
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    args, *remaining = parser.parse_args_and_config(split_config(argv), return_remaining_strings=True)
+    unknown = [token for token in remaining[-1] if token.startswith("--")] if remaining else []
+    if unknown or (remaining and remaining[-1]):
+        raise ValueError(f"command line: {(unknown or remaining[-1])[0]!r} is no option of `{prog}`. See its --help.")
+    for name in ("reward_model_name_or_path", "reward_funcs", "preference_funcs"):
+        if isinstance(getattr(args, name), str):
+            setattr(args, name, [getattr(args, name)])
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Run `trl-sppo eval` and return its exit status."""
+    try:
+        args = parse(EvalArguments, "trl-sppo eval", argv)
+        results = evaluate(args)
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    low = min(plain.low for plain, _ in results.values())
+    if args.at_least is not None and low < args.at_least:
+        print(f"The lowest bound is {low:.3f}, below --at_least {args.at_least}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
+    """
+    Compare two policies, write completions and results to `args.output_dir`, and print a table.
+
+    Args:
+        args ([`EvalArguments`]):
+            Options.
+
+    Returns:
+        `dict`: by judge, the win rate and the length-controlled win rate.
+
+    Raises:
+        `ValueError`: for what could not be compared, before a model is loaded if that can be known.
+    """
+    for name in ("model_name_or_path", "opponent_name_or_path"):
+        if not getattr(args, name):
+            raise ValueError(f"{name} is missing: give a model, an adapter, or a file of completions.")
+        check_policy(getattr(args, name), args.trust_remote_code)
+    check_output_dir(args.output_dir)
+    sides = {"model": args.model_name_or_path, "opponent": args.opponent_name_or_path}
+    files = {side: load_completions(policy) for side, policy in sides.items() if is_file(policy)}
+    if files:
+        prompts = _shared_prompts(files, args.max_prompts)
+    else:
+        prompts = args.load_prompts()
+    panel = args.load_panel(prompts["prompt"]) if args.has_judges else None
+    if panel is None and not (len(files) == 2 and all("scores" in g for groups in files.values() for g in groups)):
+        args.load_panel(prompts["prompt"])  # says what is missing
+    keys = [key_of(prompt) for prompt in prompts["prompt"]]
+    folder = Path(args.output_dir)
+    players: dict[str, Groups] = {}
+    for side, policy in sides.items():
+        if side in files:
+            by_key = {key_of(group["prompt"]): group for group in files[side]}
+            groups = [by_key[key] for key in keys]
+            for group in groups:
+                group.setdefault("lengths", [_length(completion) for completion in group["completions"]])
+        else:
+            # Other random numbers for each: a sample must not meet its twin
+            groups = sample(policy, prompts, replace(args.sampling, seed=args.seed + len(players)))
+        if panel is not None:
+            panel.score(groups)
+        players[side] = groups
+        write_parquet(folder / f"{side}.parquet", groups, None)
+    results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
+    if not results:
+        raise ValueError("no judge has given both policies a score: there is nothing to compare.")
+    lengths = {side: _mean_length(groups) for side, groups in players.items()}
+    table = {
+        judge: {"win_rate": vars(plain), "length_controlled": vars(controlled)}
+        for judge, (plain, controlled) in results.items()
+    }
+    facts = {**sides, "mean_length": lengths, "num_prompts": len(prompts), "win_rates": table}
+    write_atomically(folder / "win_rates.json", json.dumps(facts, indent=2) + "\n")
+    for side, policy in sides.items():
+        size = sum(len(group["completions"]) for group in players[side])
+        print(
+            f"{side:9} {policy} ({size} completions of {len(prompts)} prompts, {lengths[side]:.1f} tokens on average)"
+        )
+    print_table(results)
+    print(f"Saved in {folder}: win_rates.json, model.parquet, opponent.parquet.")
+    return results
+
+
+def print_table(results: dict[str, tuple[WinRate, WinRate]]) -> None:
+    """Print win rates by judge, with their intervals."""
+    width = max(map(len, ["judge", *results])) + 2
+    print(f"\n{'judge':{width}}{'win rate, 95 % interval':28}length-controlled")
+    for judge, (plain, controlled) in results.items():
+        print(f"{judge:{width}}{plain!s:28}{controlled}")
+    print()
+
+
+def _shared_prompts(files: dict[str, Groups], limit: int | None) -> Dataset:
+    """The prompts that all files have, in the order of the first."""
+    first, *others = files.values()
+    keys = [{key_of(group["prompt"]) for group in groups} for groups in others]
+    rows = [group for group in first if all(key_of(group["prompt"]) in each for each in keys)]
+    if not rows:
+        raise ValueError("the two files of completions have no prompt in common.")
+    left_out = sum(len(groups) - len(rows) for groups in files.values())
+    if left_out:
+        print(f"{left_out} rows are left out: their prompts are in one file only.", file=sys.stderr)
+    taken = {"completions", "scores", "lengths", "step", "policy", "versions"}
+    light = [{name: value for name, value in row.items() if name not in taken} for row in rows[:limit]]
+    return Dataset.from_list(light)
+
+
+def _length(completion: Any) -> int:
+    """Of a completion whose tokens nobody knows: its words."""
+    text = completion if isinstance(completion, str) else " ".join(message["content"] for message in completion)
+    return len(text.split())
+
+
+def _mean_length(groups: Groups) -> float:
+    lengths = [length for group in groups for length in group["lengths"]]
+    return sum(lengths) / len(lengths)

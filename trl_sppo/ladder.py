@@ -1,0 +1,221 @@
+"""`trl-sppo ladder`: the policies of a run against each other. Is each harder to beat than the last?"""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import combinations, pairwise, permutations
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .checkpoints import read_beginning, write_atomically
+from .evaluate import JudgeArguments, parse
+from .evaluation import WinRate
+from .opponents import EvaluationFiles, Groups, play_stored
+from .policies import sample
+from .train import fail
+
+
+# matrix[a][b]: win rate of a against b
+Matrix = dict[str, dict[str, WinRate]]
+
+
+@dataclass
+class LadderArguments(JudgeArguments):
+    """
+    Arguments of `trl-sppo ladder`, besides those of [`JudgeArguments`].
+
+    Args:
+        evaluation_set (`str`, *optional*):
+            Which one, of a run with several.
+    """
+
+    evaluation_set: str | None = field(
+        default=None, metadata={"help": "Evaluation set, of a run with several. By default the first."}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run `trl-sppo ladder` and return its exit status."""
+    try:
+        run, argv = run_and_options(argv, "trl-sppo ladder")
+        check_matplotlib("trl-sppo ladder")
+        args = parse(LadderArguments, "trl-sppo ladder RUN", argv)
+        ladders = climb(run, args)
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    for judge, matrix in ladders.items():
+        print(f"\n{judge}: win rate of the row against the column\n{as_text(matrix)}")
+        print("\n".join(verdict(matrix)))
+    facts = {
+        judge: {a: {b: vars(rate) for b, rate in row.items()} for a, row in matrix.items()}
+        for judge, matrix in ladders.items()
+    }
+    write_atomically(run / "ladder.json", json.dumps(facts, indent=2) + "\n")
+    figure = draw(ladders)
+    figure.savefig(run / "ladder.png", dpi=120)
+    print(f"\nSaved ladder.json and ladder.png in {run}.")
+    return 0
+
+
+def run_and_options(argv: list[str], prog: str) -> tuple[Path, list[str]]:
+    """The run's folder, which comes first, and the options. Raises `ValueError` if it is none."""
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        raise ValueError(f"give the output directory of a run first: {prog} RUN.")
+    if argv[0] in ("-h", "--help"):
+        return Path(), argv
+    run = Path(argv[0])
+    if not run.is_dir():
+        raise ValueError(f"{argv[0]!r} is no folder: give the output directory of a run.")
+    return run, argv[1:]
+
+
+def check_matplotlib(prog: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ImportError(f"`{prog}` draws with matplotlib, which is not installed: pip install 'trl-sppo[report]'.")
+
+
+def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
+    """
+    Let all policies of a run play against each other.
+
+    Args:
+        run (`Path`):
+            Its output directory, with evaluations, or with checkpoints that are sampled now.
+        args ([`LadderArguments`]):
+            Options. With judges, they score all completions; without, those of the evaluations count.
+
+    Returns:
+        `dict`: a matrix of win rates by judge.
+
+    Raises:
+        `ValueError`: if fewer than two policies can play.
+    """
+    players = stored_players(run, args.evaluation_set)
+    checkpoints = {
+        int(path.name.split("-")[1]): path
+        for path in run.glob("checkpoint-*")
+        if path.is_dir() and path.name.split("-")[1].isdigit()
+    }
+    missing = sorted(checkpoints.keys() - players.keys())
+    if args.has_judges:
+        prompts = _prompts(players, args)
+        panel = args.load_panel(prompts["prompt"])
+        config = read_beginning(str(run)).get("config", {})
+        for number, step in enumerate(missing):
+            players[step] = sample(str(checkpoints[step]), prompts, _sampling(args, config, number))
+        for groups in players.values():
+            panel.score(groups)
+    elif missing:
+        print(
+            f"Left out: the checkpoints of steps {missing}, which no evaluation has sampled. With judges "
+            "(--reward_funcs ...) they are sampled now; eval_steps equal to save_steps does it during the training.",
+            file=sys.stderr,
+        )
+    if len(players) < 2:
+        raise ValueError(
+            f"{str(run)!r} has evaluations of {len(players)} policies, and a ladder needs two. Train with "
+            "eval_strategy, or give judges and --dataset_name to sample the checkpoints now."
+        )
+    ladders: dict[str, Matrix] = {}
+    for a, b in combinations(sorted(players), 2):
+        results = panel.compare(players[b], players[a]) if args.has_judges else play_stored(players[b], players[a])
+        for judge, (rate, _) in results.items():
+            matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
+            matrix[str(b)][str(a)] = rate
+            matrix[str(a)][str(b)] = WinRate(1 - rate.mean, 1 - rate.high, 1 - rate.low, rate.num_prompts)
+    return ladders
+
+
+def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Groups]:
+    """The evaluations of a run by step. Raises `ValueError` for an unknown evaluation set."""
+    files = EvaluationFiles(str(run))
+    names = files.names()
+    if evaluation_set is not None and evaluation_set not in names:
+        raise ValueError(f"evaluation_set={evaluation_set!r} is none of this run's: {names}.")
+    name = evaluation_set or (names[0] if names else ".")
+    found = {step: files.read(name, step) for step in files.steps(name)}
+    return {step: groups for step, groups in found.items() if groups}
+
+
+def _prompts(players: dict[int, Groups], args: LadderArguments) -> Dataset:
+    if not players:
+        return args.load_prompts()
+    taken = {"completions", "scores", "lengths", "step", "policy", "versions"}
+    groups = next(iter(players.values()))
+    return Dataset.from_list([{n: v for n, v in group.items() if n not in taken} for group in groups])
+
+
+def _sampling(args: LadderArguments, config: dict[str, Any], number: int) -> Any:
+    """As the run has sampled, if it says how."""
+    as_trained = {
+        name: config[name] for name in ("max_completion_length", "temperature") if config.get(name) is not None
+    }
+    if config.get("num_generations_eval") or config.get("num_generations"):
+        as_trained["num_generations"] = config.get("num_generations_eval") or config["num_generations"]
+    return replace(args.sampling, **as_trained, seed=args.seed + number)
+
+
+def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:
+    """Triples in which each beats the next and the last the first, with the weakest of the three win rates."""
+    found = []
+    for a, b, c in permutations(matrix, 3):
+        rates = [matrix[x].get(y) for x, y in ((a, b), (b, c), (c, a))]
+        if a == min((a, b, c), key=int) and all(rate is not None and rate.mean > 0.5 for rate in rates):
+            known = [rate for rate in rates if rate is not None]
+            found.append(((a, b, c), min(known, key=lambda rate: rate.mean)))
+    return found
+
+
+def verdict(matrix: Matrix) -> list[str]:
+    """What a matrix of win rates says, in words."""
+    steps = sorted(matrix, key=int)
+    lines = []
+    pairs = [*pairwise(steps), (steps[0], steps[-1])]
+    for earlier, later in dict.fromkeys(pairs):
+        rate = matrix[later][earlier]
+        word = "beats" if rate.low > 0.5 else "loses to" if rate.high < 0.5 else "cannot be told from"
+        lines.append(f"step {later} {word} step {earlier}: {rate}")
+    found = circles(matrix)
+    sure = [circle for circle in found if circle[1].low > 0.5]
+    for (a, b, c), rate in sure:
+        lines.append(f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a} (weakest: {rate})")
+    if not found:
+        lines.append("no circles: the later win rates are what the earlier ones promise")
+    elif not sure:
+        lines.append(f"{len(found)} circle(s), none beyond the noise of {found[0][1].num_prompts} prompts")
+    return lines
+
+
+def as_text(matrix: Matrix) -> str:
+    steps = sorted(matrix, key=int)
+    lines = ["step".rjust(8) + "".join(step.rjust(8) for step in steps)]
+    for a in steps:
+        cells = ["-" if a == b else f"{matrix[a][b].mean:.3f}" for b in steps]
+        lines.append(a.rjust(8) + "".join(cell.rjust(8) for cell in cells))
+    return "\n".join(lines)
+
+
+def draw(ladders: dict[str, Matrix]) -> Any:
+    """A matplotlib figure with a matrix for each judge."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(ladders), 4), layout="constrained")
+    axes = figure.subplots(1, len(ladders), squeeze=False)[0]
+    for axis, (judge, matrix) in zip(axes, ladders.items(), strict=True):
+        steps = sorted(matrix, key=int)
+        values = [[0.5 if a == b else matrix[a][b].mean for b in steps] for a in steps]
+        image = axis.imshow(values, cmap="RdBu", vmin=0, vmax=1)
+        axis.set(title=f"{judge}", xlabel="opponent: step", ylabel="policy: step")
+        axis.set_xticks(range(len(steps)), steps)
+        axis.set_yticks(range(len(steps)), steps)
+        if len(steps) <= 12:
+            for i, row in enumerate(values):
+                for j, value in enumerate(row):
+                    if i != j:
+                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
+                        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=list(axes), label="win rate of the row against the column", shrink=0.8)
+    return figure

@@ -1,0 +1,128 @@
+"""Judges of stored completions, outside a training: reward models, reward functions and pairwise oracles."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+from trl.data_utils import apply_chat_template, is_conversational
+from trl.trainer.utils import get_config_model_id
+
+from .comparisons import PreferenceFunc, ask, check_oracle, oracle_name
+from .evaluation import WinRate
+from .opponents import LEFT_OUT, play
+from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
+
+
+class Panel:
+    """
+    Judges that score completions, or compare those of two policies.
+
+    Args:
+        reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
+            Reward sources, as for [`SPPOTrainer`].
+        preference_funcs (sequence of callable):
+            Pairwise oracles, likewise.
+        conversational (`bool`):
+            Whether prompts are lists of messages.
+        trust_remote_code (sequence of `str`, *optional*, defaults to `()`):
+            Reward models that may run Python code of their own.
+        both_orders (`bool`, *optional*, defaults to `True`):
+            Whether oracles are asked for each pair in both orders.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Completions per forward pass of a reward model.
+
+    Raises:
+        `ValueError`: if a judge could not be asked.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[RewardSource],
+        preference_funcs: Sequence[PreferenceFunc],
+        conversational: bool,
+        trust_remote_code: Sequence[str] = (),
+        both_orders: bool = True,
+        batch_size: int = 16,
+    ):
+        for oracle in preference_funcs:
+            check_oracle(oracle)
+        self.both_orders = both_orders
+        self.accelerator = Accelerator()
+        sources, tokenizers = load_reward_models(
+            reward_funcs, [None] * len(reward_funcs), conversational, trust_remote_code
+        )
+        self.oracles = {oracle_name(oracle): oracle for oracle in preference_funcs}
+        self.sources: dict[str, tuple[Any, Any]] = {}
+        for source, tokenizer in zip(sources, tokenizers, strict=True):
+            if isinstance(source, nn.Module):
+                name = get_config_model_id(cast(Any, source.config)).split("/")[-1]
+                model = source.to(self.accelerator.device) if not hasattr(source, "hf_quantizer") else source
+                self.sources[name] = MicroBatchedRewardModel(model, batch_size), tokenizer
+            else:
+                self.sources[oracle_name(source)] = source, None
+        if len(self.sources) < len(sources) or len(self.oracles) < len(preference_funcs):
+            names = [*self.sources, *self.oracles]
+            raise ValueError(f"two judges have the same name: results are by name, which are {names}. Rename one.")
+
+    def score(self, groups: list[dict[str, Any]]) -> None:
+        """Give `"scores"` to groups, by each reward source: nested lists `{name: [S of them]}`."""
+        for group in groups:
+            group["scores"] = {}
+        completions = [completion for group in groups for completion in group["completions"]]
+        rows = [group for group in groups for _ in group["completions"]]
+        for name, (source, tokenizer) in self.sources.items():
+            if tokenizer is None:
+                columns = [column for column in groups[0] if column not in (*LEFT_OUT, "prompt")]
+                scores = ask(
+                    source,
+                    prompts=[row["prompt"] for row in rows],
+                    completions=completions,
+                    **{column: [row[column] for row in rows] for column in columns},
+                )
+                if len(scores) != len(rows):
+                    raise ValueError(f"judge {name!r} gave {len(scores)} scores for {len(rows)} completions.")
+            else:
+                scores = self._ask_model(name, source, tokenizer, [row["prompt"] for row in rows], completions)
+            iterator = iter(scores)
+            for group in groups:
+                group["scores"][name] = [_number(next(iterator)) for _ in group["completions"]]
+
+    @torch.inference_mode()
+    def _ask_model(self, name: str, model: nn.Module, tokenizer: Any, prompts: list, completions: list) -> list[float]:
+        # The texts that TRL's trainer gives a reward model
+        if is_conversational({"prompt": prompts[0]}):
+            texts = [
+                apply_chat_template({"messages": [*prompt, *completion]}, tokenizer)["text"]
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+        else:
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in tqdm(range(0, len(texts), 256), desc=name):
+            inputs = tokenizer(
+                text=texts[start : start + 256], return_tensors="pt", padding=True, padding_side="right",
+                add_special_tokens=False,
+            )  # fmt: skip
+            scores += model(**inputs.to(self.accelerator.device)).logits[:, 0].tolist()
+        return scores
+
+    def compare(self, groups: list[dict], opponents: list[dict]) -> dict[str, tuple[WinRate, WinRate]]:
+        """See [`~opponents.play`]: of scored groups."""
+        return play(
+            groups,
+            opponents,
+            self.oracles,
+            both_orders=self.both_orders,
+            batch_size=512,
+            accelerator=self.accelerator,
+            log_metric=lambda name, value: None,
+            disable_tqdm=False,
+        )
+
+
+def _number(score: Any) -> float | None:
+    """A score, `None` if it is none."""
+    return None if score is None or not torch.tensor(float(score)).isfinite() else float(score)

@@ -1,0 +1,299 @@
+"""`trl-sppo report`: one page about a run, which needs no network."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import read_beginning, write_atomically
+from .ladder import LadderArguments, check_matplotlib, climb, draw, run_and_options, stored_players, verdict
+from .opponents import Groups, play_stored
+from .stored_rollouts import to_tensor
+from .train import fail
+
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+MOST_SAMPLES = 500  # of which the page shows both policies' answers
+
+# Of docs/metrics.md: what is healthy at the end of a run, and what it means if it is not
+RULES = (
+    ("kl_to_rollout_policy", 0.0, 0.1, "the steps within an iteration are small",
+     "the policy moves far on one rollout: lower the learning rate, or take fewer steps per iteration"),
+    ("log_ratio_to_target", 0.001, 1.0, "the policy moves towards its targets",
+     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the former"),
+    ("win_rate/length_correlation", -0.3, 0.3, "win rates do not follow length",
+     "win rates follow length: the oracle may pay for length, or for brevity, instead of quality. Compare the win "
+     "rates at equal length, and add an oracle with another taste"),
+    ("preferences/tied", 0.0, 0.2, "the oracles tell answers apart",
+     "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
+    ("preferences/panel_disagreement", 0.05, 0.4, "the oracles agree about as much as different opinions do",
+     "near 1/2 the oracles are unrelated and their vote is noise; near 0 one of them would do"),
+    ("preferences/intransitive", 0.0, 0.1, "few preferences go in circles",
+     "preferences go in circles, at 1/4 like chance: look at the oracle's order disagreement"),
+    ("completions/duplicates", 0.0, 0.1, "the answers of a group differ",
+     "many answers of a group are the same: raise the temperature"),
+    ("completions/clipped_ratio", 0.0, 0.3, "answers come to their end",
+     "many answers are cut off at max_completion_length, and judged unfinished"),
+    ("win_rate/unscorable", 0.0, 0.01, "all answers were scored",
+     "a reward source gives no score for some answers: the log of the run names it"),
+    ("win_rate/groups_without_signal", 0.0, 0.2, "most groups teach something",
+     "many groups have no winner: prompts that are too easy or too hard, or ties"),
+    ("importance_weight", 0.8, 1.1, "vLLM samples from the policy that is trained",
+     "vLLM and the trainer disagree about probabilities, so little is learned"),
+)  # fmt: skip
+
+
+@dataclass
+class Diagnosis:
+    """A metric, what it was at the start and at the end of a run, and what that says."""
+
+    name: str
+    first: float
+    last: float
+    healthy: bool
+    words: str
+
+
+def main(argv: list[str]) -> int:
+    """Run `trl-sppo report` and return its exit status."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print("usage: trl-sppo report RUN\n\nWrites RUN/report.html about the run in the folder RUN.")
+        return 0
+    try:
+        run, rest = run_and_options(argv, "trl-sppo report")
+        if rest:
+            raise ValueError(f"{rest[0]!r} is no option of `trl-sppo report RUN`.")
+        check_matplotlib("trl-sppo report")
+        path = write_report(run)
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    print(f"Wrote {path}.")
+    return 0
+
+
+def write_report(run: Path) -> Path:
+    """
+    Write `report.html` into a run's output directory.
+
+    Args:
+        run (`Path`):
+            The directory.
+
+    Returns:
+        `Path`: the page.
+
+    Raises:
+        `ValueError`: if the folder has no log of a training.
+    """
+    from jinja2 import Environment
+
+    history = read_history(run)
+    players = stored_players(run)
+    beginning = read_beginning(str(run))
+    config = beginning.pop("config", {})
+    ladders = climb(run, LadderArguments()) if len(players) > 1 else {}
+    first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
+    results = play_stored(last, first) if first and last else {}
+    last_evaluation: dict[str, Any] = next((row for row in reversed(history) if "eval_loss" in row), {})
+    # Text of models and datasets is data: it is escaped
+    page = Environment(autoescape=True).from_string(TEMPLATE.read_text()).render(
+        run=run.resolve().name,
+        beginning=beginning,
+        config=config,
+        num_steps=max((row.get("step", 0) for row in history), default=0),
+        steps=[min(players), max(players)] if first else None,
+        win_rates={
+            **_oracle_rates(last_evaluation, results),
+            **{judge: {"plain": plain, "controlled": controlled} for judge, (plain, controlled) in results.items()},
+        },
+        lengths=[_mean_length(groups) for groups in (first, last)] if first and last else None,
+        curves=_svg(draw_curves(history)),
+        win_rate_curves=_svg(figure) if (figure := draw_win_rates(history)) else None,
+        length_plot=_svg(draw_lengths(first, last)) if first and last else None,
+        ladder=_svg(draw(ladders)) if ladders else None,
+        verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
+        diagnoses=diagnose(history),
+        samples=samples(first, last) if first and last else [],
+    )  # fmt: skip
+    path = run / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The log of a run, from its end or its last checkpoint. Raises `ValueError` if there is none."""
+    states = [
+        path for path in (run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")) if path.is_file()
+    ]
+    if not states:
+        raise ValueError(
+            f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint: give the output "
+            "directory of a run that has saved something."
+        )
+    histories = [json.loads(path.read_text())["log_history"] for path in states]
+    return max(histories, key=lambda history: max((row.get("step", 0) for row in history), default=0))
+
+
+def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric."""
+    points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
+    """
+    What the metrics of a training say about it.
+
+    Args:
+        history (`list[dict]`):
+            Its log.
+
+    Returns:
+        `list[Diagnosis]`: of each metric of `RULES` that was logged. The start and the end are means over a fifth of
+        the log each.
+    """
+    found = []
+    for name, low, high, good, bad in RULES:
+        values = curve(history, name)[1]
+        if not values:
+            continue
+        part = max(1, len(values) // 5)
+        first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+        healthy = low <= last <= high
+        found.append(Diagnosis(name, first, last, healthy, good if healthy else bad))
+    return found
+
+
+def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:
+    """The first answer of each policy to each prompt, with the scores, and who has won by the first source."""
+    rows = []
+    for before, after in list(zip(first, last, strict=True))[:MOST_SAMPLES]:
+        scores = [{name: values[0] for name, values in group["scores"].items()} for group in (before, after)]
+        ours, theirs = (next(iter(each.values()), None) for each in reversed(scores))
+        outcome = "unscored"
+        if ours is not None and theirs is not None:
+            outcome = "won" if ours > theirs else "lost" if ours < theirs else "tied"
+        rows.append(
+            {
+                "prompt": as_text(before["prompt"]),
+                "before": as_text(before["completions"][0]),
+                "after": as_text(after["completions"][0]),
+                "scores": scores,
+                "outcome": outcome,
+            }
+        )
+    return rows
+
+
+def as_text(messages: Any) -> str:
+    """A prompt or a completion to be read."""
+    if isinstance(messages, str):
+        return messages
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _oracle_rates(row: dict[str, Any], results: dict) -> dict[str, dict[str, Any]]:
+    """Win rates by pairwise oracles, which only the log has."""
+    prefix = "eval_win_rate_vs_initial/"
+    rates = {}
+    for name, value in row.items():
+        judge = name.removeprefix(prefix)
+        bounds = [row.get(f"{name}/{bound}") for bound in ("low", "high")]
+        if name.startswith(prefix) and None not in bounds and judge not in results:
+            plain = {"mean": value, "low": bounds[0], "high": bounds[1]}
+            rates[judge] = {"plain": plain, "controlled": {"mean": row[f"{name}/length_controlled"]}}
+    return rates
+
+
+def _mean_length(groups: Groups) -> float:
+    lengths = [length for group in groups for length in group["lengths"]]
+    return sum(lengths) / len(lengths)
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+    from markupsafe import Markup
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts as texts
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])  # matplotlib has escaped the texts in it
+
+
+def draw_curves(history: list[dict[str, Any]]) -> Any:
+    """A matplotlib figure of a training's metrics."""
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, str, dict[str, str]]] = [
+        ("Reward of the rollouts", "mean score", {"reward": "training", "eval_reward": "evaluation"}),
+        (
+            "Log-ratio to the rollout policy",
+            "nats per completion",
+            {"winner_log_ratio": "winners", "loser_log_ratio": "losers"},
+        ),
+        (
+            "Length of completions",
+            "tokens",
+            {"completions/winners_mean_length": "winners", "completions/losers_mean_length": "losers"},
+        ),
+        ("Entropy", "nats per token", {"entropy": "policy"}),
+    ]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axis, (title, unit, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name, label in names.items():
+            steps, values = curve(history, name)
+            if values:
+                axis.plot(steps, values, marker=".", label=label)
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        if axis.lines:
+            axis.legend()
+    return figure
+
+
+def draw_win_rates(history: list[dict[str, Any]]) -> Any:
+    """A matplotlib figure of the win rates of the evaluations, `None` if there are none."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, label in zip(axes, ("initial", "previous"), strict=True):
+        prefix = f"eval_win_rate_vs_{label}/"
+        names = {
+            name for row in history for name in row if name.startswith(prefix) and row.get(f"{name}/low") is not None
+        }
+        for name in sorted(names):
+            steps, values = curve(history, name)
+            low, high = (curve(history, f"{name}/{bound}")[1] for bound in ("low", "high"))
+            (line,) = axis.plot(steps, values, marker="o", label=name.removeprefix(prefix))
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        opponent = "the initial policy" if label == "initial" else "the evaluation before"
+        axis.set(title=f"Win rate against {opponent}", xlabel="optimizer step", ylim=(0, 1))
+        if axis.lines[:-1]:
+            axis.legend()
+    return figure if axes[0].lines[:-1] else None
+
+
+def draw_lengths(first: Groups, last: Groups) -> Any:
+    """A matplotlib figure: for each completion of the last policy, its length and how often it beats the first."""
+    import torch
+    from matplotlib.figure import Figure
+
+    from .evaluation import outcomes_of_scores
+
+    names = [name for name in last[0]["scores"] if name in first[0]["scores"]]
+    figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
+    axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    lengths = torch.tensor([group["lengths"] for group in last]).float()
+    theirs = torch.tensor([group["lengths"] for group in first]).float().mean(dim=1, keepdim=True)
+    for axis, name in zip(axes, names, strict=False):
+        scores = [to_tensor([group["scores"][name] for group in each]) for each in (last, first)]
+        won = outcomes_of_scores(*scores).nanmean(dim=2)
+        axis.scatter((lengths - theirs).flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        axis.set(title=name, xlabel="tokens more than the initial policy's", ylabel="win rate of the completion")
+    return figure
