@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
 from conftest import make_tokenizer
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 from test_launch import ACCELERATE, run
 from test_rewards import encoder
@@ -114,7 +115,9 @@ def test_sharded_models_equal_whole_ones(launch, mode):
         assert_same(launch("one"), launch(mode), case, atol=1e-5)
     for case in SAMPLED:  # with real generation, a reward model, evaluation; full fine-tuning and LoRA
         two = assert_same(launch("two"), launch(mode), case, atol=1e-5)
-        assert len(two["eval_loss"]) == 2 and two["completions/mean_length"].unique().numel() > 1
+        assert len(two["eval_loss"]) == 3 and "eval_win_rate_vs_previous/reward_model" in two
+        assert len(read_table(launch(mode) / case / "evaluations" / "step-000003.parquet")) == 5
+        assert two["completions/mean_length"].unique().numel() > 1
         kept = counts(launch(mode), case)["kept"]
         assert kept[0].tolist() != kept[1].tolist() and (kept == 0).any()
     # They are sharded indeed. ZeRO-2 shards gradients and the optimizer's state only

@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +117,13 @@ def test_messages():
     for function in (win_rate, lambda outcomes: length_controlled_win_rate(outcomes, *torch.zeros(2, 2, 1))):
         with pytest.raises(ValueError, match="nothing was scored or compared"):
             function(torch.full((2, 1, 1), math.nan))
+
+
+def test_the_half_widths_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (0\.\d+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for prompts, half_width in rows:
+        outcomes = (torch.arange(int(prompts)) % 2).double().view(-1, 1, 1)
+        result = win_rate(outcomes)
+        assert f"{(result.high - result.low) / 2:.3f}" == half_width

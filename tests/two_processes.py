@@ -116,7 +116,8 @@ def run(case: str, folder: Path) -> SPPOTrainer:
         str(folder / "policy") if case == "sampled" else Qwen2ForCausalLM(Qwen2Config(**MODEL)),
         args=args,
         train_dataset=dataset,
-        eval_dataset=dataset if case.startswith("sampled") else None,
+        # Uneven: the processes see two prompts again to fill the last batch
+        eval_dataset=Dataset.from_dict({"prompt": [*PROMPTS, "a", "b"]}) if case.startswith("sampled") else None,
         processing_class=make_tokenizer(),
         **kwargs,
     )

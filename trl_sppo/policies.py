@@ -20,6 +20,7 @@ from .trust import check_safetensors, own_code_is_refused
 
 
 ADAPTER = "adapter_config.json"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapters that vLLM makes room for
 OWN_CODE = "If you trust it, set trust_remote_code=True."
 
 
@@ -267,7 +268,7 @@ def _sample_with_vllm(
     adapter = {}
     if policy != base:
         rank = json.loads((Path(policy) / ADAPTER).read_text())["r"]
-        adapter = {"enable_lora": True, "max_lora_rank": rank}
+        adapter = {"enable_lora": True, "max_lora_rank": next(size for size in VLLM_RANKS if size >= rank)}
     engine = LLM(
         model=base,
         seed=sampling.seed,
