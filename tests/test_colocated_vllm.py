@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TINY, make_tokenizer
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -94,3 +94,16 @@ def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_p
     for name, parameter in trainer.model.named_parameters():
         if name in base:
             assert torch.equal(parameter, base[name]), f"{name} has changed"
+
+
+def test_evaluations_with_a_colocated_vllm(policy, make_trainer, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    trainer = make_trainer(
+        policy, use_vllm=True, vllm_max_model_length=64, max_completion_length=16, max_steps=1, eval_strategy="steps",
+        eval_steps=1, per_device_eval_batch_size=4, model_init_kwargs={"dtype": "float32"},
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"]})},
+    )  # fmt: skip
+    trainer.train()
+    first, second = (row for row in trainer.state.log_history if "eval_loss" in row)
+    assert "eval_win_rate_vs_initial/count_abc" in second and "eval_win_rate_vs_initial/count_abc" not in first
+    assert not any("sampling/" in name for name in second)  # evaluations have no log-probabilities to compare

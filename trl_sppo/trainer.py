@@ -309,9 +309,11 @@ class SPPOTrainer(ResumableTrainer):
                 batch["old_per_token_logps"] = self._logps(batch)
             self._recorder.finish(batch, self._local(verdict.kept))
 
-        if not self.reward_funcs:
-            for name in ("reward", "reward_std", "frac_reward_zero_std"):
-                self._metrics[self._mode].pop(name, None)
+        unmeasured = [] if self.reward_funcs else ["reward", "reward_std", "frac_reward_zero_std"]
+        if not self.model.training:  # no log-probabilities to compare vLLM's with
+            unmeasured += [name for name in self._metrics["eval"] if name.startswith("sampling/")]
+        for name in unmeasured:
+            self._metrics[self._mode].pop(name, None)
         # The table of completions shows what is regressed instead of GRPO's advantage
         table = cast(deque, self._logs["advantages"])
         targets = sppo_targets(verdict.regressed, self.args.eta, verdict.baseline).flatten().tolist()
