@@ -282,3 +282,37 @@ def test_help(capsys):
 
 
 assert more_abc  # imported by its path
+
+
+def test_eval_and_report_with_pairwise_oracles_alone(folder, make_trainer):
+    sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
+    assert run(*EVAL, *JUDGES[2:], *sides) == 0
+    assert set(json.loads((folder / "eval" / "win_rates.json").read_text())["win_rates"]) == {"more_abc"}
+    trainer = make_trainer(
+        model="policy-0", reward_funcs=None, eval_strategy="steps", eval_steps=1, max_steps=2, output_dir="run",
+        per_device_eval_batch_size=4,
+        trainer_kwargs={
+            "eval_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": make_tokenizer(),
+            "preference_func": more_abc,
+        },
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    assert run("report", "run") == 0
+    page = (folder / "run" / "report.html").read_text()
+    assert "<td>more_abc</td><td>yes</td>" in page  # of the log: the files have no scores
+    assert run("ladder", "run") == 2
+    assert run("ladder", "run", *JUDGES[2:]) == 0
+
+
+def test_report_of_a_run_with_several_evaluation_sets(folder, make_trainer):
+    sets = {name: Dataset.from_dict({"prompt": PROMPTS[:size]}) for name, size in (("one", 2), ("two", 3))}
+    trainer = make_trainer(
+        model="policy-0", eval_strategy="steps", eval_steps=1, max_steps=2, output_dir="run",
+        per_device_eval_batch_size=4, trainer_kwargs={"eval_dataset": sets, "processing_class": make_tokenizer()},
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    assert run("report", "run") == 0
+    assert run("ladder", "run", "--evaluation_set", "two") == 0
+    assert run("ladder", "run", "--evaluation_set", "three") == 2

@@ -204,3 +204,31 @@ def test_judges_are_checked(make_trainer):
                 "eval_reward_processing_classes": [None, None],
             },
         )  # fmt: skip
+
+
+def test_pairwise_oracles_alone(evaluated, tmp_path):
+    trainer = evaluated(reward_funcs=None, trainer_kwargs={"preference_func": more_abc})
+    assert "eval_win_rate_vs_previous/more_abc/low" in evaluations(trainer)[-1]
+    assert EvaluationFiles(str(tmp_path / "out")).read("", 4)[0]["completions"]
+
+
+def test_chats_with_further_columns(evaluated, tmp_path):
+    """Columns of many kinds, None among them, and names that are taken."""
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "solution": None if i else "x", "meta": {"a": [i]}, "step": i,
+         "lengths": 1}
+        for i, text in enumerate(["ab", "q", "z"])
+    ]  # fmt: skip
+    dataset = Dataset.from_list(rows)
+
+    def judge(completions, solution, meta, **kwargs):
+        return [float(len(c[0]["content"])) + len(m["a"]) + (s is None) for c, s, m in
+                zip(completions, solution, meta, strict=True)]  # fmt: skip
+
+    trainer = evaluated(
+        prompts=dataset["prompt"][:] * 4, trainer_kwargs={"eval_dataset": dataset, "eval_reward_funcs": judge}
+    )
+    assert "eval_win_rate_vs_previous/judge" in evaluations(trainer)[-1]
+    stored = EvaluationFiles(str(tmp_path / "out")).read("", 4)
+    assert sorted(group["meta"]["a"][0] for group in stored) == [0, 1, 2]
+    assert {group["step"] for group in stored} == {4}

@@ -44,6 +44,11 @@ def main(argv: list[str]) -> int:
         check_matplotlib("trl-sppo ladder")
         args = parse(LadderArguments, "trl-sppo ladder RUN", argv)
         ladders = climb(run, args)
+        if not ladders:
+            raise ValueError(
+                "no reward source has scored these evaluations, and what pairwise oracles say of two policies is not "
+                "kept: give --preference_funcs, or another judge."
+            )
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     for judge, matrix in ladders.items():

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Features
 from transformers.utils import logging
 
 from .comparisons import PreferenceFunc, ask_oracle
@@ -134,7 +135,8 @@ class Opponents:
                 **prompt,
                 "completions": texts[g * size : (g + 1) * size],
                 "lengths": lengths[g].int().tolist(),
-                "scores": {name: to_lists(values[g]) for name, values in scores.items()},
+                # Parquet has no place for an empty table
+                **({"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}),
                 "policy": self.trainer.model.config._name_or_path,
                 "versions": installed_versions(self.args.use_vllm),
             })  # fmt: skip
@@ -175,7 +177,9 @@ class Opponents:
         if self.args.save_rollouts and self.trainer.is_world_process_zero():
             dataset = self.trainer.eval_dataset
             dataset = dataset.get(name) if isinstance(dataset, dict) else dataset
-            write_parquet(self.files.path(name, step), groups, getattr(dataset, "features", None))
+            features = getattr(dataset, "features", None) or {}
+            features = Features({column: kind for column, kind in features.items() if column not in LEFT_OUT})
+            write_parquet(self.files.path(name, step), groups, features)
 
     def _get(self, name: str, step: int) -> Groups | None:
         if (name, step) not in self._memory:
@@ -231,8 +235,8 @@ def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, W
 
 def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
     outcomes = {}
-    for name in groups[0]["scores"]:
-        if name in opponents[0]["scores"]:
+    for name in groups[0].get("scores", ()):
+        if name in opponents[0].get("scores", ()):
             scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
             outcomes[name] = outcomes_of_scores(*scores)
     return outcomes

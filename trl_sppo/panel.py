@@ -70,7 +70,9 @@ class Panel:
     def score(self, groups: list[dict[str, Any]]) -> None:
         """Give `"scores"` to groups, by each reward source: nested lists `{name: [S of them]}`."""
         for group in groups:
-            group["scores"] = {}
+            group.pop("scores", None)
+            if self.sources:
+                group["scores"] = {}
         completions = [completion for group in groups for completion in group["completions"]]
         rows = [group for group in groups for _ in group["completions"]]
         for name, (source, tokenizer) in self.sources.items():

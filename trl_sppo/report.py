@@ -110,7 +110,7 @@ def write_report(run: Path) -> Path:
         lengths=[_mean_length(groups) for groups in (first, last)] if first and last else None,
         curves=_svg(draw_curves(history)),
         win_rate_curves=_svg(figure) if (figure := draw_win_rates(history)) else None,
-        length_plot=_svg(draw_lengths(first, last)) if first and last else None,
+        length_plot=_svg(draw_lengths(first, last)) if results and first and last else None,
         ladder=_svg(draw(ladders)) if ladders else None,
         verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
         diagnoses=diagnose(history),
@@ -169,7 +169,7 @@ def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:
     """The first answer of each policy to each prompt, with the scores, and who has won by the first source."""
     rows = []
     for before, after in list(zip(first, last, strict=True))[:MOST_SAMPLES]:
-        scores = [{name: values[0] for name, values in group["scores"].items()} for group in (before, after)]
+        scores = [{name: values[0] for name, values in group.get("scores", {}).items()} for group in (before, after)]
         ours, theirs = (next(iter(each.values()), None) for each in reversed(scores))
         outcome = "unscored"
         if ours is not None and theirs is not None:
@@ -285,7 +285,7 @@ def draw_lengths(first: Groups, last: Groups) -> Any:
 
     from .evaluation import outcomes_of_scores
 
-    names = [name for name in last[0]["scores"] if name in first[0]["scores"]]
+    names = [name for name in last[0].get("scores", ()) if name in first[0].get("scores", ())]
     figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
     axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
     lengths = torch.tensor([group["lengths"] for group in last]).float()
