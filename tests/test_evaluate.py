@@ -36,7 +36,10 @@ def folder(tmp_path, monkeypatch):
             torch.nn.init.normal_(parameter, std=2.0)
     adapted.save_pretrained("adapter")
     (tmp_path / "prompts").mkdir()
-    rows = [json.dumps({"prompt": prompt, "topic": len(prompt)}) for prompt in PROMPTS]
+    # "step" and "completions" are names that the files have a use of their own for
+    rows = [
+        json.dumps({"prompt": prompt, "topic": len(prompt), "step": "one", "completions": 1}) for prompt in PROMPTS
+    ]
     (tmp_path / "prompts" / "test.jsonl").write_text("\n".join(rows))
     return tmp_path
 

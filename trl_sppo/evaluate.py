@@ -12,7 +12,7 @@ from trl.data_utils import is_conversational
 from .arguments import check_output_dir
 from .checkpoints import write_atomically
 from .evaluation import WinRate
-from .opponents import Groups, play_stored
+from .opponents import LEFT_OUT, Groups, play_stored
 from .panel import Panel
 from .policies import Sampling, check_policy, is_file, key_of, load_completions, sample
 from .stored_rollouts import write_parquet
@@ -136,6 +136,7 @@ class JudgeArguments:
             ) from error
         if "prompt" not in prompts.column_names:
             raise ValueError(f"dataset_name={self.dataset_name!r} has no column 'prompt', but {prompts.column_names}.")
+        prompts = prompts.remove_columns([name for name in prompts.column_names if name in LEFT_OUT])
         return prompts.select(range(min(len(prompts), self.max_prompts or len(prompts))))
 
 
@@ -294,9 +295,12 @@ def _shared_prompts(files: dict[str, Groups], limit: int | None) -> Dataset:
     left_out = sum(len(groups) - len(rows) for groups in files.values())
     if left_out:
         print(f"{left_out} rows are left out: their prompts are in one file only.", file=sys.stderr)
-    taken = {"completions", "scores", "lengths", "step", "policy", "versions"}
-    light = [{name: value for name, value in row.items() if name not in taken} for row in rows[:limit]]
-    return Dataset.from_list(light)
+    return prompts_of(rows[:limit])
+
+
+def prompts_of(groups: Groups) -> Dataset:
+    """The prompts of completions, with the other columns of the dataset that they came from."""
+    return Dataset.from_list([{name: value for name, value in g.items() if name not in LEFT_OUT} for g in groups])
 
 
 def _length(completion: Any) -> int:

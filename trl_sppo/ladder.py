@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from .checkpoints import read_beginning, write_atomically
-from .evaluate import JudgeArguments, parse
+from .evaluate import JudgeArguments, parse, prompts_of
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
 from .policies import sample
@@ -146,11 +146,7 @@ def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Gr
 
 
 def _prompts(players: dict[int, Groups], args: LadderArguments) -> Dataset:
-    if not players:
-        return args.load_prompts()
-    taken = {"completions", "scores", "lengths", "step", "policy", "versions"}
-    groups = next(iter(players.values()))
-    return Dataset.from_list([{n: v for n, v in group.items() if n not in taken} for group in groups])
+    return prompts_of(next(iter(players.values()))) if players else args.load_prompts()
 
 
 def _sampling(args: LadderArguments, config: dict[str, Any], number: int) -> Any:

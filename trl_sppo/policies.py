@@ -283,8 +283,7 @@ def _sample_with_vllm(
             n=sampling.num_generations,
             temperature=sampling.temperature,
             max_tokens=sampling.max_completion_length,
-            seed=sampling.seed,
-        ),
+        ),  # no seed here: all prompts would have the same random numbers
         lora_request=LoRARequest("policy", 1, policy) if adapter else None,
     )
     return [[list(each.token_ids) for each in output.outputs] for output in outputs]
