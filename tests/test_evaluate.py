@@ -319,3 +319,56 @@ def test_report_of_a_run_with_several_evaluation_sets(folder, make_trainer):
     assert run("report", "run") == 0
     assert run("ladder", "run", "--evaluation_set", "two") == 0
     assert run("ladder", "run", "--evaluation_set", "three") == 2
+
+
+def test_the_ladder_pairs_by_prompt_and_leaves_out_who_did_not_play(tmp_path):
+    make_run(tmp_path, {0: [[1.0], [5.0]], 2: [[2.0], [6.0]], 4: [[0.0], [0.0]]})
+    files = EvaluationFiles(str(tmp_path))
+    groups = files.read("", 2)[::-1]  # another order: each still beats the answer to its own prompt
+    write_parquet(files.path("", 2), groups, None)
+    late = files.read("", 4)
+    for group in late:
+        group["scores"] = {"judge": group["scores"]["judge"], "late": [1.0]}
+    write_parquet(files.path("", 4), late, None)
+    assert run("ladder", tmp_path) == 0
+    result = json.loads((tmp_path / "ladder.json").read_text())
+    assert result["judge"]["2"]["0"]["mean"] == 1.0 and set(result) == {"judge"}
+
+
+def test_the_checkpoints_own_sampling_is_not_taken(folder):
+    model = Qwen2ForCausalLM.from_pretrained("policy-0").eval()
+    sampling = Sampling(num_generations=8, max_completion_length=6, temperature=1.0)
+    expected = sample_ids(model, make_tokenizer(), [[3, 4]], sampling)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.min_p = 0.9
+    assert sample_ids(model, make_tokenizer(), [[3, 4]], sampling) == expected
+
+
+def test_lengths_in_one_unit(folder):
+    """Tokens of one side are not compared with words of the other."""
+    (folder / "a.jsonl").write_text(
+        json.dumps({"prompt": "x", "completions": ["a b"], "lengths": [7], "scores": None})
+    )
+    (folder / "b.jsonl").write_text(json.dumps({"prompt": "x", "completions": ["c"], "answers": ["kept out"]}))
+    files = ("--model_name_or_path", "a.jsonl", "--opponent_name_or_path", "b.jsonl", *JUDGES[:2])
+    assert run("eval", *files) == 0
+    facts = json.loads((folder / "eval" / "win_rates.json").read_text())
+    assert facts["mean_length"] == {"model": 2, "opponent": 1} and facts["unit_of_length"] == "words"
+
+
+def test_more_eval_messages(folder, capsys):
+    (folder / "a.jsonl").write_text(json.dumps({"prompt": "x", "completions": ["a"]}))
+    sides = ("eval", "--model_name_or_path", "a.jsonl", "--opponent_name_or_path", "a.jsonl")
+    assert run(*sides, *JUDGES[:2], "--output_dir", ".") == 2
+    assert "lies in output_dir" in capsys.readouterr().err
+    assert run(*sides, "--reward_funcs", "json.dumps") == 2
+    assert "judge 'dumps' failed: TypeError" in capsys.readouterr().err
+    assert run(*sides, "--reward_funcs", "conftest.count_abc", "--preference_funcs", "test_evaluate.namesake") == 2
+    assert "two judges have the same name" in capsys.readouterr().err
+
+
+def namesake(prompts, first, second, **kwargs):
+    return [0.5] * len(prompts)
+
+
+namesake.__name__ = "count_abc"

@@ -123,11 +123,12 @@ def test_a_signal_in_an_evaluation_starts_no_rollout(start, tmp_path):  # noqa: 
 
     class InEvaluation(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
-            os.kill(os.getpid(), signal.SIGTERM)
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     interrupt(trainer, InEvaluation(), SystemExit(143))
     assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-2"
-    assert trainer.calls == {"generate": 3, "score": 3}  # of one rollout, and of an evaluation of two batches
+    assert trainer.calls == {"generate": 5, "score": 5}  # of one rollout, and of two evaluations of two batches
     resumed = start("run", **options, trainer_kwargs=kwargs)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, whole)

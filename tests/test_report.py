@@ -123,3 +123,13 @@ def test_the_beginning_holds_no_secrets(run):
     assert began["reward_sources"] == ["count_abc"] and began["judges"] == ["length"]
     secrets = [value for name, value in began["config"].items() if name.endswith("_token")]
     assert secrets and all(value == "<HUB_TOKEN>" for value in secrets)  # transformers masks them, set or not
+
+
+def test_a_run_that_kept_no_evaluations(make_trainer, tmp_path):
+    trainer = make_trainer(
+        eval_strategy="steps", eval_steps=1, max_steps=2, per_device_eval_batch_size=4, save_rollouts=False,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"]})},
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    assert "<td>count_abc</td><td>yes</td>" in write_report(tmp_path / "out").read_text()  # of the log

@@ -14,8 +14,8 @@ from .checkpoints import write_atomically
 from .evaluation import WinRate
 from .opponents import LEFT_OUT, Groups, play_stored
 from .panel import Panel
-from .policies import Sampling, check_policy, is_file, key_of, load_completions, sample
-from .stored_rollouts import write_parquet
+from .policies import Sampling, check_policy, is_file, load_completions, sample
+from .stored_rollouts import key_of, write_parquet
 from .train import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
 
 
@@ -231,6 +231,12 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
             raise ValueError(f"{name} is missing: give a model, an adapter, or a file of completions.")
         check_policy(getattr(args, name), args.trust_remote_code)
     check_output_dir(args.output_dir)
+    for name in ("model_name_or_path", "opponent_name_or_path"):
+        if Path(getattr(args, name)).resolve().parent == Path(args.output_dir).resolve():
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} lies in output_dir={args.output_dir!r}, where files would be written "
+                "over. Give another output_dir."
+            )
     sides = {"model": args.model_name_or_path, "opponent": args.opponent_name_or_path}
     files = {side: load_completions(policy) for side, policy in sides.items() if is_file(policy)}
     if files:
@@ -247,14 +253,18 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
         if side in files:
             by_key = {key_of(group["prompt"]): group for group in files[side]}
             groups = [by_key[key] for key in keys]
-            for group in groups:
-                group.setdefault("lengths", [_length(completion) for completion in group["completions"]])
         else:
             # Other random numbers for each: a sample must not meet its twin
             groups = sample(policy, prompts, replace(args.sampling, seed=args.seed + len(players)))
         if panel is not None:
             panel.score(groups)
         players[side] = groups
+    unit = "tokens"
+    if any("lengths" not in group for groups in players.values() for group in groups):
+        unit = "words"  # on both sides: tokens of one and words of the other would be no comparison
+        for group in (group for groups in players.values() for group in groups):
+            group["lengths"] = [_words(completion) for completion in group["completions"]]
+    for side, groups in players.items():
         write_parquet(folder / f"{side}.parquet", groups, None)
     results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
     if not results:
@@ -264,12 +274,12 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
         judge: {"win_rate": vars(plain), "length_controlled": vars(controlled)}
         for judge, (plain, controlled) in results.items()
     }
-    facts = {**sides, "mean_length": lengths, "num_prompts": len(prompts), "win_rates": table}
+    facts = {**sides, "mean_length": lengths, "unit_of_length": unit, "num_prompts": len(prompts), "win_rates": table}
     write_atomically(folder / "win_rates.json", json.dumps(facts, indent=2) + "\n")
     for side, policy in sides.items():
         size = sum(len(group["completions"]) for group in players[side])
         print(
-            f"{side:9} {policy} ({size} completions of {len(prompts)} prompts, {lengths[side]:.1f} tokens on average)"
+            f"{side:9} {policy} ({size} completions of {len(prompts)} prompts, {lengths[side]:.1f} {unit} on average)"
         )
     print_table(results)
     print(f"Saved in {folder}: win_rates.json, model.parquet, opponent.parquet.")
@@ -303,8 +313,8 @@ def prompts_of(groups: Groups) -> Dataset:
     return Dataset.from_list([{name: value for name, value in g.items() if name not in LEFT_OUT} for g in groups])
 
 
-def _length(completion: Any) -> int:
-    """Of a completion whose tokens nobody knows: its words."""
+def _words(completion: Any) -> int:
+    """The length of a completion whose tokens nobody knows."""
     text = completion if isinstance(completion, str) else " ".join(message["content"] for message in completion)
     return len(text.split())
 

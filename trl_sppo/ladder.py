@@ -131,7 +131,11 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
             matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
             matrix[str(b)][str(a)] = rate
             matrix[str(a)][str(b)] = WinRate(1 - rate.mean, 1 - rate.high, 1 - rate.low, rate.num_prompts)
-    return ladders
+    # A judge may not have scored all of them: those that it has not played for are no rungs of its ladder
+    return {
+        judge: {a: row for a, row in matrix.items() if row and len(row) == max(map(len, matrix.values()))}
+        for judge, matrix in ladders.items()
+    }
 
 
 def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Groups]:

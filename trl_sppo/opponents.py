@@ -1,5 +1,6 @@
 """What the policies of a run answer to the evaluation prompts, kept, so that later ones play against earlier ones."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .stored_rollouts import (
     COLUMNS,
     IMAGES,
     installed_versions,
+    key_of,
     same_prompts,
     to_lists,
     to_tensor,
@@ -133,13 +135,19 @@ class Opponents:
             self._groups.append({
                 "step": self.trainer.state.global_step,
                 **prompt,
-                "completions": texts[g * size : (g + 1) * size],
+                "completions": self._storable(texts[g * size : (g + 1) * size]),
                 "lengths": lengths[g].int().tolist(),
                 # Parquet has no place for an empty table
                 **({"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}),
                 "policy": self.trainer.model.config._name_or_path,
                 "versions": installed_versions(self.args.use_vllm),
             })  # fmt: skip
+
+    def _storable(self, completions: list) -> list:
+        """Messages of many shapes, which tools and environments bring, as JSON."""
+        if not (self.trainer.tools or self.trainer.environment_factories):
+            return completions
+        return [json.dumps(completion, default=str) for completion in completions]
 
     def finish(self) -> dict[str, float]:
         """
@@ -195,7 +203,11 @@ class Opponents:
         return self._memory[name, step]
 
     def _play(self, groups: Groups, opponents: Groups | None) -> dict[str, float]:
-        if opponents is None or not same_prompts(opponents, [group["prompt"] for group in groups]):
+        if opponents is None:
+            return {}
+        keys = {key_of(group["prompt"]) for group in opponents}
+        if not any(key_of(group["prompt"]) in keys for group in groups):
+            logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
             return {}
         trainer = self.trainer
         oracles = [*trainer.preference_funcs, *trainer.eval_preference_funcs]
@@ -230,7 +242,21 @@ def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, W
         `dict`: for each source that scored both, the win rate and the length-controlled win rate. One that has scored
         nothing is left out.
     """
+    groups, opponents = aligned(groups, opponents)
     return _rates(_outcomes(groups, opponents), groups, opponents)
+
+
+def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
+    """The rows of the prompts that both have, in the order of the first, if the prompts are not the same already."""
+    if same_prompts(opponents, [group["prompt"] for group in groups]):
+        return groups, opponents
+    theirs = {key_of(group["prompt"]): group for group in opponents}
+    shared = [group for group in groups if key_of(group["prompt"]) in theirs]
+    if not shared:
+        raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
+    if len(shared) < max(len(groups), len(opponents)):
+        logger.warning(f"two policies play on the {len(shared)} prompts that both have answered.")
+    return shared, [theirs[key_of(group["prompt"])] for group in shared]
 
 
 def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
@@ -278,6 +304,7 @@ def play(
         `dict`: for each judge (the sources that scored both, then the oracles) the win rate and the length-controlled
         win rate. A judge that says nothing is left out.
     """
+    groups, opponents = aligned(groups, opponents)
     outcomes = _outcomes(groups, opponents)
     size = len(groups[0]["completions"])
     total = size + len(opponents[0]["completions"])

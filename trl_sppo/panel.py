@@ -63,7 +63,7 @@ class Panel:
                 self.sources[name] = MicroBatchedRewardModel(model, batch_size), tokenizer
             else:
                 self.sources[oracle_name(source)] = source, None
-        if len(self.sources) < len(sources) or len(self.oracles) < len(preference_funcs):
+        if len(self.sources.keys() | self.oracles.keys()) < len(sources) + len(preference_funcs):
             names = [*self.sources, *self.oracles]
             raise ValueError(f"two judges have the same name: results are by name, which are {names}. Rename one.")
 
@@ -78,12 +78,18 @@ class Panel:
         for name, (source, tokenizer) in self.sources.items():
             if tokenizer is None:
                 columns = [column for column in groups[0] if column not in (*LEFT_OUT, "prompt")]
-                scores = ask(
-                    source,
-                    prompts=[row["prompt"] for row in rows],
-                    completions=completions,
-                    **{column: [row[column] for row in rows] for column in columns},
-                )
+                try:
+                    scores = ask(
+                        source,
+                        prompts=[row["prompt"] for row in rows],
+                        completions=completions,
+                        **{column: [row.get(column) for row in rows] for column in columns},
+                    )
+                except Exception as error:
+                    raise ValueError(
+                        f"judge {name!r} failed: {type(error).__name__}: {error}. It is called with prompts, "
+                        f"completions and the columns {columns}, and returns a score for each completion."
+                    ) from error
                 if len(scores) != len(rows):
                     raise ValueError(f"judge {name!r} gave {len(scores)} scores for {len(rows)} completions.")
             else:

@@ -12,10 +12,16 @@ import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl.data_utils import is_conversational
 
-from .stored_rollouts import without_nulls
+from .stored_rollouts import key_of, without_nulls
 from .trust import check_safetensors, own_code_is_refused
 
 
@@ -125,8 +131,11 @@ def load_completions(path: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")
     groups: dict[str, dict[str, Any]] = {}
     for row in rows:
+        row = {name: value for name, value in row.items() if value is not None and name != "answers"}
+        if not isinstance(row.get("scores", {}), dict):  # of nobody by name
+            del row["scores"]
         completions = row.pop("completions", None) or [row.pop("completion", None)]
-        if row["prompt"] is None or None in completions:
+        if row.get("prompt") is None or None in completions:
             raise ValueError(f"{path!r} has a row without a prompt or without a completion: {row}. Leave it out.")
         group = groups.setdefault(key_of(row["prompt"]), {**row, "completions": []})
         group["completions"] += completions
@@ -137,13 +146,6 @@ def load_completions(path: str) -> list[dict[str, Any]]:
     if len(sizes) > 1:
         raise ValueError(f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts.")
     return list(groups.values())
-
-
-def key_of(prompt: Any) -> str:
-    """The same for equal prompts, however they were stored."""
-    if is_conversational({"prompt": prompt}):
-        prompt = [without_nulls(message) for message in prompt]
-    return json.dumps(prompt, sort_keys=True, default=str)
 
 
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, Any]]:
@@ -238,6 +240,11 @@ def sample_ids(
     """
     torch.manual_seed(sampling.seed)
     repeated = [ids for ids in prompt_ids for _ in range(sampling.num_generations)]
+    # What the checkpoint recommends (a repetition penalty, say) would sample from another policy than the one trained
+    model.generation_config = GenerationConfig(  # type: ignore[assignment]
+        eos_token_id=model.generation_config.eos_token_id,  # type: ignore[union-attr]
+        bos_token_id=model.generation_config.bos_token_id,  # type: ignore[union-attr]
+    )
     ends = set(torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id).view(-1).tolist())  # type: ignore[union-attr]
     completions: list[list[int]] = []
     for start in tqdm(range(0, len(repeated), sampling.batch_size), desc=description):

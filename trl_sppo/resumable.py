@@ -183,7 +183,8 @@ class ResumableTrainer(GRPOTrainer):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         for name in self._saved:
-            setattr(self, name, copy.deepcopy(state[name]))
+            if name in state:  # a checkpoint of an earlier version may lack it
+                setattr(self, name, copy.deepcopy(state[name]))
         self._tr_loss = self._tr_loss.to(self.args.device)
         self._metrics["train"].clear()
         self._metrics["train"].update(state["metrics"])

@@ -327,12 +327,13 @@ def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if value is not None}
 
 
+def key_of(prompt: Any) -> str:
+    """The same for equal prompts, however they were stored."""
+    if is_conversational({"prompt": prompt}):
+        prompt = [without_nulls(message) for message in prompt]
+    return json.dumps(prompt, sort_keys=True, default=str)
+
+
 def same_prompts(groups: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> bool:
     """Whether stored groups answer these prompts, in this order."""
-
-    def key(prompt: Any) -> str:
-        if is_conversational({"prompt": prompt}):
-            prompt = [without_nulls(message) for message in prompt]
-        return json.dumps(prompt, sort_keys=True, default=str)
-
-    return [key(group["prompt"]) for group in groups] == [key(prompt) for prompt in prompts]
+    return [key_of(group["prompt"]) for group in groups] == [key_of(prompt) for prompt in prompts]
