@@ -55,7 +55,7 @@ class EvaluationFiles:
         return sorted(int(path.stem.split("-")[1]) for path in (self.folder / name).glob("step-*.parquet"))
 
     def names(self) -> list[str]:
-        """The evaluation sets: `""` if there is only one."""
+        """The evaluation sets: `"."` if there is only one."""
         return sorted({str(path.parent.relative_to(self.folder)) for path in self.folder.rglob("step-*.parquet")})
 
     def read(self, name: str, step: int) -> Groups | None:
@@ -100,6 +100,11 @@ class Opponents:
         """Of an earlier training of this trainer."""
         self._memory.clear()
         self._groups: Groups = []
+        self._elsewhere: EvaluationFiles | None = None
+
+    def resume_from(self, checkpoint: str) -> None:
+        """Look for earlier evaluations beside this checkpoint too, which may be in another run's folder."""
+        self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
 
     def begin(self, name: str, num_prompts: int | None) -> None:
         """
@@ -191,8 +196,10 @@ class Opponents:
 
     def _get(self, name: str, step: int) -> Groups | None:
         if (name, step) not in self._memory:
-            main = self.trainer.is_world_process_zero()
-            found = broadcast_object_list([self.files.read(name, step) if main else None])[0]
+            found = None
+            if self.trainer.is_world_process_zero():
+                found = self.files.read(name, step) or (self._elsewhere and self._elsewhere.read(name, step))
+            found = broadcast_object_list([found])[0]
             if found is None:
                 logger.warning_once(
                     f"{self.files.path(name, step)} is missing, so there are no win rates against the policy of step "

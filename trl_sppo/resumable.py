@@ -85,6 +85,8 @@ class ResumableTrainer(GRPOTrainer):
             if checkpoint is not None:
                 check_fits(checkpoint, self.args)
         self._forget_earlier_training()
+        if checkpoint is not None:
+            self._opponents.resume_from(checkpoint)
         if not self._resumed and self.args.should_save:
             mark_beginning(self._output_dir, **self.describe())
             if not self._recorder.given:
