@@ -177,7 +177,7 @@ def test_the_same_signal_again(start, tmp_path, monkeypatch):  # noqa: F811
     trainer = start("one", save_steps=100)
     interrupt(trainer, Twice(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
     assert last_whole_checkpoint(str(tmp_path / "one"))
-    monkeypatch.setattr(interruption, "SAME_SIGNAL", 0.01)
+    monkeypatch.setattr(interruption, "SAME_SIGNAL", 0.0)
     trainer = start("two", save_steps=100)
     interrupt(trainer, Twice(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
     assert last_whole_checkpoint(str(tmp_path / "two")) is None
