@@ -11,7 +11,9 @@ import pytest
 from datasets import Dataset
 
 from trl_sppo.ladder import stored_players
+from trl_sppo.opponents import EvaluationFiles
 from trl_sppo.report import RULES, diagnose, samples, write_report
+from trl_sppo.stored_rollouts import write_parquet
 
 
 EVIL = "<script>document.title='owned'</script>"
@@ -123,6 +125,20 @@ def test_the_beginning_holds_no_secrets(run):
     assert began["reward_sources"] == ["count_abc"] and began["judges"] == ["length"]
     secrets = [value for name, value in began["config"].items() if name.endswith("_token")]
     assert secrets and all(value == "<HUB_TOKEN>" for value in secrets)  # transformers masks them, set or not
+
+
+def test_answers_stand_beside_those_to_the_same_prompt(run):
+    """Also if an evaluation had another order."""
+    files = EvaluationFiles(str(run))
+    groups = files.read("", 4)
+    for group in groups:
+        group["completions"] = [f"answer to {group['prompt']}"] * len(group["completions"])
+    write_parquet(files.path("", 4), groups[::-1], None)
+    rows = re.findall(r"<tr data-outcome.*?</tr>", write_report(run).read_text(), flags=re.DOTALL)
+    assert len(rows) == 4
+    for row in rows:
+        prompt = re.search(r"<pre>(.*?)</pre>", row)[1]
+        assert f"answer to {prompt}</pre>" in row
 
 
 def test_a_run_that_kept_no_evaluations(make_trainer, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 from .checkpoints import read_beginning, write_atomically
 from .ladder import LadderArguments, check_matplotlib, climb, draw, run_and_options, stored_players, verdict
-from .opponents import Groups, play_stored
+from .opponents import Groups, aligned, play_stored
 from .stored_rollouts import to_tensor
 from .train import fail
 
@@ -94,6 +94,8 @@ def write_report(run: Path) -> Path:
     config = beginning.pop("config", {})
     ladders = climb(run, LadderArguments()) if len(players) > 1 else {}
     first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
+    if first and last:
+        last, first = aligned(last, first)  # all that follows goes by rows
     results = play_stored(last, first) if first and last else {}
     last_evaluation: dict[str, Any] = next((row for row in reversed(history) if "eval_loss" in row), {})
     # Text of models and datasets is data: it is escaped
