@@ -159,6 +159,7 @@ def test_the_quickstart_looks_at_its_options_before_it_prepares_anything(tmp_pat
     run = lambda argv: cli.main(["quickstart", *argv])  # noqa: E731
     assert "Did you mean learning_rate?" in message(capsys, ["--learning_rte", "1"], run)
     assert "eta must be positive" in message(capsys, ["--eta", "-1"], run)
+    assert "the quickstart shows how its evaluations went" in message(capsys, ["--save_rollouts", "false"], run)
     with pytest.raises(SystemExit) as exit:
         run(["--help"])
     assert exit.value.code == 0 and "--win_rate_threshold" in capsys.readouterr().out

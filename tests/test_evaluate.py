@@ -14,6 +14,7 @@ from trl_sppo.evaluation import WinRate
 from trl_sppo.opponents import EvaluationFiles
 from trl_sppo.panel import Panel
 from trl_sppo.policies import Sampling, load_completions, sample, sample_ids
+from trl_sppo.report import read_history
 from trl_sppo.stored_rollouts import write_parquet
 
 
@@ -319,6 +320,44 @@ def test_report_of_a_run_with_several_evaluation_sets(folder, make_trainer):
     assert run("report", "run") == 0
     assert run("ladder", "run", "--evaluation_set", "two") == 0
     assert run("ladder", "run", "--evaluation_set", "three") == 2
+    page = folder / "run" / "report.html"
+    assert "the evaluation prompts of one" in page.read_text() and "2 of" not in page.read_text()
+    assert run("report", "run", "--evaluation_set", "two") == 0
+    text = page.read_text()
+    assert "the evaluation prompts of two" in text and text.count("<tr data-outcome") == 3
+    assert text.count("<svg") == 4  # with win rates and ladder
+
+
+def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer, capsys):
+    def train(steps):
+        trainer = make_trainer(
+            model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1,
+            max_steps=steps, per_device_eval_batch_size=4, output_dir="run",
+            trainer_kwargs={
+                "eval_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": make_tokenizer()
+            },
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    train(4).save_state()
+    train(2)
+    capsys.readouterr()
+    assert run("ladder", "run") == 0
+    assert "the checkpoints of steps [1], which" in capsys.readouterr().err  # and not 3, and there is no rung 4
+    assert max(row["step"] for row in read_history(folder / "run")) == 2
+
+
+def test_the_ladder_samples_as_the_run_did_unless_told_otherwise(tmp_path, monkeypatch):
+    config = {"temperature": 0.3, "max_completion_length": 9, "num_generations": 8, "num_generations_eval": None}
+    (tmp_path / "run_began.json").write_text(json.dumps({"config": config}))
+    seen = []
+    monkeypatch.setattr(ladder, "climb", lambda run, args: seen.append(args.sampling))
+    for argv in ([], ["--temperature", "0.8", "--num_generations", "4"]):
+        run("ladder", tmp_path, *argv)
+    first, second = seen
+    assert (first.temperature, first.max_completion_length, first.num_generations) == (0.3, 9, 8)
+    assert (second.temperature, second.max_completion_length, second.num_generations) == (0.8, 9, 4)
 
 
 def test_the_ladder_pairs_by_prompt_and_leaves_out_who_did_not_play(tmp_path):

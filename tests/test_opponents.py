@@ -231,4 +231,54 @@ def test_chats_with_further_columns(evaluated, tmp_path):
     assert "eval_win_rate_vs_previous/judge" in evaluations(trainer)[-1]
     stored = EvaluationFiles(str(tmp_path / "out")).read("", 4)
     assert sorted(group["meta"]["a"][0] for group in stored) == [0, 1, 2]
-    assert {group["step"] for group in stored} == {4}
+    assert {group["step"] for group in stored} == {4} and "left_out" not in stored[0]
+
+
+def test_oracles_get_all_columns_also_between_policies(evaluated, caplog):
+    """Also those whose names the files of evaluations, or an oracle's own arguments, have."""
+    columns = {"prompt": ["ab", "q"], "answers": ["a", "b"], "policy": ["x", "y"], "first": ["c", "d"]}
+    seen = set()
+
+    def oracle(prompts, first, second, answers, policy, **kwargs):
+        assert set(zip(prompts, answers, policy, strict=True)) <= {("ab", "a", "x"), ("q", "b", "y")}
+        seen.update(answers)
+        return [0.5] * len(first)
+
+    trainer = evaluated(
+        trainer_kwargs={"eval_dataset": Dataset.from_dict(columns), "eval_preference_func": oracle}, both_orders=False
+    )
+    assert evaluations(trainer)[-1]["eval_win_rate_vs_previous/oracle"] == 0.5 and seen == {"a", "b"}
+    assert "lost" not in caplog.text
+
+
+def test_sources_and_oracles_of_one_name_are_told_apart(evaluated):
+    def count_abc(prompts, first, second, **kwargs):
+        return [1.0] * len(first)
+
+    trainer = evaluated(trainer_kwargs={"preference_func": count_abc, "eval_preference_func": count_abc})
+    names = {name for name in evaluations(trainer)[-1] if name.startswith("eval_win_rate_vs_initial/count_abc")}
+    names = {name.split("/")[1] for name in names}
+    assert names == {"count_abc", "count_abc_1", "count_abc_2"}
+    assert trainer.describe()["preference_funcs"] == ["count_abc_1"]
+    assert trainer.describe()["judges"] == ["count_abc_2"]
+
+
+def test_messages_of_tools_are_messages_to_oracles(evaluated, monkeypatch, tmp_path):
+    """In files they are JSON, since they have many shapes."""
+    seen = []
+
+    def oracle(prompts, first, second, **kwargs):
+        seen.extend(first + second)
+        return [0.5] * len(first)
+
+    monkeypatch.setattr("trl_sppo.opponents.Opponents._as_json", True)
+    prompts = [[{"role": "user", "content": text}] for text in ("ab", "q")]
+    trainer = evaluated(
+        prompts=prompts * 4,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": prompts}), "eval_preference_func": oracle},
+    )
+    stored = EvaluationFiles(str(tmp_path / "out")).read("", 4)
+    assert json.loads(stored[0]["completions"][0])[0]["role"] == "assistant"
+    trainer._opponents._memory.clear()  # as in a resumed run
+    trainer._opponents._play(trainer._opponents._get("", 4), trainer._opponents._get("", 2))
+    assert seen and all(completion[0]["role"] == "assistant" for completion in seen)

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import count_abc
 from datasets import Dataset
 
 from trl_sppo.ladder import stored_players
@@ -149,3 +150,15 @@ def test_a_run_that_kept_no_evaluations(make_trainer, tmp_path):
     trainer.train()
     trainer.save_state()
     assert "<td>count_abc</td><td>yes</td>" in write_report(tmp_path / "out").read_text()  # of the log
+
+
+def test_a_source_without_a_vote_is_not_trained_on(make_trainer, tmp_path):
+    trainer = make_trainer(
+        reward_funcs=[count_abc, length], reward_weights=[1.0, 0.0], eval_strategy="steps", eval_steps=1, max_steps=1,
+        per_device_eval_batch_size=4, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "q"]})},
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    text = write_report(tmp_path / "out").read_text()
+    assert "<td>count_abc</td><td>yes</td>" in text and "<td>length</td><td>no</td>" in text
+    assert "There was no judge besides" not in text

@@ -145,11 +145,16 @@ def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
     return whole, torn
 
 
-def last_whole_checkpoint(folder: str) -> Path | None:
-    """The whole checkpoint that was written last by the run that began last in a folder."""
+def whole_checkpoints(folder: str) -> dict[Path, str]:
+    """The whole checkpoints of the run that began last in a folder, and when they were written."""
     whole, _ = _checkpoints(Path(folder))
     began_at = read_beginning(folder).get("began_at", "")
-    whole = {path: time for path, time in whole.items() if time >= began_at}
+    return {path: time for path, time in whole.items() if time >= began_at}
+
+
+def last_whole_checkpoint(folder: str) -> Path | None:
+    """The whole checkpoint that was written last by the run that began last in a folder."""
+    whole = whole_checkpoints(folder)
     return max(whole, key=lambda path: whole[path], default=None)
 
 

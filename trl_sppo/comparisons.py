@@ -15,6 +15,9 @@ from tqdm.auto import tqdm
 from .preferences import preferences_from_answers
 
 
+# Of the dataset's columns, oracles do not get those that their own arguments have the names of, or that TRL adds
+NO_COLUMNS = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
+
 # oracle(prompts=..., first=..., second=..., **columns) -> P(first beats second) of each, None where it cannot say
 PreferenceFunc: TypeAlias = Callable[..., Sequence[float | None] | Coroutine[Any, Any, Sequence[float | None]]]
 
@@ -111,7 +114,7 @@ def ask_oracle(
         prompts, completions (`list`):
             Prompts and completions of all processes, by groups.
         columns (`dict[str, list]`):
-            The dataset's other columns, for all processes.
+            The dataset's columns, for all processes.
         group_size (`int`):
             Completions per prompt, K.
         both_orders (`bool`):
@@ -132,6 +135,7 @@ def ask_oracle(
     Returns:
         [`Answers`], the same on all processes.
     """
+    columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
     needless = same

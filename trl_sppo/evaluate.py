@@ -166,7 +166,7 @@ class EvalArguments(JudgeArguments):
     )
 
 
-def parse(kind: Any, prog: str, argv: list[str]) -> Any:
+def parse(kind: Any, prog: str, argv: list[str], defaults: dict[str, Any] | None = None) -> Any:
     """
     Options of a command, from a YAML file (`--config`) and the command line.
 
@@ -177,6 +177,8 @@ def parse(kind: Any, prog: str, argv: list[str]) -> Any:
             Name of the command.
         argv (`list[str]`):
             Arguments.
+        defaults (`dict`, *optional*):
+            Values of what neither says.
 
     Returns:
         An instance of `kind`.
@@ -185,6 +187,7 @@ def parse(kind: Any, prog: str, argv: list[str]) -> Any:
         `ValueError`: for what is unknown or contradictory.
     """
     parser = _Parser((kind,), prog=prog, allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
@@ -193,7 +196,7 @@ def parse(kind: Any, prog: str, argv: list[str]) -> Any:
     if unknown or (remaining and remaining[-1]):
         raise ValueError(f"command line: {(unknown or remaining[-1])[0]!r} is no option of `{prog}`. See its --help.")
     for name in ("reward_model_name_or_path", "reward_funcs", "preference_funcs"):
-        if isinstance(getattr(args, name), str):
+        if isinstance(getattr(args, name, None), str):
             setattr(args, name, [getattr(args, name)])
     return args
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .checkpoints import read_beginning, write_atomically
+from .checkpoints import read_beginning, whole_checkpoints, write_atomically
 from .evaluate import JudgeArguments, parse, prompts_of
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     try:
         run, argv = run_and_options(argv, "trl-sppo ladder")
         check_matplotlib("trl-sppo ladder")
-        args = parse(LadderArguments, "trl-sppo ladder RUN", argv)
+        args = parse(LadderArguments, "trl-sppo ladder RUN", argv, defaults=_sampling_of(run))
         ladders = climb(run, args)
         if not ladders:
             raise ValueError(
@@ -100,17 +100,15 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     """
     players = stored_players(run, args.evaluation_set)
     checkpoints = {
-        int(path.name.split("-")[1]): path
-        for path in run.glob("checkpoint-*")
-        if path.is_dir() and path.name.split("-")[1].isdigit()
+        int(path.name.split("-")[1]): path for path in whole_checkpoints(str(run)) if path.name.split("-")[1].isdigit()
     }
     missing = sorted(checkpoints.keys() - players.keys())
     if args.has_judges:
         prompts = _prompts(players, args)
         panel = args.load_panel(prompts["prompt"])
-        config = read_beginning(str(run)).get("config", {})
         for number, step in enumerate(missing):
-            players[step] = sample(str(checkpoints[step]), prompts, _sampling(args, config, number))
+            sampling = replace(args.sampling, seed=args.seed + number)
+            players[step] = sample(str(checkpoints[step]), prompts, sampling)
         for groups in players.values():
             panel.score(groups)
     elif missing:
@@ -138,13 +136,18 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     }
 
 
+def which_evaluation_set(run: Path, evaluation_set: str | None) -> str:
+    """The name of the one asked for, or of the first; `"."` if there is only one. `ValueError` if it is unknown."""
+    names = EvaluationFiles(str(run)).names()
+    if evaluation_set is not None and evaluation_set not in names:
+        raise ValueError(f"evaluation_set={evaluation_set!r} is none of this run's: {names}.")
+    return evaluation_set or (names[0] if names else ".")
+
+
 def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Groups]:
     """The evaluations of a run by step. Raises `ValueError` for an unknown evaluation set."""
     files = EvaluationFiles(str(run))
-    names = files.names()
-    if evaluation_set is not None and evaluation_set not in names:
-        raise ValueError(f"evaluation_set={evaluation_set!r} is none of this run's: {names}.")
-    name = evaluation_set or (names[0] if names else ".")
+    name = which_evaluation_set(run, evaluation_set)
     found = {step: files.read(name, step) for step in files.steps(name)}
     return {step: groups for step, groups in found.items() if groups}
 
@@ -153,14 +156,12 @@ def _prompts(players: dict[int, Groups], args: LadderArguments) -> Dataset:
     return prompts_of(next(iter(players.values()))) if players else args.load_prompts()
 
 
-def _sampling(args: LadderArguments, config: dict[str, Any], number: int) -> Any:
-    """As the run has sampled, if it says how."""
-    as_trained = {
-        name: config[name] for name in ("max_completion_length", "temperature") if config.get(name) is not None
-    }
-    if config.get("num_generations_eval") or config.get("num_generations"):
-        as_trained["num_generations"] = config.get("num_generations_eval") or config["num_generations"]
-    return replace(args.sampling, **as_trained, seed=args.seed + number)
+def _sampling_of(run: Path) -> dict[str, Any]:
+    """How a run has sampled for its evaluations, as far as it says so."""
+    config = read_beginning(str(run)).get("config", {})
+    found = {name: config.get(name) for name in ("max_completion_length", "temperature")}
+    found["num_generations"] = config.get("num_generations_eval") or config.get("num_generations")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:

@@ -28,8 +28,8 @@ from .stored_rollouts import (
 
 logger = logging.get_logger(__name__)
 
-# Columns of the dataset that are not kept: they have no place, or their names are taken
-LEFT_OUT = (*COLUMNS, *IMAGES, "lengths")
+# Columns of the dataset that are not written: they have no place, or their names are taken
+LEFT_OUT = (*COLUMNS, *IMAGES, "lengths", "left_out")
 FOLDER = "evaluations"  # in the output directory
 
 Groups = list[dict[str, Any]]
@@ -133,14 +133,14 @@ class Opponents:
                 By reward source.
         """
         size = lengths.size(1)
-        names = [name for name in rows[0] if name not in LEFT_OUT]
-        prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
+        prompts = gather_object([dict(row) for row in rows])[::size]
         texts = gather_object(list(completions))
         for g, prompt in enumerate(prompts):
             self._groups.append({
                 "step": self.trainer.state.global_step,
-                **prompt,
-                "completions": self._storable(texts[g * size : (g + 1) * size]),
+                **{name: value for name, value in prompt.items() if name not in LEFT_OUT},
+                "left_out": {name: value for name, value in prompt.items() if name in LEFT_OUT},  # oracles may want it
+                "completions": texts[g * size : (g + 1) * size],
                 "lengths": lengths[g].int().tolist(),
                 # Parquet has no place for an empty table
                 **({"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}),
@@ -148,11 +148,10 @@ class Opponents:
                 "versions": installed_versions(self.args.use_vllm),
             })  # fmt: skip
 
-    def _storable(self, completions: list) -> list:
-        """Messages of many shapes, which tools and environments bring, as JSON."""
-        if not (self.trainer.tools or self.trainer.environment_factories):
-            return completions
-        return [json.dumps(completion, default=str) for completion in completions]
+    @property
+    def _as_json(self) -> bool:
+        """Whether completions are messages of many shapes, which tools and environments bring."""
+        return bool(self.trainer.tools or self.trainer.environment_factories)
 
     def finish(self) -> dict[str, float]:
         """
@@ -192,7 +191,11 @@ class Opponents:
             dataset = dataset.get(name) if isinstance(dataset, dict) else dataset
             features = getattr(dataset, "features", None) or {}
             features = Features({column: kind for column, kind in features.items() if column not in LEFT_OUT})
-            write_parquet(self.files.path(name, step), groups, features)
+            rows = [{column: value for column, value in group.items() if column != "left_out"} for group in groups]
+            if self._as_json:
+                for row in rows:
+                    row["completions"] = [json.dumps(completion, default=str) for completion in row["completions"]]
+            write_parquet(self.files.path(name, step), rows, features)
 
     def _get(self, name: str, step: int) -> Groups | None:
         if (name, step) not in self._memory:
@@ -206,6 +209,9 @@ class Opponents:
                     f"{step}."
                 )
                 return None
+            if self._as_json:
+                for group in found:
+                    group["completions"] = [json.loads(completion) for completion in group["completions"]]
             self._memory[name, step] = found
         return self._memory[name, step]
 
@@ -315,13 +321,16 @@ def play(
     outcomes = _outcomes(groups, opponents)
     size = len(groups[0]["completions"])
     total = size + len(opponents[0]["completions"])
-    columns = [name for name in groups[0] if name not in (*LEFT_OUT, "prompt")]
+    rows = [
+        {**{name: value for name, value in group.items() if name not in LEFT_OUT}, **group.get("left_out", {})}
+        for group in groups
+    ]
     for name, oracle in oracles.items():
         answers = ask_oracle(
             oracle,
             [group["prompt"] for group in groups for _ in range(total)],
             [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
-            {column: [group[column] for group in groups for _ in range(total)] for column in columns},
+            {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
             group_size=total,
             first_side=size,
             both_orders=both_orders,

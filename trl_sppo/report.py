@@ -2,12 +2,23 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import read_beginning, write_atomically
-from .ladder import LadderArguments, check_matplotlib, climb, draw, run_and_options, stored_players, verdict
+from .checkpoints import read_beginning, whole_checkpoints, write_atomically
+from .evaluate import parse
+from .ladder import (
+    LadderArguments,
+    check_matplotlib,
+    climb,
+    draw,
+    run_and_options,
+    stored_players,
+    verdict,
+    which_evaluation_set,
+)
 from .opponents import Groups, aligned, play_stored
 from .stored_rollouts import to_tensor
 from .train import fail
@@ -55,49 +66,64 @@ class Diagnosis:
     words: str
 
 
+@dataclass
+class ReportArguments:
+    """
+    Arguments of `trl-sppo report`, which writes `report.html` into the folder of a run.
+
+    Args:
+        evaluation_set (`str`, *optional*):
+            Which one, of a run with several.
+    """
+
+    evaluation_set: str | None = field(
+        default=None, metadata={"help": "Evaluation set, of a run with several. By default the first."}
+    )
+
+
 def main(argv: list[str]) -> int:
     """Run `trl-sppo report` and return its exit status."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print("usage: trl-sppo report RUN\n\nWrites RUN/report.html about the run in the folder RUN.")
-        return 0
     try:
-        run, rest = run_and_options(argv, "trl-sppo report")
-        if rest:
-            raise ValueError(f"{rest[0]!r} is no option of `trl-sppo report RUN`.")
+        run, argv = run_and_options(argv, "trl-sppo report")
+        args = parse(ReportArguments, "trl-sppo report RUN", argv)
         check_matplotlib("trl-sppo report")
-        path = write_report(run)
+        path = write_report(run, args.evaluation_set)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     print(f"Wrote {path}.")
     return 0
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     """
     Write `report.html` into a run's output directory.
 
     Args:
         run (`Path`):
             The directory.
+        evaluation_set (`str`, *optional*):
+            Which one, of a run with several. By default the first.
 
     Returns:
         `Path`: the page.
 
     Raises:
-        `ValueError`: if the folder has no log of a training.
+        `ValueError`: if the folder has no log of a training, or the evaluation set is unknown.
     """
     from jinja2 import Environment
 
     history = read_history(run)
-    players = stored_players(run)
+    players = stored_players(run, evaluation_set)
+    name = which_evaluation_set(run, evaluation_set)
+    prefix = "eval" if name == "." else f"eval_{name}"
     beginning = read_beginning(str(run))
     config = beginning.pop("config", {})
-    ladders = climb(run, LadderArguments()) if len(players) > 1 else {}
+    ladders = climb(run, LadderArguments(evaluation_set=evaluation_set)) if len(players) > 1 else {}
     first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
     if first and last:
         last, first = aligned(last, first)  # all that follows goes by rows
     results = play_stored(last, first) if first and last else {}
-    last_evaluation: dict[str, Any] = next((row for row in reversed(history) if "eval_loss" in row), {})
+    last_evaluation: dict[str, Any] = next((row for row in reversed(history) if f"{prefix}_loss" in row), {})
     # Text of models and datasets is data: it is escaped
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text()).render(
         run=run.resolve().name,
@@ -106,12 +132,13 @@ def write_report(run: Path) -> Path:
         num_steps=max((row.get("step", 0) for row in history), default=0),
         steps=[min(players), max(players)] if first else None,
         win_rates={
-            **_oracle_rates(last_evaluation, results),
+            **_oracle_rates(last_evaluation, f"{prefix}_win_rate_vs_initial/", results),
             **{judge: {"plain": plain, "controlled": controlled} for judge, (plain, controlled) in results.items()},
         },
         lengths=[_mean_length(groups) for groups in (first, last)] if first and last else None,
-        curves=_svg(draw_curves(history)),
-        win_rate_curves=_svg(figure) if (figure := draw_win_rates(history)) else None,
+        evaluation_set=None if name == "." else name,
+        curves=_svg(draw_curves(history, prefix)),
+        win_rate_curves=_svg(figure) if (figure := draw_win_rates(history, prefix)) else None,
         length_plot=_svg(draw_lengths(first, last)) if results and first and last else None,
         ladder=_svg(draw(ladders)) if ladders else None,
         verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
@@ -124,10 +151,13 @@ def write_report(run: Path) -> Path:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """The log of a run, from its end or its last checkpoint. Raises `ValueError` if there is none."""
-    states = [
-        path for path in (run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")) if path.is_file()
-    ]
+    """The log of the run that began last, from its end or its checkpoints. Raises `ValueError` if there is none."""
+    states = [path / "trainer_state.json" for path in whole_checkpoints(str(run))]
+    last = run / "trainer_state.json"
+    if last.is_file():
+        written_at = datetime.fromtimestamp(last.stat().st_mtime, UTC).isoformat()
+        if written_at >= read_beginning(str(run)).get("began_at", ""):  # an earlier run's log may lie here
+            states.append(last)
     if not states:
         raise ValueError(
             f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint: give the output "
@@ -197,9 +227,8 @@ def as_text(messages: Any) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def _oracle_rates(row: dict[str, Any], results: dict) -> dict[str, dict[str, Any]]:
+def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, dict[str, Any]]:
     """Win rates by pairwise oracles, which only the log has."""
-    prefix = "eval_win_rate_vs_initial/"
     rates = {}
     for name, value in row.items():
         judge = name.removeprefix(prefix)
@@ -226,12 +255,12 @@ def _svg(figure: Any) -> str:
     return Markup(svg[svg.index("<svg") :])  # matplotlib has escaped the texts in it
 
 
-def draw_curves(history: list[dict[str, Any]]) -> Any:
+def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
     """A matplotlib figure of a training's metrics."""
     from matplotlib.figure import Figure
 
     panels: list[tuple[str, str, dict[str, str]]] = [
-        ("Reward of the rollouts", "mean score", {"reward": "training", "eval_reward": "evaluation"}),
+        ("Reward of the rollouts", "mean score", {"reward": "training", f"{prefix}_reward": "evaluation"}),
         (
             "Log-ratio to the rollout policy",
             "nats per completion",
@@ -256,21 +285,21 @@ def draw_curves(history: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def draw_win_rates(history: list[dict[str, Any]]) -> Any:
-    """A matplotlib figure of the win rates of the evaluations, `None` if there are none."""
+def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
+    """A matplotlib figure of the win rates of the evaluations on one set, `None` if there are none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, label in zip(axes, ("initial", "previous"), strict=True):
-        prefix = f"eval_win_rate_vs_{label}/"
+        start = f"{prefix}_win_rate_vs_{label}/"
         names = {
-            name for row in history for name in row if name.startswith(prefix) and row.get(f"{name}/low") is not None
+            name for row in history for name in row if name.startswith(start) and row.get(f"{name}/low") is not None
         }
         for name in sorted(names):
             steps, values = curve(history, name)
             low, high = (curve(history, f"{name}/{bound}")[1] for bound in ("low", "high"))
-            (line,) = axis.plot(steps, values, marker="o", label=name.removeprefix(prefix))
+            (line,) = axis.plot(steps, values, marker="o", label=name.removeprefix(start))
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
         axis.axhline(0.5, color="grey", linewidth=0.8)
         opponent = "the initial policy" if label == "initial" else "the evaluation before"

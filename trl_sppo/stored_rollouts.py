@@ -154,7 +154,7 @@ def write_parquet(path: Path, groups: Sequence[dict[str, Any]], prompt_features:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except (OSError, pyarrow.ArrowException):
         partial.unlink(missing_ok=True)
         raise
 

@@ -312,13 +312,13 @@ def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, M
     return parsed
 
 
-def check_arguments(argv: list[str]) -> None:
-    """End the program with a message if the options are wrong, or with the list of options if it asks for help."""
+def check_arguments(argv: list[str]) -> SPPOConfig:
+    """The training's options. Ends the program with a message if they are wrong, or with the list of them for help."""
     if {"-h", "--help"} & set(argv):
         make_parser().print_help()
         raise SystemExit(0)
     try:
-        parse_arguments(argv)
+        return parse_arguments(argv)[1]
     except ValueError as error:
         fail(error)
 

@@ -205,10 +205,6 @@ class SPPOTrainer(ResumableTrainer):
         self._pinned = False  # whether TRL's buffer of rollouts is
         self._warned: set[str] = set()
         self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
-        self.preference_func_names = _told_apart([oracle_name(oracle) for oracle in self.preference_funcs])
-        self.eval_preference_func_names = _told_apart(
-            [*self.preference_func_names, *(oracle_name(oracle) for oracle in self.eval_preference_funcs)]
-        )[len(self.preference_funcs) :]
 
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
@@ -235,11 +231,20 @@ class SPPOTrainer(ResumableTrainer):
             for source in self.reward_funcs
         ]
         # For evaluations only: TRL has prepared them like the others
-        names = self.reward_func_names[num_hidden:]
+        names = [
+            self.reward_func_names[num_hidden:],
+            [oracle_name(oracle) for oracle in self.preference_funcs],
+            self.reward_func_names[: len(judges)],
+            [oracle_name(oracle) for oracle in self.eval_preference_funcs],
+        ]
+        apart = iter(_told_apart([name for each in names for name in each]))
+        _, self.preference_func_names, judge_names, self.eval_preference_func_names = (
+            [next(apart) for _ in each] for each in names
+        )
         self._judges = {
             "reward_funcs": self.reward_funcs[: len(judges)],
             "reward_processing_classes": self.reward_processing_classes[: len(judges)],
-            "reward_func_names": _told_apart([*names, *self.reward_func_names[: len(judges)]])[len(names) :],
+            "reward_func_names": judge_names,
         }
         for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
             del cast(list, sources)[:num_hidden]
@@ -409,10 +414,15 @@ class SPPOTrainer(ResumableTrainer):
         return generated
 
     def describe(self) -> dict[str, Any]:
+        voters = [
+            *zip(self.reward_source_names, self.reward_weights.tolist(), strict=True),
+            *zip(self.preference_func_names, self.preference_weights, strict=True),
+        ]
         return {
             **super().describe(),
             "reward_sources": self.reward_source_names,
             "preference_funcs": self.preference_func_names,
+            "without_vote": [name for name, weight in voters if weight == 0],
             "judges": [*cast(list, self._judges["reward_func_names"]), *self.eval_preference_func_names],
         }
 
@@ -472,8 +482,6 @@ class SPPOTrainer(ResumableTrainer):
         """What each pairwise oracle says, in the groups of all processes."""
         if not self.preference_funcs:
             return {}
-        reserved = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
-        names = [name for name in inputs[0] if name not in reserved]
         prompts, completions, inputs = gather_object(prompts), gather_object(completions), gather_object(inputs)
         found = {}
         recalled = self.model.training and self._recorder.is_scored
@@ -482,7 +490,7 @@ class SPPOTrainer(ResumableTrainer):
                 oracle,
                 prompts,
                 completions,
-                {name: [row[name] for row in inputs] for name in names},
+                {name: [row[name] for row in inputs] for name in inputs[0]},
                 group_size=group_size,
                 both_orders=self.args.both_orders,
                 batch_size=self.args.preference_batch_size,

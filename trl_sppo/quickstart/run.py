@@ -26,7 +26,12 @@ def main(argv: list[str]) -> None:
     console = Console()
     with cli.recipe("quickstart.yaml") as recipe:
         argv = ["--config", str(recipe), *argv]
-        train.check_arguments(argv)  # before anything is prepared
+        args = train.check_arguments(argv)  # before anything is prepared
+        if not args.save_rollouts or args.eval_strategy == "no":
+            train.fail(
+                f"the quickstart shows how its evaluations went, and save_rollouts={args.save_rollouts} or "
+                f"eval_strategy={args.eval_strategy!s} leaves none. Remove that option, or use `trl-sppo train`."
+            )
         console.rule("1/3 Preparing models and prompts")
         assets.prepare(FOLDER)
         console.rule("2/3 Training with SPPO")

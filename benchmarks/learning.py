@@ -1,0 +1,414 @@
+"""The race: train one policy with SPPO and with its peers, on the same work, and judge it on held-out prompts.
+
+    trl-sppo quickstart                                    # once: prepares the models in ./quickstart
+    python benchmarks/learning.py                          # hours; what is in ./learning already is not run again
+    python benchmarks/learning.py --methods sppo grpo --seeds 0
+
+All methods train SmolLM2-135M-Instruct with the same LoRA, on the same prompts, with one reward function, sampling
+and number of optimizer steps: one per 32 completions, of 384 in all. Each has its learning rate from the same sweep:
+half of the training with a seed of its own; the highest win rate on the held-out prompts, under what the method is
+trained on, wins. Win rates are against the initial policy. Time is CPU time of one thread, so that other processes do
+not count, and without evaluations.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+    set_seed,
+)
+
+from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.evaluation import WinRate, outcomes_of_scores, win_rate
+from trl_sppo.policies import Sampling, sample_ids, tokenize_prompt
+from trl_sppo.quickstart.run import FOLDER
+from trl_sppo.quickstart.vader import vader
+
+
+RESULTS = Path("learning")
+COMPLETIONS = 384
+BATCH = 64  # completions per iteration
+STEP = 32  # completions per optimizer step
+GROUP = 8
+LEARNING_RATES = (1.5e-4, 4e-4, 1.2e-3)
+SWEEP_SEED = 100
+SAMPLING = {"max_completion_length": 24, "temperature": 0.8}
+COMMA_BONUS = 1.0
+
+
+# Judges
+
+
+@cache
+def _reward_model() -> tuple[Any, Any]:
+    path = FOLDER / "reward_model"
+    return AutoModelForSequenceClassification.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@torch.no_grad()
+def accurate(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
+    """The quickstart's reward model."""
+    model, tokenizer = _reward_model()
+    texts = [completion[0]["content"] for completion in completions]
+    return model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits[:, 0].tolist()
+
+
+def biased(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
+    """The same with a point for each comma: a reward model that mistakes a habit of style for quality."""
+    commas = [completion[0]["content"].count(",") for completion in completions]
+    return [score + COMMA_BONUS * n for score, n in zip(accurate(completions), commas, strict=True)]
+
+
+JUDGES = {"reward model": accurate, "VADER": vader, "biased reward model": biased}
+
+
+class Referee(TrainerCallback):
+    """Stops the clock after every so many optimizer steps, and scores completions of held-out prompts."""
+
+    def __init__(self, tokenizer, every: int, half: bool):
+        self.tokenizer = tokenizer
+        self.every = every
+        self.last = COMPLETIONS // STEP // (2 if half else 1)
+        self.steps = 0  # of all trainers that this referee has seen
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.started = time.process_time()
+        prompts = read_prompts("test")["prompt"]
+        self.prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps += 1
+        if self.steps % self.every == 0 or self.steps == self.last:
+            self.judge(model)
+        if self.steps == self.last:
+            control.should_training_stop = True
+
+    def judge(self, model) -> None:
+        self.seconds += time.process_time() - self.started
+        final = self.steps == self.last
+        row = {"step": self.steps, "seconds": self.seconds}
+        self.rows.append({**row, **judge(model, self.tokenizer, self.prompt_ids, 2 if final else 1)})
+        self.started = time.process_time()
+
+
+def judge(model, tokenizer, prompt_ids: list[list[int]], samples: int) -> dict[str, Any]:
+    """Scores of `samples` completions per prompt under each judge, and their mean length in tokens."""
+    sampling = Sampling(num_generations=samples, seed=1, batch_size=64, **SAMPLING)
+    training, generation_config = model.training, model.generation_config
+    with torch.random.fork_rng():
+        ids = sample_ids(model.eval(), tokenizer, prompt_ids, sampling)
+    model.train(training)
+    model.generation_config = generation_config
+    texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in ids]
+    flat = [[{"role": "assistant", "content": text}] for group in texts for text in group]
+    scores = {name: torch.tensor(score(flat)).view(len(ids), samples).tolist() for name, score in JUDGES.items()}
+    lengths = [len(each) for group in ids for each in group]
+    return {"scores": scores, "length": sum(lengths) / len(lengths), "texts": texts}
+
+
+# Methods
+
+
+def read_prompts(split: str) -> Dataset:
+    """The quickstart's. An empty system message keeps the template from adding one, which nearly doubles a prompt."""
+    prompts: Any = Dataset.from_json(str(FOLDER / "prompts" / f"{split}.jsonl"))
+    return prompts.map(lambda row: {"prompt": [{"role": "system", "content": ""}, *row["prompt"]]})
+
+
+def load() -> tuple[Any, Any]:
+    torch.set_num_threads(1)  # several trainings run at the same time
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "policy", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(FOLDER / "policy")
+
+
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+COMMON: dict[str, Any] = {
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,  # OnlineDPO's and DPO's default would make them several times slower
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+# An iteration of 64 completions for two optimizer steps, 8 completions per prompt
+ROLLOUT: dict[str, Any] = {
+    **COMMON,
+    **SAMPLING,
+    "num_generations": GROUP,
+    "per_device_train_batch_size": 16,
+    "steps_per_generation": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": COMPLETIONS // STEP,
+}
+
+
+def train_sppo(referee: Referee, model, common: dict[str, Any], reward: Callable = accurate, **options) -> None:
+    args = SPPOConfig(**{**ROLLOUT, **common}, save_rollouts=False, **options)
+    _fit(SPPOTrainer, model, args, referee, reward_funcs=reward, train_dataset=read_prompts("train"))
+
+
+def train_grpo(referee: Referee, model, common: dict[str, Any]) -> None:
+    from trl import GRPOConfig, GRPOTrainer
+
+    args = GRPOConfig(**{**ROLLOUT, **common})
+    _fit(GRPOTrainer, model, args, referee, reward_funcs=accurate, train_dataset=read_prompts("train"))
+
+
+def train_online_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    options = {
+        "per_device_train_batch_size": STEP // 2,  # two completions per prompt
+        "max_steps": COMPLETIONS // STEP,
+        "max_new_tokens": SAMPLING["max_completion_length"],
+        "temperature": SAMPLING["temperature"],
+    }
+    args = OnlineDPOConfig(**{**COMMON, **options, **common})
+    _fit(OnlineDPOTrainer, model, args, referee, reward_funcs=accurate, train_dataset=read_prompts("train"))
+
+
+def train_iterative_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
+    """The official pipeline's shape: sample, rank, TRL's DPO `sppo_hard` on best and worst; three times."""
+    for start in range(0, COMPLETIONS, COMPLETIONS // 3):
+        prompts = _some_prompts(COMPLETIONS // 3 // GROUP, common["seed"] + start)
+        groups = _sample(referee, model, prompts, GROUP, common["seed"] + start)
+        rows = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            scores = torch.tensor(accurate(group))
+            pair = {"chosen": group[int(scores.argmax())], "rejected": group[int(scores.argmin())]}
+            rows.append({"prompt": prompt, **pair})
+        model = _dpo(referee, model, common, rows, STEP // GROUP, loss_type=["sppo_hard"])
+        if referee.steps == referee.last:
+            return
+
+
+def train_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
+    """Offline: pairs of film-review snippets by people, in the order in which people rated them."""
+    texts, ratings = _human_ratings()
+    order = torch.randperm(len(texts)).tolist()
+    rows = []
+    for prompt in _some_prompts(COMPLETIONS // 2, common["seed"]):
+        while abs(ratings[order[-1]] - ratings[order[-2]]) < 1:  # clearly rated
+            order.pop()
+        high, low = sorted((order.pop(), order.pop()), key=lambda i: -ratings[i])
+        rows.append({"prompt": prompt, "chosen": _answer(texts[high]), "rejected": _answer(texts[low])})
+    _dpo(referee, model, common, rows, STEP // 2)
+
+
+def train_spin(referee: Referee, model, common: dict[str, Any]) -> None:
+    """Own completions lose against film-review snippets by people that people rated 2 or better; three iterations."""
+    texts, ratings = _human_ratings()
+    good = [text for text, rating in zip(texts, ratings, strict=True) if rating >= 2]
+    for start in range(0, COMPLETIONS, COMPLETIONS // 3):
+        prompts = _some_prompts(COMPLETIONS // 3 // 2, common["seed"] + start)
+        own = _sample(referee, model, prompts, 1, common["seed"] + start)
+        people = [good[i] for i in torch.randperm(len(good))[: len(prompts)].tolist()]
+        rows = [
+            {"prompt": prompt, "chosen": _answer(text), "rejected": group[0]}
+            for prompt, text, group in zip(prompts, people, own, strict=True)
+        ]
+        model = _dpo(referee, model, common, rows, STEP // 2)
+        if referee.steps == referee.last:
+            return
+
+
+def _fit(trainer_class, model, args, referee: Referee, **kwargs) -> Any:
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        processing_class=referee.tokenizer,
+        peft_config=LoraConfig(**LORA),
+        callbacks=[referee],
+        **kwargs,
+    )
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _dpo(referee: Referee, model, common: dict[str, Any], rows: list[dict], pairs_per_step: int, **options) -> Any:
+    """One epoch. The policy so far is the reference: its adapter is merged, and a new one begun."""
+    from trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(**{**COMMON, **common}, per_device_train_batch_size=pairs_per_step, num_train_epochs=1, **options)
+    return _fit(DPOTrainer, model, args, referee, train_dataset=Dataset.from_list(rows)).merge_and_unload()
+
+
+def _sample(referee: Referee, model, prompts: list, samples: int, seed: int) -> list[list[list[dict[str, str]]]]:
+    sampling = Sampling(num_generations=samples, seed=seed, batch_size=BATCH, **SAMPLING)
+    prompt_ids = [tokenize_prompt(referee.tokenizer, prompt) for prompt in prompts]
+    groups = sample_ids(model.eval(), referee.tokenizer, prompt_ids, sampling)
+    return [[_answer(t) for t in referee.tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in groups]
+
+
+def _some_prompts(number: int, seed: int) -> list:
+    """Training prompts in random order, again from the start where there are too few."""
+    prompts = read_prompts("train")
+    epochs = [prompts.shuffle(seed=seed * 1000 + i)["prompt"] for i in range(number // len(prompts) + 1)]
+    return [prompt for epoch in epochs for prompt in epoch][:number]
+
+
+def _answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+@cache
+def _human_ratings() -> tuple[list[str], list[float]]:
+    from quickstart_reward_model import read_ratings
+
+    texts, ratings = read_ratings()
+    return texts, ratings.tolist()
+
+
+def _sppo(**options) -> Callable:
+    return lambda referee, model, common: train_sppo(referee, model, common, **options)
+
+
+METHODS: dict[str, tuple[str, Callable, str]] = {  # title, training, the judge it trains on
+    "sppo": ("SPPO, best and worst", _sppo(train_on="best_and_worst"), "reward model"),
+    "sppo_all": ("SPPO, all", _sppo(), "reward model"),
+    "sppo_threshold": ("SPPO, threshold 0.6", _sppo(win_rate_threshold=0.6), "reward model"),
+    "sppo_soft": (
+        "SPPO, soft, best and worst",
+        _sppo(comparison="bradley_terry", train_on="best_and_worst"),
+        "reward model",
+    ),
+    "sppo_soft_all": ("SPPO, soft, all", _sppo(comparison="bradley_terry"), "reward model"),
+    "sppo_soft_threshold": (
+        "SPPO, soft, threshold 0.6",
+        _sppo(comparison="bradley_terry", win_rate_threshold=0.6),
+        "reward model",
+    ),
+    "grpo": ("TRL GRPO", train_grpo, "reward model"),
+    "online_dpo": ("TRL OnlineDPO", train_online_dpo, "reward model"),
+    "iterative_dpo": ("TRL DPO sppo_hard, 3 iterations", train_iterative_dpo, "reward model"),
+    "dpo": ("DPO on human pairs", train_dpo, "reward model"),
+    "spin": ("SPIN", train_spin, "reward model"),
+    "sppo_biased": ("SPPO, biased reward", _sppo(reward=biased, train_on="best_and_worst"), "biased reward model"),
+}
+
+
+# Running
+
+
+def path_of(method: str, learning_rate: float, seed: int) -> Path:
+    return RESULTS / method / f"lr-{learning_rate:g}" / f"seed-{seed}.json"
+
+
+def run(method: str, learning_rate: float, seed: int) -> None:
+    """One training, in this process."""
+    path = path_of(method, learning_rate, seed)
+    sweep = seed == SWEEP_SEED
+    set_seed(seed)
+    model, tokenizer = load()
+    accurate([_answer("")])  # loads the reward model
+    referee = Referee(tokenizer, every=100 if sweep else 4, half=sweep)
+    common = {"learning_rate": learning_rate, "seed": seed, "output_dir": str(path.with_suffix(""))}
+    METHODS[method][1](referee, model, common)
+    assert referee.steps == referee.last, (referee.steps, referee.last)
+    _write(path, {"method": method, "learning_rate": learning_rate, "seed": seed, "rows": referee.rows})
+
+
+def run_initial(path: Path) -> None:
+    """The opponent of all: 4 completions per held-out prompt of the initial policy."""
+    if not path.exists():
+        model, tokenizer = load()
+        prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in read_prompts("test")["prompt"]]
+        _write(path, judge(model, tokenizer, prompt_ids, 4))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content))
+    partial.rename(path)
+
+
+def rates(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, WinRate]]]:
+    """The evaluations of a run: the row, and the win rate against the initial policy under each judge."""
+    initial = json.loads((RESULTS / "initial.json").read_text())["scores"]
+    for row in json.loads(path.read_text())["rows"]:
+        yield (
+            row,
+            {
+                name: win_rate(outcomes_of_scores(torch.tensor(scores), torch.tensor(initial[name])))
+                for name, scores in row["scores"].items()
+            },
+        )
+
+
+def last_rates(path: Path) -> dict[str, WinRate]:
+    return list(rates(path))[-1][1]
+
+
+def best_learning_rate(method: str) -> float | None:
+    """By the sweep, once it is complete."""
+    paths = {rate: path_of(method, rate, SWEEP_SEED) for rate in LEARNING_RATES}
+    if not all(path.exists() for path in paths.values()):
+        return None
+    judge = METHODS[method][2]
+    return max(paths, key=lambda rate: last_rates(paths[rate])[judge].mean)
+
+
+def race(methods: list[str], seeds: list[int], processes: int) -> None:
+    run_initial(RESULTS / "initial.json")
+
+    def start(job: tuple[str, float, int]) -> None:
+        command = [sys.executable, __file__, "--run", *map(str, job)]
+        log = path_of(*job).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if code.returncode:
+            bar.write(f"{' '.join(map(str, job))} failed: {log}")
+        bar.update()
+
+    sweep = [(method, rate, SWEEP_SEED) for method in methods for rate in LEARNING_RATES]
+    with tqdm(total=len(sweep) + len(methods) * len(seeds), desc="runs") as bar, ThreadPoolExecutor(processes) as pool:
+
+        def todo(jobs: list) -> list:
+            left = [job for job in jobs if not path_of(*job).exists()]
+            bar.update(len(jobs) - len(left))
+            return left
+
+        list(pool.map(start, todo(sweep)))
+        chosen = {method: best_learning_rate(method) for method in methods}
+        finals = [(method, rate, seed) for seed in seeds for method, rate in chosen.items() if rate is not None]
+        list(pool.map(start, todo(finals)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Trainings at the same time.")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        method, learning_rate, seed = args.run
+        run(method, float(learning_rate), int(seed))
+        return
+    race(args.methods, args.seeds, args.processes)
+
+
+if __name__ == "__main__":
+    main()
