@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ COMPLETIONS = 384
 BATCH = 64  # completions per iteration
 STEP = 32  # completions per optimizer step
 GROUP = 8
-LEARNING_RATES = (1.5e-4, 4e-4, 1.2e-3)
+LEARNING_RATES = (4e-4, 1.2e-3, 3.6e-3)
 SWEEP_SEED = 100
-SAMPLING = {"max_completion_length": 24, "temperature": 0.8}
+SAMPLING: dict[str, Any] = {"max_completion_length": 24, "temperature": 0.8}
 COMMA_BONUS = 1.0
 
 
@@ -377,8 +378,8 @@ def race(methods: list[str], seeds: list[int], processes: int) -> None:
         log = path_of(*job).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            code = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if code.returncode:
+            done = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
             bar.write(f"{' '.join(map(str, job))} failed: {log}")
         bar.update()
 
@@ -396,18 +397,108 @@ def race(methods: list[str], seeds: list[int], processes: int) -> None:
         list(pool.map(start, todo(finals)))
 
 
+# Results
+
+
+def curves(method: str, seeds: list[int]) -> list[list[dict[str, float]]]:
+    """For each finished seed, from the initial policy on: completions, seconds, and win rates by judge."""
+    rate = best_learning_rate(method)
+    paths = [path_of(method, rate, seed) for seed in seeds] if rate is not None else []
+    found = []
+    for path in filter(Path.exists, paths):
+        start = {"completions": 0.0, "seconds": 0.0, **dict.fromkeys(JUDGES, 0.5)}
+        found.append([start])
+        for row, win_rates in rates(path):
+            means = {name: win_rate.mean for name, win_rate in win_rates.items()}
+            found[-1].append({"completions": row["step"] * STEP, "seconds": row["seconds"], **means})
+    return found
+
+
+def mean_curve(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    return [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} for rows in zip(*runs, strict=True)]
+
+
+def crossing(curve: list[dict[str, float]], x: str, y: str, level: float) -> float | None:
+    """Where a curve of `y` over `x` first reaches a level, between its points on straight lines."""
+    for before, after in pairwise(curve):
+        if before[y] <= level <= after[y] and after[y] > before[y]:
+            return before[x] + (after[x] - before[x]) * (level - before[y]) / (after[y] - before[y])
+    return None
+
+
+def value_at(curve: list[dict[str, float]], x: str, y: str, place: float) -> float:
+    for before, after in pairwise(curve):
+        if before[x] <= place <= after[x]:
+            return before[y] + (after[y] - before[y]) * (place - before[x]) / (after[x] - before[x])
+    return curve[-1][y]
+
+
+def show(methods: list[str], seeds: list[int]) -> None:
+    found = {method: runs for method in methods if (runs := curves(method, seeds))}
+    if not found:
+        return
+    mean = {method: mean_curve(runs) for method, runs in found.items()}
+    time_of_fastest = min(curve[-1]["seconds"] for curve in mean.values())
+    judges = ["reward model", "VADER"]
+    heads = ["method", "learning rate", "seeds", "seconds", *(f"{judge}: mean (each seed)" for judge in judges)]
+    heads += [f"{judge} after {time_of_fastest:.0f} s" for judge in judges]
+    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for method, runs in found.items():
+        last = mean[method][-1]
+        cells = [METHODS[method][0], f"{best_learning_rate(method):g}", str(len(runs)), f"{last['seconds']:.0f}"]
+        for judge in judges:
+            each = ", ".join(f"{run[-1][judge]:.3f}" for run in runs)
+            cells.append(f"{last[judge]:.3f} ({each})")
+        cells += [f"{value_at(mean[method], 'seconds', judge, time_of_fastest):.3f}" for judge in judges]
+        print("| " + " | ".join(cells) + " |")
+    if {"sppo", "online_dpo"} <= mean.keys():
+        for judge in judges:
+            level, whole = mean["online_dpo"][-1][judge], mean["online_dpo"][-1]["seconds"]
+            seconds = crossing(mean["sppo"], "seconds", judge, level)
+            when = "does not reach it" if seconds is None else f"{seconds:.0f} s, {seconds / whole:.2f} of that"
+            print(f"OnlineDPO's last win rate under {judge}, {level:.3f}, takes it {whole:.0f} s; SPPO: {when}")
+    if "sppo_biased" in mean:
+        last = mean["sppo_biased"][-1]
+        print("SPPO on the biased reward model: " + ", ".join(f"{last[judge]:.3f} under {judge}" for judge in JUDGES))
+    draw(mean, found, judges)
+
+
+def draw(mean: dict, found: dict, judges: list[str]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axis, judge in zip(figure.subplots(1, 2, sharey=True), judges, strict=True):
+        for method, curve in mean.items():
+            seconds = [row["seconds"] for row in curve]
+            (line,) = axis.plot(seconds, [row[judge] for row in curve], marker="o", label=METHODS[method][0])
+            for run in found[method]:
+                axis.plot(
+                    [row["seconds"] for row in run], [row[judge] for row in run], color=line.get_color(), alpha=0.25,
+                    linewidth=0.8,
+                )  # fmt: skip
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        held_out = "trained on" if judge == "reward model" else "not trained on"
+        axis.set(title=f"{judge} ({held_out})", xlabel="seconds of training on one CPU thread", ylim=(0.4, 1))
+    axis.legend()
+    figure.axes[0].set_ylabel("win rate against the initial policy")
+    figure.savefig(RESULTS / "learning.png", dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Trainings at the same time.")
+    parser.add_argument("--show", action="store_true", help="Only show what is there already.")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         method, learning_rate, seed = args.run
         run(method, float(learning_rate), int(seed))
         return
-    race(args.methods, args.seeds, args.processes)
+    if not args.show:
+        race(args.methods, args.seeds, args.processes)
+    show(args.methods, args.seeds)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ whose human means differ by more than 0.5). Takes about 20 minutes on one CPU co
 """
 
 import argparse
+import ast
 import io
 import json
 import subprocess
@@ -25,12 +26,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 
-MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+MEMBERS = "hutto_ICWSM_2014/movieReviewSnippets_{}.txt"
 PAIR_MARGIN = 0.5  # pairs that people rate closer than this have no reliable order
 
 
-def read_ratings() -> tuple[list[str], torch.Tensor]:
-    """Fetch the rated movie snippets: texts without duplicates, and their mean human ratings in [-4, 4]."""
+def read_ratings(num_raters: int | None = None) -> tuple[list[str], torch.Tensor]:
+    """Fetch the rated movie snippets: texts without duplicates, and their mean human ratings in [-4, 4].
+
+    With `num_raters` a mean over only so many of the people who rated a text, the first in its list.
+    """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             f"{sys.executable} -m pip download -q --no-deps --no-binary :all: vaderSentiment==0.5 -d {folder}".split(),
@@ -39,11 +43,20 @@ def read_ratings() -> tuple[list[str], torch.Tensor]:
         archive = zipfile.ZipFile(next(Path(folder).glob("*.zip")))
         inner = next(name for name in archive.namelist() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
-            member = tar.extractfile(MEMBER)
-            assert member is not None, MEMBER
-            lines = member.read().decode("latin-1").splitlines()
-    ratings = {text: float(mean) for _, mean, text in (line.split("\t", 2) for line in lines)}
-    return list(ratings), torch.tensor(list(ratings.values()))
+            lines, single = (_lines(tar, MEMBERS.format(name)) for name in ("GroundTruth", "anonDataRatings"))
+    means = {number: float(mean) for number, mean, _ in (line.split("\t", 2) for line in lines)}
+    if num_raters is not None:
+        for number, _, _, ratings in (line.split("\t") for line in single):
+            chosen = ast.literal_eval(ratings)[:num_raters]
+            means[number] = sum(chosen) / len(chosen)
+    rated = {text: means[number] for number, _, text in (line.split("\t", 2) for line in lines)}
+    return list(rated), torch.tensor(list(rated.values()))
+
+
+def _lines(tar: tarfile.TarFile, name: str) -> list[str]:
+    member = tar.extractfile(name)
+    assert member is not None, name
+    return member.read().decode("latin-1").splitlines()
 
 
 def pair_accuracy(scores: torch.Tensor, ratings: torch.Tensor) -> float:
@@ -63,6 +76,46 @@ def encode(tokenizer, texts: list[str]):
     return tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
 
 
+def fit(texts: list[str], ratings: torch.Tensor, epochs: int, learning_rate: float):
+    """Train a LoRA adapter on all-MiniLM-L6-v2 to say the ratings; returns the model and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1, use_safetensors=True)
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["query", "key", "value", "dense"]
+    )
+    model = get_peft_model(model, lora)
+    model.print_trainable_parameters()
+
+    batch_size = 32
+    steps = epochs * (len(texts) // batch_size)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    scheduler = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
+    step = 0
+    for epoch in range(epochs):
+        model.train()
+        shuffled = torch.randperm(len(texts)).tolist()
+        for start in range(0, len(shuffled) - batch_size + 1, batch_size):
+            rows = shuffled[start : start + batch_size]
+            predicted = model(**encode(tokenizer, [texts[i] for i in rows])).logits[:, 0]
+            loss = torch.nn.functional.mse_loss(predicted, ratings[rows])
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 50 == 0:
+                print(f"epoch {epoch + 1}  step {step}/{steps}  mean squared error {loss.item():.3f}", flush=True)
+    return model, tokenizer
+
+
+def held_out_figures(model, tokenizer, texts: list[str], ratings: torch.Tensor) -> dict[str, float]:
+    scores = score(model, tokenizer, texts)
+    return {
+        "pearson": round(torch.corrcoef(torch.stack([scores, ratings]))[0, 1].item(), 3),
+        "pair_accuracy": round(pair_accuracy(scores, ratings), 3),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("trl_sppo/quickstart/reward_model"))
@@ -77,41 +130,9 @@ def main():
     order = torch.randperm(len(texts))
     train, held_out = order[: args.num_train].tolist(), order[args.num_train :].tolist()
 
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1, use_safetensors=True)
-    lora = LoraConfig(
-        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["query", "key", "value", "dense"]
-    )
-    model = get_peft_model(model, lora)
-    model.print_trainable_parameters()
-
-    batch_size = 32
-    steps = args.epochs * (len(train) // batch_size)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
-    scheduler = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    step = 0
-    for epoch in range(args.epochs):
-        model.train()
-        shuffled = torch.tensor(train)[torch.randperm(len(train))].tolist()
-        for start in range(0, len(shuffled) - batch_size + 1, batch_size):
-            rows = shuffled[start : start + batch_size]
-            predicted = model(**encode(tokenizer, [texts[i] for i in rows])).logits[:, 0]
-            loss = torch.nn.functional.mse_loss(predicted, ratings[rows])
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % 50 == 0:
-                print(f"epoch {epoch + 1}  step {step}/{steps}  mean squared error {loss.item():.3f}", flush=True)
-
-    scores = score(model, tokenizer, [texts[i] for i in held_out])
-    metrics = {
-        "num_train": len(train),
-        "num_held_out": len(held_out),
-        "pearson": round(torch.corrcoef(torch.stack([scores, ratings[held_out]]))[0, 1].item(), 3),
-        "pair_accuracy": round(pair_accuracy(scores, ratings[held_out]), 3),
-    }
+    model, tokenizer = fit([texts[i] for i in train], ratings[train], args.epochs, args.learning_rate)
+    figures = held_out_figures(model, tokenizer, [texts[i] for i in held_out], ratings[held_out])
+    metrics = {"num_train": len(train), "num_held_out": len(held_out), **figures}
     model.peft_config["default"].base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"  # not a local path
     model.save_pretrained(args.output_dir)
     (args.output_dir / "README.md").unlink(missing_ok=True)  # a card with blanks: metrics.json says what this is

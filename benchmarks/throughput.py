@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,8 @@ def measure(name: str) -> dict[str, float]:
     model, clock = prepare()
     # The outermost method that samples and scores
     kind = trl_sppo.SPPOTrainer if name.startswith("SPPO") else GRPOTrainer
-    kind._generate_and_score_completions = clock.time(kind._generate_and_score_completions)
+    name_of_rollout = "_generate_and_score_completions"
+    setattr(kind, name_of_rollout, clock.time(getattr(kind, name_of_rollout)))
     with tempfile.TemporaryDirectory() as folder:
         TRAININGS[name](clock, model, {"output_dir": folder, "max_steps": STEPS})
     steps = [after - before for before, after in zip(clock.now, clock.now[1:], strict=False)][1:]
@@ -202,11 +202,13 @@ def resume(name: str, folder: str) -> dict[str, float]:
 def _train(name: str, clock: Clock, model, options: dict[str, Any], checkpoint: str | None = None) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
-    kind, config = (GRPOTrainer, GRPOConfig) if name == "GRPO" else (trl_sppo.SPPOTrainer, trl_sppo.SPPOConfig)
-    trainer = kind(
+    kinds: tuple[Any, Any] = (trl_sppo.SPPOTrainer, trl_sppo.SPPOConfig)
+    if name == "GRPO":
+        kinds = (GRPOTrainer, GRPOConfig)
+    trainer = kinds[0](
         model=model,
         reward_funcs=learning.accurate,
-        args=config(**options),
+        args=kinds[1](**options),
         train_dataset=learning.read_prompts("train"),
         processing_class=clock.tokenizer,
         peft_config=learning.LoraConfig(**learning.LORA),
@@ -238,7 +240,7 @@ def _in_a_process(*command: str) -> dict[str, Any]:
 
 
 PARTS = {"trainers": trainers, "own_code": own_code, "win_rates": win_rates, "checkpoints": checkpoints}
-PROCESSES = {"measure": measure, "profile": profile, "save": save, "resume": resume}
+PROCESSES: dict[str, Callable] = {"measure": measure, "profile": profile, "save": save, "resume": resume}
 
 
 def main():
@@ -249,7 +251,7 @@ def main():
     args = parser.parse_args()
     if args.process:
         name, *rest = args.process
-        print(json.dumps(partial(PROCESSES[name], *rest)()))
+        print(json.dumps(PROCESSES[name](*rest)))
         return
     for part in args.parts:
         print(f"\n## {part}", flush=True)

@@ -1,0 +1,166 @@
+"""Over-optimisation: train on a proxy reward model, and watch a gold one. Which diagnostics warn in time?
+
+    trl-sppo quickstart                          # once: prepares the models in ./quickstart
+    python benchmarks/overoptimization.py        # an hour on two cores; what is in ./overoptimization is not run again
+
+The gold reward model is the quickstart's: 8,000 film-review snippets, each rated by about 20 people. The proxies have
+seen 300 snippets each, and of each the rating of one person. The policy is trained on proxy_a; proxy_b, from other
+snippets, only watches (a reward source of weight 0), as users can have it too. The gold model and VADER judge.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import learning
+import torch
+from quickstart_reward_model import fit, held_out_figures, read_ratings
+from tqdm import tqdm
+
+from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.quickstart.assets import REWARD_TEMPLATE
+from trl_sppo.quickstart.run import FOLDER as QUICKSTART
+from trl_sppo.quickstart.vader import vader
+from trl_sppo.report import RULES
+
+
+FOLDER = Path("overoptimization")
+PROXIES = ("proxy_a", "proxy_b")
+NUM_TRAIN = 300
+STEPS, EVERY = 48, 6  # optimizer steps of 32 completions
+JUDGES = ("proxy_a", "reward_model", "vader")
+
+
+def make_proxies() -> None:
+    texts, means = read_ratings()
+    _, single = read_ratings(num_raters=1)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1)).tolist()
+    held_out = order[-2000:]
+    for i, name in enumerate(PROXIES):
+        if (FOLDER / name).exists():
+            continue
+        torch.manual_seed(i)
+        rows = order[i * NUM_TRAIN : (i + 1) * NUM_TRAIN]
+        model, tokenizer = fit([texts[row] for row in rows], single[rows], epochs=8, learning_rate=1e-3)
+        print(name, held_out_figures(model, tokenizer, [texts[row] for row in held_out], means[held_out]), flush=True)
+        tokenizer.chat_template = REWARD_TEMPLATE
+        for part in (model.merge_and_unload(), tokenizer):
+            part.save_pretrained(FOLDER / name)
+
+
+def run(seed: int, learning_rate: float) -> None:
+    torch.set_num_threads(1)
+    folder = FOLDER / f"seed-{seed}"
+    options: dict[str, Any] = {
+        "max_steps": STEPS, "learning_rate": learning_rate, "seed": seed, "output_dir": str(folder),
+        "logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "steps", "eval_steps": EVERY,
+        "num_generations_eval": 2, "per_device_eval_batch_size": 64,
+    }  # fmt: skip
+    trainer = SPPOTrainer(
+        str(QUICKSTART / "policy"),
+        [str(FOLDER / name) for name in PROXIES],
+        SPPOConfig(
+            **{**learning.ROLLOUT, **options},
+            train_on="best_and_worst",
+            reward_weights=[1.0, 0.0],
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        learning.read_prompts("train"),
+        learning.read_prompts("test"),
+        eval_reward_funcs=[str(QUICKSTART / "reward_model"), vader],
+        peft_config=learning.LoraConfig(**learning.LORA),
+    )
+    trainer.train()
+    (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """For each evaluation: the step, the win rates, and the diagnostics of the optimizer steps before it."""
+    rows = []
+    for row in history:
+        step = row["step"]
+        if "eval_loss" not in row or step == 0:
+            continue
+        found = {"step": step}
+        for judge in JUDGES:
+            found[judge] = row[f"eval_win_rate_vs_initial/{judge}"]
+        found["tokens"] = row["eval_completions/mean_length"]
+        before = [each for each in history if "loss" in each and step - EVERY < each["step"] <= step]
+        for name in [*(rule[0] for rule in RULES), "entropy"]:
+            values = [each[name] for each in before if name in each]
+            if values:
+                found[name] = sum(values) / len(values)
+        rows.append(found)
+    return rows
+
+
+def show(histories: list[list[dict[str, Any]]]) -> None:
+    runs = [evaluations(history) for history in histories]
+    mean = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} for rows in zip(*runs, strict=True)]
+    names = [name for name in mean[0] if name != "step"]
+    print("| optimizer steps | " + " | ".join(str(row["step"]).removesuffix(".0") for row in mean) + " |")
+    print("|---|" + "---|" * len(mean))
+    for name in names:
+        print(f"| {name} | " + " | ".join(f"{row[name]:.3f}" for row in mean) + " |")
+    for name, low, high, _, _ in RULES:
+        if name in mean[0]:
+            warned = [next((row["step"] for row in rows if not low <= row[name] <= high), None) for rows in runs]
+            print(f"{name}: outside {low:g} to {high:g} from step {warned} on")
+    peaks = [max(rows, key=lambda row: row["reward_model"])["step"] for rows in runs]
+    print(f"the gold reward model's highest win rate: at step {peaks}")
+    draw(runs, mean)
+
+
+def draw(runs: list[list[dict[str, float]]], mean: list[dict[str, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels = {"proxy_a": "proxy (trained on)", "reward_model": "gold", "vader": "VADER"}
+    steps = [row["step"] for row in mean]
+    for judge, label in labels.items():
+        (line,) = left.plot(steps, [row[judge] for row in mean], marker="o", label=label)
+        for rows in runs:
+            left.plot(steps, [row[judge] for row in rows], color=line.get_color(), alpha=0.3, linewidth=0.8)
+    left.axhline(0.5, color="grey", linewidth=0.8)
+    left.set(title="Win rate against the initial policy", xlabel="optimizer step", ylim=(0, 1))
+    left.legend()
+    for name in ("preferences/panel_disagreement", "completions/duplicates", "win_rate/length_correlation", "entropy"):
+        right.plot(steps, [row[name] for row in mean], marker="o", label=name)
+    right.set(title="What users see without a gold model", xlabel="optimizer step")
+    right.legend()
+    figure.savefig(FOLDER / "overoptimization.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning_rate", type=float, default=4e-4)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Trainings at the same time.")
+    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run is not None:
+        run(args.run, args.learning_rate)
+        return
+    make_proxies()
+    paths = {seed: FOLDER / f"seed-{seed}" / "history.json" for seed in args.seeds}
+    todo = [seed for seed, path in paths.items() if not path.exists()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(seed: int) -> None:
+        command = [sys.executable, __file__, "--run", str(seed), "--learning_rate", str(args.learning_rate)]
+        with (FOLDER / f"seed-{seed}.log").open("w") as file:
+            subprocess.run(command, stdout=file, stderr=file, env=environment, check=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(tqdm(pool.map(start, todo), total=len(todo), desc="runs"))
+    show([json.loads(path.read_text()) for path in paths.values()])
+
+
+if __name__ == "__main__":
+    main()
