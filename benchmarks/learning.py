@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.checkpoints import write_atomically
 from trl_sppo.evaluation import WinRate, outcomes_of_scores, win_rate
 from trl_sppo.policies import Sampling, sample_ids, tokenize_prompt
 from trl_sppo.quickstart.run import FOLDER
@@ -83,8 +84,9 @@ JUDGES = {"reward model": accurate, "VADER": vader, "biased reward model": biase
 class Referee(TrainerCallback):
     """Stops the clock after every so many optimizer steps, and scores completions of held-out prompts."""
 
-    def __init__(self, tokenizer, every: int, half: bool):
+    def __init__(self, tokenizer, every: int, half: bool, seed: int):
         self.tokenizer = tokenizer
+        self.seed = seed
         self.every = every
         self.last = COMPLETIONS // STEP // (2 if half else 1)
         self.steps = 0  # of all trainers that this referee has seen
@@ -105,13 +107,13 @@ class Referee(TrainerCallback):
         self.seconds += time.process_time() - self.started
         final = self.steps == self.last
         row = {"step": self.steps, "seconds": self.seconds}
-        self.rows.append({**row, **judge(model, self.tokenizer, self.prompt_ids, 2 if final else 1)})
+        self.rows.append({**row, **judge(model, self.tokenizer, self.prompt_ids, 2 if final else 1, self.seed)})
         self.started = time.process_time()
 
 
-def judge(model, tokenizer, prompt_ids: list[list[int]], samples: int) -> dict[str, Any]:
+def judge(model, tokenizer, prompt_ids: list[list[int]], samples: int, seed: int) -> dict[str, Any]:
     """Scores of `samples` completions per prompt under each judge, and their mean length in tokens."""
-    sampling = Sampling(num_generations=samples, seed=1, batch_size=64, **SAMPLING)
+    sampling = Sampling(num_generations=samples, seed=seed, batch_size=64, **SAMPLING)
     training, generation_config = model.training, model.generation_config
     with torch.random.fork_rng():
         ids = sample_ids(model.eval(), tokenizer, prompt_ids, sampling)
@@ -322,7 +324,7 @@ def run(method: str, learning_rate: float, seed: int) -> None:
     set_seed(seed)
     model, tokenizer = load()
     accurate([_answer("")])  # loads the reward model
-    referee = Referee(tokenizer, every=100 if sweep else 4, half=sweep)
+    referee = Referee(tokenizer, every=100 if sweep else 4, half=sweep, seed=1000 + seed)
     common = {"learning_rate": learning_rate, "seed": seed, "output_dir": str(path.with_suffix(""))}
     METHODS[method][1](referee, model, common)
     assert referee.steps == referee.last, (referee.steps, referee.last)
@@ -334,14 +336,12 @@ def run_initial(path: Path) -> None:
     if not path.exists():
         model, tokenizer = load()
         prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in read_prompts("test")["prompt"]]
-        _write(path, judge(model, tokenizer, prompt_ids, 4))
+        _write(path, judge(model, tokenizer, prompt_ids, 4, seed=0))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    partial.rename(path)
+    write_atomically(path, json.dumps(content))
 
 
 def rates(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, WinRate]]]:

@@ -3,14 +3,11 @@
 import math
 import textwrap
 from collections import deque
-from collections.abc import Sized
 from functools import wraps
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -24,15 +21,13 @@ from .checks import (
     check_sources,
     check_vllm,
 )
-from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
+from .comparisons import PreferenceFunc
 from .config import SPPOConfig
-from .diagnostics import order_disagreement
 from .faults import RunError, is_of_another_process
 from .make_rollouts import make_rollouts
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .prompts import check_prompt_ids, check_prompts, check_rows
-from .resumable import ResumableTrainer
-from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
+from .rewards import RewardSource
 from .rollouts import (
     IMAGE_FIELDS,
     Verdict,
@@ -43,14 +38,15 @@ from .rollouts import (
     to_device,
     trim_completions,
 )
-from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of, stored_panel
+from .scoring import ScoringTrainer
+from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of
 from .weight_sync import prepare_weight_sync
 
 
 logger = logging.get_logger(__name__)
 
 
-class SPPOTrainer(ResumableTrainer):
+class SPPOTrainer(ScoringTrainer):
     """
     Trainer for Self-Play Preference Optimization (SPPO), https://huggingface.co/papers/2405.00675.
 
@@ -112,9 +108,7 @@ class SPPOTrainer(ResumableTrainer):
     ```
     """
 
-    model: nn.Module
-
-    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts", "_sums"]
+    _saved = [*ScoringTrainer._saved, "_sums"]
 
     _tag_names = ["trl", "sppo"]
     _name = "SPPO"
@@ -155,12 +149,12 @@ class SPPOTrainer(ResumableTrainer):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
         check_resume(args)
         reward_funcs = _as_list(reward_funcs)
-        self.preference_funcs = _as_list(preference_func)
+        preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
         judges = _as_list(eval_reward_funcs)
         judges_classes = _as_list(eval_reward_processing_classes) or [None] * len(judges)
-        self.eval_preference_funcs = _as_list(eval_preference_func)
+        eval_preference_funcs = _as_list(eval_preference_func)
         self.rollouts_to_train_on: Dataset | None = None
         if args.rollouts is not None:
             if train_dataset is not None:
@@ -171,8 +165,8 @@ class SPPOTrainer(ResumableTrainer):
             self.rollouts_to_train_on = load_rollouts(args.rollouts, cast(int, args.num_generations))
             train_dataset = prompts_of(self.rollouts_to_train_on)
         judged = self.rollouts_to_train_on is not None and is_judged(self.rollouts_to_train_on)
-        check_sources(args, reward_funcs, processing_classes, self.preference_funcs, has_environment, judged)
-        check_judges(args, reward_funcs, judges, judges_classes, self.eval_preference_funcs)
+        check_sources(args, reward_funcs, processing_classes, preference_funcs, has_environment, judged)
+        check_judges(args, reward_funcs, judges, judges_classes, eval_preference_funcs)
         check_quantization(args, model, kwargs.get("quantization_config"))
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
         check_vllm(args)
@@ -186,69 +180,28 @@ class SPPOTrainer(ResumableTrainer):
             check_prompts(args, model, processing_class, train_dataset, eval_dataset)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
-        self.preference_weights = args.preference_weights or [1.0] * len(self.preference_funcs)
-        reward_sources, processing_classes = load_reward_models(
-            [*judges, *reward_funcs],
-            [*judges_classes, *processing_classes],
-            conversational,
-            args.reward_trust_remote_code or (),
-            cast(Any, args.chat_template_kwargs),
-            args.reward_quantization,
-        )
-
         self._verdict: Verdict | None = None  # set while a rollout is being made
         self._scores = torch.empty(0)  # likewise
         self._only_samples = False  # `rollout` is at work
         self._sums: dict[str, torch.Tensor] = {}  # metrics of the optimizer step: numerators and denominators
-        # Logged at each optimizer step of an iteration, which an evaluation may interrupt
-        self._rollout_metrics: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
         self._pinned = False  # whether TRL's buffer of rollouts is
-        self._warned: set[str] = set()
-        self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
-
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
-        # TRL insists on a reward function, but if there is none there is nothing to log or to warn about
-        num_hidden = len(judges)
-        if not reward_sources and (judged or self.preference_funcs):
-            reward_sources, processing_classes, num_hidden = [_no_reward], [None], 1
-        weights = args.reward_weights
-        if weights is not None:
-            args.reward_weights = [*[0.0] * num_hidden, *weights]
         super().__init__(
             model=model,
-            reward_funcs=reward_sources,
+            reward_funcs=reward_funcs,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=processing_classes,
+            preference_funcs=preference_funcs,
+            judges=judges,
+            judges_processing_classes=judges_classes,
+            eval_preference_funcs=eval_preference_funcs,
+            conversational=conversational,
             **kwargs,
         )
-        args.reward_weights = weights
-        self.reward_funcs = [
-            MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
-            for source in self.reward_funcs
-        ]
-        # For evaluations only: TRL has prepared them like the others
-        names = [
-            self.reward_func_names[num_hidden:],
-            [oracle_name(oracle) for oracle in self.preference_funcs],
-            self.reward_func_names[: len(judges)],
-            [oracle_name(oracle) for oracle in self.eval_preference_funcs],
-        ]
-        apart = iter(_told_apart([name for each in names for name in each]))
-        _, self.preference_func_names, judge_names, self.eval_preference_func_names = (
-            [next(apart) for _ in each] for each in names
-        )
-        self._judges = {
-            "reward_funcs": self.reward_funcs[: len(judges)],
-            "reward_processing_classes": self.reward_processing_classes[: len(judges)],
-            "reward_func_names": judge_names,
-        }
-        for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
-            del cast(list, sources)[:num_hidden]
-        self.reward_weights = self.reward_weights[num_hidden:]
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
 
@@ -284,15 +237,6 @@ class SPPOTrainer(ResumableTrainer):
                 batch_size=self.args.per_device_train_batch_size,
                 **{name: batch[name] for name in IMAGE_FIELDS if name in batch},
             )[0]
-
-    @property
-    def reward_source_names(self) -> list[str]:
-        """TRL's names of the reward sources, told apart."""
-        return _told_apart(self.reward_func_names)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
     # ---- Seam 1: the rollout. TRL generates, computes log-probabilities, then scores. Here scores come right after
     # generation, so that the log-probability passes can skip the completions that will not be trained on.
@@ -413,45 +357,6 @@ class SPPOTrainer(ResumableTrainer):
             self._opponents.add(inputs, completions, lengths, by_judge)
         return generated
 
-    def describe(self) -> dict[str, Any]:
-        voters = [
-            *zip(self.reward_source_names, self.reward_weights.tolist(), strict=True),
-            *zip(self.preference_func_names, self.preference_weights, strict=True),
-        ]
-        return {
-            **super().describe(),
-            "reward_sources": self.reward_source_names,
-            "preference_funcs": self.preference_func_names,
-            "without_vote": [name for name, weight in voters if weight == 0],
-            "judges": [*cast(list, self._judges["reward_func_names"]), *self.eval_preference_func_names],
-        }
-
-    def _ask_judges(self, inputs, prompts, completions, completion_ids, group_size: int) -> dict[str, torch.Tensor]:
-        """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
-        own = {name: getattr(self, name) for name in self._judges}
-        vars(self).update(self._judges)
-        try:
-            scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-            names = self.reward_func_names
-        finally:
-            vars(self).update(own)
-        for name, column in zip(names, scores.T, strict=True):
-            if not column.isnan().all():
-                self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
-        return {name: column.reshape(-1, group_size) for name, column in zip(names, scores.T, strict=True)}
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        dataset = dataloader.dataset
-        self._opponents.begin(
-            metric_key_prefix.removeprefix("eval").removeprefix("_"),
-            len(dataset) if isinstance(dataset, Sized) else None,
-        )
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        results = self._opponents.finish()
-        cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
-        return output
-
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         known = self._recorder.completion_ids(prompt_ids) if self.model.training else None
         if known is not None:
@@ -471,91 +376,10 @@ class SPPOTrainer(ResumableTrainer):
             logprobs = [row if ids else [None] for ids, row in zip(completion_ids, logprobs, strict=True)]
         return [ids or [self._tokenizer.pad_token_id] for ids in completion_ids], logprobs
 
-    def _stored_panel(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
-        """The votes that rollouts bring with them."""
-        panel, scores = stored_panel(self._recorder.groups, ended.size(1))
-        if scores is not None:
-            return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
-        return [preferences.to(ended.device) for preferences in panel], [1.0] * len(panel)
-
-    def _ask_oracles(self, inputs, prompts, completions, group_size: int) -> dict[str, Answers]:
-        """What each pairwise oracle says, in the groups of all processes."""
-        if not self.preference_funcs:
-            return {}
-        prompts, completions, inputs = gather_object(prompts), gather_object(completions), gather_object(inputs)
-        found = {}
-        recalled = self.model.training and self._recorder.is_scored
-        for i, (oracle, name) in enumerate(zip(self.preference_funcs, self.preference_func_names, strict=True)):
-            answers = ask_oracle(
-                oracle,
-                prompts,
-                completions,
-                {name: [row[name] for row in inputs] for name in inputs[0]},
-                group_size=group_size,
-                both_orders=self.args.both_orders,
-                batch_size=self.args.preference_batch_size,
-                accelerator=self.accelerator,
-                log_metric=self._log_metric,
-                disable_tqdm=bool(self.args.disable_tqdm),
-                known=self._recorder.answers(name) if recalled else None,
-            )
-            self._check_answers(answers, i)
-            metrics = self._rollout_metrics[self._mode]
-            if answers.num_asked:
-                metrics[f"preferences/{name}/lost"] = answers.num_lost / answers.num_asked
-            metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(answers.matrix).item()
-            found[name] = answers
-        return found
-
-    def _check_answers(self, answers: Answers, i: int) -> None:
-        """Say once that comparisons are lost. Stop if an oracle with a vote has never answered, or stays silent."""
-        name = self.preference_func_names[i]
-        if answers.num_lost < answers.num_asked:
-            self._silent_rollouts[i] = 0
-        elif answers.num_asked and self.model.training and self.preference_weights[i] > 0:
-            never = i not in self._silent_rollouts
-            self._silent_rollouts[i] = self._silent_rollouts.get(i, 0) + 1
-            if never or self._silent_rollouts[i] == 3:
-                raise RunError(
-                    f"preference_func {name!r} gave no usable answer to any of {answers.num_asked} comparisons"
-                    f"{'' if never else ', and to none in the two rollouts before'}: {answers.problem}. It must "
-                    "return one probability in [0, 1] for each comparison (None where it cannot say)."
-                )
-        if answers.num_lost and name not in self._warned:
-            self._warned.add(name)
-            logger.warning(
-                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
-                f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
-                f"preferences/{name}/lost goes on counting."
-            )
-
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         if self._verdict is not None:  # TRL asks again, after its log-probability passes
             return self._scores
-        if not self.reward_funcs:  # TRL would complain of each completion without a score
-            return torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
-        try:
-            scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        except Exception as error:  # whatever it is, the completions are not lost
-            if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
-                raise
-            names = ", ".join(map(repr, self.reward_func_names))
-            raise RunError(
-                f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
-                "its completions, None where it cannot say."
-                + " What was sampled is kept: a resumed run scores it without sampling again."
-                * self._recorder.recalls
-            ) from error
-        for name, column in zip(self.reward_func_names, scores.T, strict=True):
-            unscorable = (~column.isfinite()).sum().item()
-            if unscorable and name not in self._warned:
-                self._warned.add(name)
-                logger.warning(
-                    f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
-                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
-                    "metric win_rate/unscorable goes on counting the completions that no source could score."
-                )
-        return scores.masked_fill(~scores.isfinite(), torch.nan)
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _log_verdict(self, verdict: Verdict, lengths: torch.Tensor, fingerprints: torch.Tensor) -> None:
         if self.model.training and not verdict.kept.any():
@@ -711,14 +535,6 @@ def _checked(rollout_func: Any) -> Any:
         return output
 
     return checked
-
-
-def _told_apart(names: list[str]) -> list[str]:
-    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _no_reward(completions: list, **kwargs) -> list[float | None]:
-    return [None] * len(completions)
 
 
 def _as_list(value) -> list:

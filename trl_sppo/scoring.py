@@ -1,0 +1,246 @@
+"""Who judges in a training: reward sources, pairwise oracles, and judges for evaluations only."""
+
+from collections.abc import Sized
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers.utils import logging
+
+from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
+from .config import SPPOConfig
+from .diagnostics import order_disagreement
+from .faults import RunError, is_of_another_process
+from .resumable import ResumableTrainer
+from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
+from .rollouts import preferences_of_sources
+from .stored_rollouts import stored_panel
+
+
+logger = logging.get_logger(__name__)
+
+
+class ScoringTrainer(ResumableTrainer):
+    """
+    A trainer that asks reward sources and pairwise oracles about completions, and further judges in evaluations.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        reward_funcs, reward_processing_classes (`list`):
+            Reward sources that were checked, and the tokenizers of those that are models.
+        preference_funcs (`list`):
+            Pairwise oracles.
+        judges, judges_processing_classes, eval_preference_funcs (`list`):
+            The same for evaluations only.
+        conversational (`bool`):
+            Whether prompts are lists of messages.
+        kwargs:
+            Further arguments of [`~trl.GRPOTrainer`].
+    """
+
+    model: nn.Module
+
+    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts"]
+
+    def __init__(
+        self,
+        *,
+        args: SPPOConfig,
+        reward_funcs: list[RewardSource],
+        reward_processing_classes: list,
+        preference_funcs: list[PreferenceFunc],
+        judges: list[RewardSource],
+        judges_processing_classes: list,
+        eval_preference_funcs: list[PreferenceFunc],
+        conversational: bool,
+        **kwargs,
+    ):
+        self.preference_funcs, self.eval_preference_funcs = preference_funcs, eval_preference_funcs
+        self.preference_weights = args.preference_weights or [1.0] * len(preference_funcs)
+        # Logged at each optimizer step of an iteration, which an evaluation may interrupt
+        self._rollout_metrics: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self._warned: set[str] = set()
+        self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
+
+        sources, processing_classes = load_reward_models(
+            [*judges, *reward_funcs],
+            [*judges_processing_classes, *reward_processing_classes],
+            conversational,
+            args.reward_trust_remote_code or (),
+            cast(Any, args.chat_template_kwargs),
+            args.reward_quantization,
+        )
+        # TRL prepares judges like reward sources. It insists on one, but if there is none there is nothing to log or
+        # to warn about
+        num_hidden = len(judges)
+        if not sources and (preference_funcs or args.rollouts is not None):  # otherwise environments reward
+            sources, processing_classes, num_hidden = [_no_reward], [None], 1
+        weights = args.reward_weights
+        if weights is not None:
+            args.reward_weights = [*[0.0] * num_hidden, *weights]
+        super().__init__(args=args, reward_funcs=sources, reward_processing_classes=processing_classes, **kwargs)
+        args.reward_weights = weights
+        self.reward_funcs = [
+            MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
+            for source in self.reward_funcs
+        ]
+        names = [
+            self.reward_func_names[num_hidden:],
+            [oracle_name(oracle) for oracle in preference_funcs],
+            self.reward_func_names[: len(judges)],
+            [oracle_name(oracle) for oracle in eval_preference_funcs],
+        ]
+        apart = iter(_told_apart([name for each in names for name in each]))
+        _, self.preference_func_names, judge_names, self.eval_preference_func_names = (
+            [next(apart) for _ in each] for each in names
+        )
+        self._judges = {
+            "reward_funcs": self.reward_funcs[: len(judges)],
+            "reward_processing_classes": self.reward_processing_classes[: len(judges)],
+            "reward_func_names": judge_names,
+        }
+        for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+            del cast(list, each)[:num_hidden]
+        self.reward_weights = self.reward_weights[num_hidden:]
+
+    @property
+    def reward_source_names(self) -> list[str]:
+        """TRL's names of the reward sources, told apart."""
+        return _told_apart(self.reward_func_names)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def describe(self) -> dict[str, Any]:
+        voters = [
+            *zip(self.reward_source_names, self.reward_weights.tolist(), strict=True),
+            *zip(self.preference_func_names, self.preference_weights, strict=True),
+        ]
+        return {
+            **super().describe(),
+            "reward_sources": self.reward_source_names,
+            "preference_funcs": self.preference_func_names,
+            "without_vote": [name for name, weight in voters if weight == 0],
+            "judges": [*cast(list, self._judges["reward_func_names"]), *self.eval_preference_func_names],
+        }
+
+    def _ask_judges(self, inputs, prompts, completions, completion_ids, group_size: int) -> dict[str, torch.Tensor]:
+        """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
+        own = {name: getattr(self, name) for name in self._judges}
+        vars(self).update(self._judges)
+        try:
+            scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+            names = self.reward_func_names
+        finally:
+            vars(self).update(own)
+        for name, column in zip(names, scores.T, strict=True):
+            if not column.isnan().all():
+                self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
+        return {name: column.reshape(-1, group_size) for name, column in zip(names, scores.T, strict=True)}
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        dataset = dataloader.dataset
+        self._opponents.begin(
+            metric_key_prefix.removeprefix("eval").removeprefix("_"),
+            len(dataset) if isinstance(dataset, Sized) else None,
+        )
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        results = self._opponents.finish()
+        cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
+        return output
+
+    def _stored_panel(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+        """The votes that rollouts bring with them."""
+        panel, scores = stored_panel(self._recorder.groups, ended.size(1))
+        if scores is not None:
+            return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
+        return [preferences.to(ended.device) for preferences in panel], [1.0] * len(panel)
+
+    def _ask_oracles(self, inputs, prompts, completions, group_size: int) -> dict[str, Answers]:
+        """What each pairwise oracle says, in the groups of all processes."""
+        if not self.preference_funcs:
+            return {}
+        prompts, completions, inputs = gather_object(prompts), gather_object(completions), gather_object(inputs)
+        found = {}
+        recalled = self.model.training and self._recorder.is_scored
+        for i, (oracle, name) in enumerate(zip(self.preference_funcs, self.preference_func_names, strict=True)):
+            answers = ask_oracle(
+                oracle,
+                prompts,
+                completions,
+                {name: [row[name] for row in inputs] for name in inputs[0]},
+                group_size=group_size,
+                both_orders=self.args.both_orders,
+                batch_size=self.args.preference_batch_size,
+                accelerator=self.accelerator,
+                log_metric=self._log_metric,
+                disable_tqdm=bool(self.args.disable_tqdm),
+                known=self._recorder.answers(name) if recalled else None,
+            )
+            self._check_answers(answers, i)
+            metrics = self._rollout_metrics[self._mode]
+            if answers.num_asked:
+                metrics[f"preferences/{name}/lost"] = answers.num_lost / answers.num_asked
+            metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(answers.matrix).item()
+            found[name] = answers
+        return found
+
+    def _check_answers(self, answers: Answers, i: int) -> None:
+        """Say once that comparisons are lost. Stop if an oracle with a vote has never answered, or stays silent."""
+        name = self.preference_func_names[i]
+        if answers.num_lost < answers.num_asked:
+            self._silent_rollouts[i] = 0
+        elif answers.num_asked and self.model.training and self.preference_weights[i] > 0:
+            never = i not in self._silent_rollouts
+            self._silent_rollouts[i] = self._silent_rollouts.get(i, 0) + 1
+            if never or self._silent_rollouts[i] == 3:
+                raise RunError(
+                    f"preference_func {name!r} gave no usable answer to any of {answers.num_asked} comparisons"
+                    f"{'' if never else ', and to none in the two rollouts before'}: {answers.problem}. It must "
+                    "return one probability in [0, 1] for each comparison (None where it cannot say)."
+                )
+        if answers.num_lost and name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
+                f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
+                f"preferences/{name}/lost goes on counting."
+            )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        if not self.reward_funcs:  # TRL would complain of each completion without a score
+            return torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
+        try:
+            scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except Exception as error:  # whatever it is, the completions are not lost
+            if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
+                raise
+            names = ", ".join(map(repr, self.reward_func_names))
+            raise RunError(
+                f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
+                "its completions, None where it cannot say."
+                + " What was sampled is kept: a resumed run scores it without sampling again."
+                * self._recorder.recalls
+            ) from error
+        for name, column in zip(self.reward_func_names, scores.T, strict=True):
+            unscorable = (~column.isfinite()).sum().item()
+            if unscorable and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
+                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
+                    "metric win_rate/unscorable goes on counting the completions that no source could score."
+                )
+        return scores.masked_fill(~scores.isfinite(), torch.nan)
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _no_reward(completions: list, **kwargs) -> list[float | None]:
+    return [None] * len(completions)
