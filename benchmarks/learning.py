@@ -14,6 +14,7 @@ not count, and without evaluations.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ from trl_sppo.evaluation import WinRate, outcomes_of_scores, win_rate
 from trl_sppo.policies import Sampling, sample_ids, tokenize_prompt
 from trl_sppo.quickstart.run import FOLDER
 from trl_sppo.quickstart.vader import vader
+from trl_sppo.stored_rollouts import installed_versions
 
 
 RESULTS = Path("learning")
@@ -49,7 +51,7 @@ COMPLETIONS = 384
 BATCH = 64  # completions per iteration
 STEP = 32  # completions per optimizer step
 GROUP = 8
-LEARNING_RATES = (4e-4, 1.2e-3, 3.6e-3)
+LEARNING_RATES = (4e-4, 1.2e-3, 3.6e-3, 1.08e-2)
 SWEEP_SEED = 100
 SAMPLING: dict[str, Any] = {"max_completion_length": 24, "temperature": 0.8}
 COMMA_BONUS = 1.0
@@ -79,6 +81,12 @@ def biased(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float
 
 
 JUDGES = {"reward model": accurate, "VADER": vader, "biased reward model": biased}
+
+
+def on_topic(prompt: list[dict[str, str]], text: str) -> float:
+    """How many of the longer words behind "a film in which" an answer takes up. Sentiment has no part in it."""
+    plot = prompt[-1]["content"].lower().split(" in which ")[-1]
+    return float(len(set(re.findall(r"\w{4,}", plot)) & set(re.findall(r"\w{4,}", text.lower()))))
 
 
 class Referee(TrainerCallback):
@@ -207,7 +215,7 @@ def train_iterative_dpo(referee: Referee, model, common: dict[str, Any]) -> None
 
 def train_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
     """Offline: pairs of film-review snippets by people, in the order in which people rated them."""
-    texts, ratings = _human_ratings()
+    texts, ratings = _human_ratings(referee.tokenizer)
     order = torch.randperm(len(texts)).tolist()
     rows = []
     for prompt in _some_prompts(COMPLETIONS // 2, common["seed"]):
@@ -220,7 +228,7 @@ def train_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
 
 def train_spin(referee: Referee, model, common: dict[str, Any]) -> None:
     """Own completions lose against film-review snippets by people that people rated 2 or better; three iterations."""
-    texts, ratings = _human_ratings()
+    texts, ratings = _human_ratings(referee.tokenizer)
     good = [text for text, rating in zip(texts, ratings, strict=True) if rating >= 2]
     for start in range(0, COMPLETIONS, COMPLETIONS // 3):
         prompts = _some_prompts(COMPLETIONS // 3 // 2, common["seed"] + start)
@@ -252,7 +260,10 @@ def _dpo(referee: Referee, model, common: dict[str, Any], rows: list[dict], pair
     """One epoch. The policy so far is the reference: its adapter is merged, and a new one begun."""
     from trl import DPOConfig, DPOTrainer
 
-    args = DPOConfig(**{**COMMON, **common}, per_device_train_batch_size=pairs_per_step, num_train_epochs=1, **options)
+    options |= {"per_device_train_batch_size": pairs_per_step, "num_train_epochs": 1}
+    if referee.steps > 0:
+        options["warmup_steps"] = 0  # as in the other methods, the first step of all warms up, and no other
+    args = DPOConfig(**{**COMMON, **common, **options})
     return _fit(DPOTrainer, model, args, referee, train_dataset=Dataset.from_list(rows)).merge_and_unload()
 
 
@@ -275,11 +286,13 @@ def _answer(text: str) -> list[dict[str, str]]:
 
 
 @cache
-def _human_ratings() -> tuple[list[str], list[float]]:
+def _human_ratings(tokenizer) -> tuple[list[str], list[float]]:
+    """Snippets, cut off where the policy's own answers are: else the end would tell them apart."""
     from quickstart_reward_model import read_ratings
 
     texts, ratings = read_ratings()
-    return texts, ratings.tolist()
+    ids = [tokens[: SAMPLING["max_completion_length"]] for tokens in tokenizer(texts)["input_ids"]]
+    return tokenizer.batch_decode(ids), ratings.tolist()
 
 
 def _sppo(**options) -> Callable:
@@ -328,7 +341,8 @@ def run(method: str, learning_rate: float, seed: int) -> None:
     common = {"learning_rate": learning_rate, "seed": seed, "output_dir": str(path.with_suffix(""))}
     METHODS[method][1](referee, model, common)
     assert referee.steps == referee.last, (referee.steps, referee.last)
-    _write(path, {"method": method, "learning_rate": learning_rate, "seed": seed, "rows": referee.rows})
+    setup = {"options": {**ROLLOUT, **common}, "lora": LORA, "versions": installed_versions(use_vllm=False)}
+    _write(path, {"method": method, "seed": seed, **setup, "rows": referee.rows})
 
 
 def run_initial(path: Path) -> None:
@@ -346,15 +360,22 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def rates(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, WinRate]]]:
     """The evaluations of a run: the row, and the win rate against the initial policy under each judge."""
-    initial = json.loads((RESULTS / "initial.json").read_text())["scores"]
+    initial = _all_scores(json.loads((RESULTS / "initial.json").read_text()))
     for row in json.loads(path.read_text())["rows"]:
-        yield (
-            row,
-            {
-                name: win_rate(outcomes_of_scores(torch.tensor(scores), torch.tensor(initial[name])))
-                for name, scores in row["scores"].items()
-            },
-        )
+        scores = _all_scores(row)
+        yield row, {name: win_rate(outcomes_of_scores(scores[name], initial[name])) for name in scores}
+
+
+def _all_scores(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """By judge, of shape `(prompts, samples)`."""
+    prompts = _test_prompts()
+    topic = [[on_topic(prompt, text) for text in group] for prompt, group in zip(prompts, row["texts"], strict=True)]
+    return {name: torch.tensor(scores) for name, scores in {**row["scores"], "on topic": topic}.items()}
+
+
+@cache
+def _test_prompts() -> list[list[dict[str, str]]]:
+    return read_prompts("test")["prompt"][:]
 
 
 def last_rates(path: Path) -> dict[str, WinRate]:
@@ -406,7 +427,7 @@ def curves(method: str, seeds: list[int]) -> list[list[dict[str, float]]]:
     paths = [path_of(method, rate, seed) for seed in seeds] if rate is not None else []
     found = []
     for path in filter(Path.exists, paths):
-        start = {"completions": 0.0, "seconds": 0.0, **dict.fromkeys(JUDGES, 0.5)}
+        start = {"completions": 0.0, "seconds": 0.0, **dict.fromkeys([*JUDGES, "on topic"], 0.5)}
         found.append([start])
         for row, win_rates in rates(path):
             means = {name: win_rate.mean for name, win_rate in win_rates.items()}
@@ -439,7 +460,7 @@ def show(methods: list[str], seeds: list[int]) -> None:
         return
     mean = {method: mean_curve(runs) for method, runs in found.items()}
     time_of_fastest = min(curve[-1]["seconds"] for curve in mean.values())
-    judges = ["reward model", "VADER"]
+    judges = ["reward model", "VADER", "on topic"]
     heads = ["method", "learning rate", "seeds", "seconds", *(f"{judge}: mean (each seed)" for judge in judges)]
     heads += [f"{judge} after {time_of_fastest:.0f} s" for judge in judges]
     print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
@@ -466,8 +487,8 @@ def show(methods: list[str], seeds: list[int]) -> None:
 def draw(mean: dict, found: dict, judges: list[str]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axis, judge in zip(figure.subplots(1, 2, sharey=True), judges, strict=True):
+    figure = Figure(figsize=(5 * len(judges), 4.2), layout="constrained")
+    for axis, judge in zip(figure.subplots(1, len(judges), sharey=True), judges, strict=True):
         for method, curve in mean.items():
             seconds = [row["seconds"] for row in curve]
             (line,) = axis.plot(seconds, [row[judge] for row in curve], marker="o", label=METHODS[method][0])
@@ -478,7 +499,7 @@ def draw(mean: dict, found: dict, judges: list[str]) -> None:
                 )  # fmt: skip
         axis.axhline(0.5, color="grey", linewidth=0.8)
         held_out = "trained on" if judge == "reward model" else "not trained on"
-        axis.set(title=f"{judge} ({held_out})", xlabel="seconds of training on one CPU thread", ylim=(0.4, 1))
+        axis.set(title=f"{judge} ({held_out})", xlabel="seconds of training on one CPU thread", ylim=(0, 1))
     axis.legend()
     figure.axes[0].set_ylabel("win rate against the initial policy")
     figure.savefig(RESULTS / "learning.png", dpi=120)

@@ -109,6 +109,12 @@ def test_eval_of_files(folder, capsys):
     assert "left out" in capsys.readouterr().err
     assert run("eval", *files, "--at_least", 0.01) == 0
     assert run("eval", *files, "--at_least", 0.6) == 1  # the lower bound counts
+    # A column that only some rows have is one to oracles too
+    for name, text in (("c", "aa"), ("d", "b")):
+        rows = [{"prompt": "x", "completion": text, "ref": "r"}, {"prompt": "y", "completion": text}]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sides = ("--model_name_or_path", "c.jsonl", "--opponent_name_or_path", "d.jsonl")
+    assert run("eval", *sides, "--output_dir", "refs", "--preference_funcs", "conftest.more_abc") == 0
     # What was written can be compared again, by the scores in it
     files = ("--model_name_or_path", "eval/opponent.parquet", "--opponent_name_or_path", "eval/model.parquet")
     assert run("eval", *files, "--output_dir", "again") == 0
@@ -328,7 +334,7 @@ def test_report_of_a_run_with_several_evaluation_sets(folder, make_trainer):
     assert text.count("<svg") == 4  # with win rates and ladder
 
 
-def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer, capsys):
+def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer, capsys, caplog):
     def train(steps):
         trainer = make_trainer(
             model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1,
@@ -345,7 +351,11 @@ def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer,
     capsys.readouterr()
     assert run("ladder", "run") == 0
     assert "the checkpoints of steps [1], which" in capsys.readouterr().err  # and not 3, and there is no rung 4
+    assert "checkpoint-3 is left out: an earlier run has written it" in caplog.text
     assert max(row["step"] for row in read_history(folder / "run")) == 2
+    (folder / "run" / "run_began.json").unlink()  # as if of another trainer, which marks nothing
+    assert run("ladder", "run", *JUDGES) == 0
+    assert set(json.loads((folder / "run" / "ladder.json").read_text())["count_abc"]) == set("01234")
 
 
 def test_the_ladder_samples_as_the_run_did_unless_told_otherwise(tmp_path, monkeypatch):

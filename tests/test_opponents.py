@@ -249,6 +249,7 @@ def test_oracles_get_all_columns_also_between_policies(evaluated, caplog):
     )
     assert evaluations(trainer)[-1]["eval_win_rate_vs_previous/oracle"] == 0.5 and seen == {"a", "b"}
     assert "lost" not in caplog.text
+    assert all("left_out" not in group for groups in trainer._opponents._memory.values() for group in groups)
 
 
 def test_sources_and_oracles_of_one_name_are_told_apart(evaluated):
@@ -261,6 +262,13 @@ def test_sources_and_oracles_of_one_name_are_told_apart(evaluated):
     assert names == {"count_abc", "count_abc_1", "count_abc_2"}
     assert trainer.describe()["preference_funcs"] == ["count_abc_1"]
     assert trainer.describe()["judges"] == ["count_abc_2"]
+
+
+def test_a_judge_does_not_rename_what_is_trained_on(make_trainer):
+    options = {"preference_func": more_abc, "eval_preference_func": more_abc, "eval_dataset": EVAL_PROMPTS}
+    trainer = make_trainer(trainer_kwargs=options, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    assert trainer.describe()["preference_funcs"] == ["more_abc"]
+    assert trainer.describe()["judges"] == ["more_abc_2"]
 
 
 def test_messages_of_tools_are_messages_to_oracles(evaluated, monkeypatch, tmp_path):

@@ -145,17 +145,29 @@ def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
     return whole, torn
 
 
-def whole_checkpoints(folder: str) -> dict[Path, str]:
-    """The whole checkpoints of the run that began last in a folder, and when they were written."""
-    whole, _ = _checkpoints(Path(folder))
-    began_at = read_beginning(folder).get("began_at", "")
-    return {path: time for path, time in whole.items() if time >= began_at}
-
-
 def last_whole_checkpoint(folder: str) -> Path | None:
     """The whole checkpoint that was written last by the run that began last in a folder."""
-    whole = whole_checkpoints(folder)
+    whole, _ = _checkpoints(Path(folder))
+    began_at = read_beginning(folder).get("began_at", "")
+    whole = {path: time for path, time in whole.items() if time >= began_at}
     return max(whole, key=lambda path: whole[path], default=None)
+
+
+def checkpoints_of_run(folder: str) -> dict[int, Path]:
+    """
+    The checkpoints that readers of a run should look at, by step: whole ones, of the run that began last in a folder.
+    What is left out is said. Of a run that is none of an [`SPPOTrainer`], all.
+    """
+    whole, why_not = _checkpoints(Path(folder))
+    beginning = read_beginning(folder)
+    if not beginning:
+        return {_number(path): path for path in (*whole, *why_not)}
+    for path, written_at in whole.items():
+        if written_at < beginning["began_at"]:
+            why_not[path] = "an earlier run has written it"
+    for path, why in why_not.items():
+        logger.warning_once(f"{path} is left out: {why}.")
+    return {_number(path): path for path in whole if path not in why_not}
 
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:

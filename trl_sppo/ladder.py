@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .checkpoints import read_beginning, whole_checkpoints, write_atomically
+from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
 from .evaluate import JudgeArguments, parse, prompts_of
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
@@ -99,9 +99,7 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
         `ValueError`: if fewer than two policies can play.
     """
     players = stored_players(run, args.evaluation_set)
-    checkpoints = {
-        int(path.name.split("-")[1]): path for path in whole_checkpoints(str(run)) if path.name.split("-")[1].isdigit()
-    }
+    checkpoints = checkpoints_of_run(str(run))
     missing = sorted(checkpoints.keys() - players.keys())
     if args.has_judges:
         prompts = _prompts(players, args)

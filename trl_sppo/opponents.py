@@ -133,13 +133,16 @@ class Opponents:
                 By reward source.
         """
         size = lengths.size(1)
-        prompts = gather_object([dict(row) for row in rows])[::size]
+        # Oracles may want what is not written; it is gathered only if there are any: images are large
+        has_oracles = bool(self.trainer.preference_funcs or self.trainer.eval_preference_funcs)
+        names = [name for name in rows[0] if has_oracles or name not in LEFT_OUT]
+        prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
         texts = gather_object(list(completions))
         for g, prompt in enumerate(prompts):
             self._groups.append({
                 "step": self.trainer.state.global_step,
                 **{name: value for name, value in prompt.items() if name not in LEFT_OUT},
-                "left_out": {name: value for name, value in prompt.items() if name in LEFT_OUT},  # oracles may want it
+                "left_out": {name: value for name, value in prompt.items() if name in LEFT_OUT},
                 "completions": texts[g * size : (g + 1) * size],
                 "lengths": lengths[g].int().tolist(),
                 # Parquet has no place for an empty table
@@ -182,6 +185,7 @@ class Opponents:
 
     def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
         name = self._name
+        groups = [{column: value for column, value in group.items() if column != "left_out"} for group in groups]
         self.trainer._evaluated[name] = [*(each for each in steps if each < step), step]
         kept = {(name, steps[0] if steps else step)}
         self._memory = {key: value for key, value in self._memory.items() if key[0] != name or key in kept}
@@ -191,11 +195,12 @@ class Opponents:
             dataset = dataset.get(name) if isinstance(dataset, dict) else dataset
             features = getattr(dataset, "features", None) or {}
             features = Features({column: kind for column, kind in features.items() if column not in LEFT_OUT})
-            rows = [{column: value for column, value in group.items() if column != "left_out"} for group in groups]
             if self._as_json:
-                for row in rows:
-                    row["completions"] = [json.dumps(completion, default=str) for completion in row["completions"]]
-            write_parquet(self.files.path(name, step), rows, features)
+                groups = [
+                    {**group, "completions": [json.dumps(each, default=str) for each in group["completions"]]}
+                    for group in groups
+                ]
+            write_parquet(self.files.path(name, step), groups, features)
 
     def _get(self, name: str, step: int) -> Groups | None:
         if (name, step) not in self._memory:

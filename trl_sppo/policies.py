@@ -131,7 +131,8 @@ def load_completions(path: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")
     groups: dict[str, dict[str, Any]] = {}
     for row in rows:
-        row = {name: value for name, value in row.items() if value is not None and name != "answers"}
+        missing = {name for name in ("completions", "completion", "scores", "lengths") if row.get(name) is None}
+        row = {name: value for name, value in row.items() if name not in {"answers", *missing}}
         if not isinstance(row.get("scores", {}), dict):  # of nobody by name
             del row["scores"]
         completions = row.pop("completions", None) or [row.pop("completion", None)]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import read_beginning, whole_checkpoints, write_atomically
+from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
 from .evaluate import parse
 from .ladder import (
     LadderArguments,
@@ -152,7 +152,7 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
 
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The log of the run that began last, from its end or its checkpoints. Raises `ValueError` if there is none."""
-    states = [path / "trainer_state.json" for path in whole_checkpoints(str(run))]
+    states = [path / "trainer_state.json" for path in checkpoints_of_run(str(run)).values()]
     last = run / "trainer_state.json"
     if last.is_file():
         written_at = datetime.fromtimestamp(last.stat().st_mtime, UTC).isoformat()

@@ -86,20 +86,20 @@ class ScoringTrainer(ResumableTrainer):
             MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
             for source in self.reward_funcs
         ]
-        names = [
-            self.reward_func_names[num_hidden:],
-            [oracle_name(oracle) for oracle in preference_funcs],
-            self.reward_func_names[: len(judges)],
-            [oracle_name(oracle) for oracle in eval_preference_funcs],
+        rewards = self.reward_func_names[num_hidden:]
+        names = [*rewards, *(oracle_name(oracle) for oracle in preference_funcs)]
+        self.preference_func_names = _told_apart(names)[len(rewards) :]
+        # A judge gives way: it must not change the names of what is trained on
+        judge_names = [
+            *self.reward_func_names[: len(judges)],
+            *(oracle_name(oracle) for oracle in eval_preference_funcs),
         ]
-        apart = iter(_told_apart([name for each in names for name in each]))
-        _, self.preference_func_names, judge_names, self.eval_preference_func_names = (
-            [next(apart) for _ in each] for each in names
-        )
+        judge_names = _told_apart([*names, *judge_names])[len(names) :]
+        self.eval_preference_func_names = judge_names[len(judges) :]
         self._judges = {
             "reward_funcs": self.reward_funcs[: len(judges)],
             "reward_processing_classes": self.reward_processing_classes[: len(judges)],
-            "reward_func_names": judge_names,
+            "reward_func_names": judge_names[: len(judges)],
         }
         for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
             del cast(list, each)[:num_hidden]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers.trainer_utils import IntervalStrategy
 
 from .. import cli, train
 from ..evaluation import WinRate
@@ -27,10 +28,11 @@ def main(argv: list[str]) -> None:
     with cli.recipe("quickstart.yaml") as recipe:
         argv = ["--config", str(recipe), *argv]
         args = train.check_arguments(argv)  # before anything is prepared
-        if not args.save_rollouts or args.eval_strategy == "no":
+        strategy = IntervalStrategy(args.eval_strategy).value
+        if not args.save_rollouts or strategy == "no":
             train.fail(
                 f"the quickstart shows how its evaluations went, and save_rollouts={args.save_rollouts} or "
-                f"eval_strategy={args.eval_strategy!s} leaves none. Remove that option, or use `trl-sppo train`."
+                f"eval_strategy={strategy} leaves none. Remove that option, or use `trl-sppo train`."
             )
         console.rule("1/3 Preparing models and prompts")
         assets.prepare(FOLDER)
