@@ -3,9 +3,11 @@
     trl-sppo quickstart                          # once: prepares the models in ./quickstart
     python benchmarks/overoptimization.py        # an hour on two cores; what is in ./overoptimization is not run again
 
-The gold reward model is the quickstart's: 8,000 film-review snippets, each rated by about 20 people. The proxies have
+The gold reward model is the quickstart's: 8,000 film-review snippets, each rated by 15 to 29 people. The proxies have
 seen 300 snippets each, and of each the rating of one person. The policy is trained on proxy_a; proxy_b, from other
-snippets, only watches (a reward source of weight 0), as users can have it too. The gold model and VADER judge.
+snippets, only watches (a reward source of weight 0), as users can have it too. The gold model and VADER judge, and
+somebody who does not mind sentiment: how much of the film's plot, which the prompt gives, an answer takes up. For
+comparison the policy is also trained on the gold model: a diagnostic that warns there too is no warning.
 """
 
 import argparse
@@ -31,9 +33,15 @@ from trl_sppo.report import RULES
 
 FOLDER = Path("overoptimization")
 PROXIES = ("proxy_a", "proxy_b")
+GOLD = "reward_model"
 NUM_TRAIN = 300
-STEPS, EVERY = 48, 6  # optimizer steps of 32 completions
-JUDGES = ("proxy_a", "reward_model", "vader")
+STEPS, EVERY = 36, 6  # optimizer steps of 32 completions
+JUDGES = ("proxy_a", GOLD, "vader", "on_topic")
+
+
+def on_topic(prompts: list, completions: list, **kwargs: Any) -> list[float]:
+    texts = (completion[0]["content"] for completion in completions)
+    return [learning.on_topic(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def make_proxies() -> None:
@@ -53,9 +61,11 @@ def make_proxies() -> None:
             part.save_pretrained(FOLDER / name)
 
 
-def run(seed: int, learning_rate: float) -> None:
+def run(trained_on: str, seed: int, learning_rate: float) -> None:
     torch.set_num_threads(1)
-    folder = FOLDER / f"seed-{seed}"
+    folder = folder_of(trained_on, seed)
+    models = {"proxy_a": str(FOLDER / "proxy_a"), GOLD: str(QUICKSTART / GOLD)}
+    reward = models.pop(trained_on)
     options: dict[str, Any] = {
         "max_steps": STEPS, "learning_rate": learning_rate, "seed": seed, "output_dir": str(folder),
         "logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "steps", "eval_steps": EVERY,
@@ -63,7 +73,7 @@ def run(seed: int, learning_rate: float) -> None:
     }  # fmt: skip
     trainer = SPPOTrainer(
         str(QUICKSTART / "policy"),
-        [str(FOLDER / name) for name in PROXIES],
+        [reward, str(FOLDER / "proxy_b")],
         SPPOConfig(
             **{**learning.ROLLOUT, **options},
             train_on="best_and_worst",
@@ -72,11 +82,15 @@ def run(seed: int, learning_rate: float) -> None:
         ),
         learning.read_prompts("train"),
         learning.read_prompts("test"),
-        eval_reward_funcs=[str(QUICKSTART / "reward_model"), vader],
+        eval_reward_funcs=[*models.values(), vader, on_topic],
         peft_config=learning.LoraConfig(**learning.LORA),
     )
     trainer.train()
     (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def folder_of(trained_on: str, seed: int) -> Path:
+    return FOLDER / f"on-{trained_on}" / f"seed-{seed}"
 
 
 def evaluations(history: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -99,9 +113,13 @@ def evaluations(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     return rows
 
 
-def show(histories: list[list[dict[str, Any]]]) -> None:
-    runs = [evaluations(history) for history in histories]
-    mean = [{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} for rows in zip(*runs, strict=True)]
+def show(trained_on: str, runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Print the means over runs, and return them."""
+    print(f"\nTrained on {trained_on}, {len(runs)} seeds\n")
+    mean = [
+        {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if all(name in row for row in rows)}
+        for rows in zip(*runs, strict=True)
+    ]
     names = [name for name in mean[0] if name != "step"]
     print("| optimizer steps | " + " | ".join(str(row["step"]).removesuffix(".0") for row in mean) + " |")
     print("|---|" + "---|" * len(mean))
@@ -109,57 +127,82 @@ def show(histories: list[list[dict[str, Any]]]) -> None:
         print(f"| {name} | " + " | ".join(f"{row[name]:.3f}" for row in mean) + " |")
     for name, low, high, _, _ in RULES:
         if name in mean[0]:
-            warned = [next((row["step"] for row in rows if not low <= row[name] <= high), None) for rows in runs]
+            warned = [
+                next((row["step"] for row in rows if name in row and not low <= row[name] <= high), None)
+                for rows in runs
+            ]
             print(f"{name}: outside {low:g} to {high:g} from step {warned} on")
-    peaks = [max(rows, key=lambda row: row["reward_model"])["step"] for rows in runs]
-    print(f"the gold reward model's highest win rate: at step {peaks}")
-    draw(runs, mean)
+    return mean
 
 
-def draw(runs: list[list[dict[str, float]]], mean: list[dict[str, float]]) -> None:
+def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[dict[str, float]]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    labels = {"proxy_a": "proxy (trained on)", "reward_model": "gold", "vader": "VADER"}
-    steps = [row["step"] for row in mean]
-    for judge, label in labels.items():
-        (line,) = left.plot(steps, [row[judge] for row in mean], marker="o", label=label)
-        for rows in runs:
-            left.plot(steps, [row[judge] for row in rows], color=line.get_color(), alpha=0.3, linewidth=0.8)
-    left.axhline(0.5, color="grey", linewidth=0.8)
-    left.set(title="Win rate against the initial policy", xlabel="optimizer step", ylim=(0, 1))
-    left.legend()
-    for name in ("preferences/panel_disagreement", "completions/duplicates", "win_rate/length_correlation", "entropy"):
-        right.plot(steps, [row[name] for row in mean], marker="o", label=name)
-    right.set(title="What users see without a gold model", xlabel="optimizer step")
-    right.legend()
-    figure.savefig(FOLDER / "overoptimization.png", dpi=120)
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    labels = {"proxy_a": "proxy", GOLD: "gold", "vader": "VADER", "on_topic": "on topic"}
+    diagnostics = (
+        "preferences/panel_disagreement",
+        "completions/duplicates",
+        "win_rate/length_correlation",
+        "entropy",
+    )
+    for (left, right), (trained_on, mean) in zip(
+        figure.subplots(len(means), 2, squeeze=False), means.items(), strict=True
+    ):
+        steps = [row["step"] for row in mean]
+        for judge, label in labels.items():
+            (line,) = left.plot(steps, [row[judge] for row in mean], marker="o", label=label)
+            for rows in runs[trained_on]:
+                left.plot(steps, [row[judge] for row in rows], color=line.get_color(), alpha=0.3, linewidth=0.8)
+        left.axhline(0.5, color="grey", linewidth=0.8)
+        left.set(title=f"Trained on the {labels[trained_on]} reward model", xlabel="optimizer step", ylim=(0, 1))
+        left.set_ylabel("win rate against the initial policy")
+        for name in diagnostics:
+            if name in mean[0]:
+                right.plot(steps, [row[name] for row in mean], marker="o", label=name)
+        right.set(title="What users see without a gold model", xlabel="optimizer step")
+        left.legend()
+        right.legend()
+    figure.savefig(FOLDER / "overoptimization.png", dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning_rate", type=float, default=4e-4)
+    parser.add_argument("--learning_rate", type=float, default=1.2e-3)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Trainings at the same time.")
-    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.run is not None:
-        run(args.run, args.learning_rate)
+    if args.run:
+        trained_on, seed = args.run
+        run(trained_on, int(seed), args.learning_rate)
         return
     make_proxies()
-    paths = {seed: FOLDER / f"seed-{seed}" / "history.json" for seed in args.seeds}
-    todo = [seed for seed, path in paths.items() if not path.exists()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    jobs = [(trained_on, seed) for seed in args.seeds for trained_on in ("proxy_a", GOLD)]
+    todo = [job for job in jobs if not (folder_of(*job) / "history.json").exists()]
 
-    def start(seed: int) -> None:
-        command = [sys.executable, __file__, "--run", str(seed), "--learning_rate", str(args.learning_rate)]
-        with (FOLDER / f"seed-{seed}.log").open("w") as file:
-            subprocess.run(command, stdout=file, stderr=file, env=environment, check=True)
+    def start(job: tuple[str, int]) -> None:
+        trained_on, seed = job
+        command = [
+            sys.executable,
+            __file__,
+            "--run",
+            trained_on,
+            str(seed),
+            "--learning_rate",
+            str(args.learning_rate),
+        ]
+        folder_of(*job).mkdir(parents=True, exist_ok=True)
+        with (folder_of(*job) / "log.txt").open("w") as file:
+            subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
 
     with ThreadPoolExecutor(args.processes) as pool:
         list(tqdm(pool.map(start, todo), total=len(todo), desc="runs"))
-    show([json.loads(path.read_text()) for path in paths.values()])
+    runs: dict[str, list[list[dict[str, float]]]] = {}
+    for job in jobs:
+        history = json.loads((folder_of(*job) / "history.json").read_text())
+        runs.setdefault(job[0], []).append(evaluations(history))
+    draw(runs, {trained_on: show(trained_on, each) for trained_on, each in runs.items()})
 
 
 if __name__ == "__main__":

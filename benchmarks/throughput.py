@@ -9,12 +9,11 @@ learning.py.
 """
 
 import argparse
-import cProfile
 import json
 import math
 import os
-import pstats
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,8 +33,13 @@ from trl_sppo.preferences import win_rates_from_scores
 
 STEPS = 3  # the first of them warms up
 EXACT = {"generation_kwargs": {"min_new_tokens": learning.SAMPLING["max_completion_length"]}}
-# A rollout of 32 completions per optimizer step
-ONE_STEP = {**EXACT, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
+# A rollout of 32 completions per optimizer step, in one micro-batch, as OnlineDPO has it
+ONE_STEP = {
+    **EXACT,
+    "per_device_train_batch_size": learning.STEP,
+    "steps_per_generation": 1,
+    "gradient_accumulation_steps": 1,
+}
 TRAININGS: dict[str, Callable] = {
     "GRPO": lambda clock, model, common: learning.train_grpo(clock, model, {**ONE_STEP, **common}),
     "SPPO, all": lambda clock, model, common: learning.train_sppo(clock, model, {**ONE_STEP, **common}),
@@ -45,7 +49,7 @@ TRAININGS: dict[str, Callable] = {
     "OnlineDPO, checkpointing off": lambda clock, model, common: learning.train_online_dpo(
         clock, model, {**EXACT, **common}
     ),
-    "OnlineDPO, its default": lambda clock, model, common: learning.train_online_dpo(
+    "OnlineDPO, checkpointing on (its default)": lambda clock, model, common: learning.train_online_dpo(
         clock, model, {**EXACT, "gradient_checkpointing": True, **common}
     ),
 }
@@ -56,18 +60,21 @@ class Clock(TrainerCallback):
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.now = [time.process_time()]
+        self.now: list[float] = []
         self.rollouts: list[float] = []
         self.saves: list[float] = []
+        self.started = self.first_step = self.step_ended = 0.0  # wall-clock: disks count
 
     def on_train_begin(self, *args, **kwargs):
         self.now = [time.process_time()]
 
     def on_step_end(self, *args, **kwargs):
         self.now.append(time.process_time())
+        self.first_step = self.first_step or time.perf_counter()
+        self.step_ended = time.perf_counter()
 
     def on_save(self, *args, **kwargs):
-        self.saves.append(time.process_time() - self.now[-1])
+        self.saves.append(time.perf_counter() - self.step_ended)
 
     def time(self, rollout: Callable) -> Callable:
         def timed(*args, **kwargs):
@@ -130,26 +137,33 @@ def trainers(rounds: int) -> None:
 
 OWN = str(Path(trl_sppo.__file__).parent)
 # What is called there is TRL's and transformers' work, or the forward pass of a model
-OTHERS = ("/trl/", "/transformers/", "/accelerate/", "/peft/", "torch/nn/modules/module.py", "benchmarks/", OWN)
+OTHERS = ("/trl/", "/transformers/", "/accelerate/", "/peft/", "torch/nn/modules/module.py", "benchmarks/")
 
 
 def profile() -> dict[str, Any]:
-    """The time in this package's functions, and in what these call that is no trainer's or model's."""
+    """The time in this package's functions, and in what these call that is no trainer's or model's.
+
+    Every few milliseconds of CPU time a signal looks who is at work, and writes down the time since the last one. (A
+    profiler that traces calls would make many small ones look far dearer than they are.)
+    """
     model, clock = prepare()
-    profiler = cProfile.Profile(time.process_time)
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.enable()
-        TRAININGS["SPPO, best and worst"](clock, model, {"output_dir": folder, "max_steps": STEPS})
-        profiler.disable()
-    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     own: dict[str, float] = {}
-    for (file, _, function), (_, _, total, _, callers) in stats.items():
-        if file.startswith(OWN):
-            own[function] = own.get(function, 0) + total
-        elif not any(other in file for other in OTHERS):
-            for (caller_file, _, caller), (_, _, _, cumulative) in callers.items():
-                if caller_file.startswith(OWN):
-                    own[caller] = own.get(caller, 0) + cumulative
+    last = time.process_time()
+
+    def sample(signum: int, frame: Any) -> None:
+        nonlocal last
+        since, last = time.process_time() - last, time.process_time()
+        while frame is not None and not any(other in frame.f_code.co_filename for other in OTHERS):
+            if frame.f_code.co_filename.startswith(OWN):
+                own[frame.f_code.co_qualname] = own.get(frame.f_code.co_qualname, 0) + since
+                return
+            frame = frame.f_back
+
+    signal.signal(signal.SIGPROF, sample)
+    with tempfile.TemporaryDirectory() as folder:
+        signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)
+        TRAININGS["SPPO, best and worst"](clock, model, {"output_dir": folder, "max_steps": STEPS})
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return {"own": own, "step": clock.now[-1] - clock.now[0]}
 
 
@@ -196,7 +210,7 @@ def resume(name: str, folder: str) -> dict[str, float]:
     model, clock = prepare()
     checkpoint = str(Path(folder) / f"checkpoint-{SAVED}")
     _train(name, clock, model, {**learning.ROLLOUT, **EXACT, "output_dir": folder, "max_steps": SAVED + 1}, checkpoint)
-    return {"resume": clock.now[-1] - clock.now[0]}
+    return {"resume": clock.first_step - clock.started}
 
 
 def _train(name: str, clock: Clock, model, options: dict[str, Any], checkpoint: str | None = None) -> None:
@@ -214,11 +228,12 @@ def _train(name: str, clock: Clock, model, options: dict[str, Any], checkpoint: 
         peft_config=learning.LoraConfig(**learning.LORA),
         callbacks=[clock],
     )
+    clock.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def checkpoints(rounds: int) -> None:
-    print("| trainer | saving a checkpoint | size | from the start of a resumed run to its first optimizer step |")
+    print("| trainer | saving a checkpoint | size | a resumed run, from `train()` to its first optimizer step |")
     print("|---|---|---|---|")
     for name in ("GRPO", "SPPO, all"):
         with tempfile.TemporaryDirectory() as folder:
