@@ -120,13 +120,13 @@ def show(trained_on: str, runs: list[list[dict[str, float]]]) -> list[dict[str, 
         {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if all(name in row for row in rows)}
         for rows in zip(*runs, strict=True)
     ]
-    names = [name for name in mean[0] if name != "step"]
+    names = [name for name in mean[0] if name != "step" and all(name in row for row in mean)]
     print("| optimizer steps | " + " | ".join(str(row["step"]).removesuffix(".0") for row in mean) + " |")
     print("|---|" + "---|" * len(mean))
     for name in names:
         print(f"| {name} | " + " | ".join(f"{row[name]:.3f}" for row in mean) + " |")
     for name, low, high, _, _ in RULES:
-        if name in mean[0]:
+        if name in names:
             warned = [
                 next((row["step"] for row in rows if name in row and not low <= row[name] <= high), None)
                 for rows in runs
@@ -158,7 +158,7 @@ def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[di
         left.set(title=f"Trained on the {labels[trained_on]} reward model", xlabel="optimizer step", ylim=(0, 1))
         left.set_ylabel("win rate against the initial policy")
         for name in diagnostics:
-            if name in mean[0]:
+            if all(name in row for row in mean):
                 right.plot(steps, [row[name] for row in mean], marker="o", label=name)
         right.set(title="What users see without a gold model", xlabel="optimizer step")
         left.legend()
