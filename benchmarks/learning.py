@@ -6,9 +6,10 @@
 
 All methods train SmolLM2-135M-Instruct with the same LoRA, on the same prompts, with one reward function, sampling
 and number of optimizer steps: one per 32 completions, of 384 in all. Each has its learning rate from the same sweep,
-of a seed that takes no further part: the highest win rate on the held-out prompts under the training reward, among
-those that end within a nat per token of the initial policy (further off answers fall apart, and no judge of sentiment
-minds). Win rates are against the initial policy. Time is CPU time of one thread, without evaluations.
+of a seed that takes no further part (the forms of SPPO share one): the highest win rate on the held-out prompts under
+the training reward, among those that end within a nat per token of the initial policy (further off answers fall apart,
+and no judge of sentiment minds). Win rates are against the initial policy. Time is CPU time of one thread, without
+evaluations.
 """
 
 import argparse
@@ -52,7 +53,7 @@ COMPLETIONS = 384
 BATCH = 64  # completions per iteration
 STEP = 32  # completions per optimizer step
 GROUP = 8
-LEARNING_RATES = (4e-4, 1.2e-3, 3.6e-3)
+LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
 LARGEST_KL = 24.0  # to the initial policy, nats per completion
 SWEEP_SEED = 100
 SAMPLING: dict[str, Any] = {"max_completion_length": 24, "temperature": 0.8}
@@ -319,28 +320,28 @@ def _sppo(**options) -> Callable:
     return lambda referee, model, common: train_sppo(referee, model, common, **options)
 
 
-METHODS: dict[str, tuple[str, Callable, str]] = {  # title, training, the judge it trains on
-    "sppo": ("SPPO, best and worst", _sppo(train_on="best_and_worst"), "reward model"),
-    "sppo_all": ("SPPO, all", _sppo(), "reward model"),
-    "sppo_threshold": ("SPPO, threshold 0.6", _sppo(win_rate_threshold=0.6), "reward model"),
-    "sppo_soft": (
-        "SPPO, soft, best and worst",
-        _sppo(comparison="bradley_terry", train_on="best_and_worst"),
-        "reward model",
-    ),
-    "sppo_soft_all": ("SPPO, soft, all", _sppo(comparison="bradley_terry"), "reward model"),
-    "sppo_soft_threshold": (
-        "SPPO, soft, threshold 0.6",
-        _sppo(comparison="bradley_terry", win_rate_threshold=0.6),
-        "reward model",
-    ),
-    "grpo": ("TRL GRPO", train_grpo, "reward model"),
-    "online_dpo": ("TRL OnlineDPO", train_online_dpo, "reward model"),
-    "iterative_dpo": ("TRL DPO sppo_hard, 3 iterations", train_iterative_dpo, "reward model"),
-    "dpo": ("DPO on human pairs", train_dpo, "reward model"),
-    "spin": ("SPIN", train_spin, "reward model"),
-    "sppo_biased": ("SPPO, biased reward", _sppo(reward=biased, train_on="best_and_worst"), "biased reward model"),
+SOFT: dict[str, Any] = {"comparison": "bradley_terry"}
+PAIR: dict[str, Any] = {"train_on": "best_and_worst"}
+THRESHOLD: dict[str, Any] = {"win_rate_threshold": 0.6}
+METHODS: dict[str, tuple[str, Callable]] = {
+    "sppo": ("SPPO, best and worst", _sppo(**PAIR)),
+    "grpo": ("TRL GRPO", train_grpo),
+    "online_dpo": ("TRL OnlineDPO", train_online_dpo),
+    "iterative_dpo": ("TRL DPO sppo_hard, 3 iterations", train_iterative_dpo),
+    "sppo_all": ("SPPO, all", _sppo()),
+    "sppo_threshold": ("SPPO, threshold 0.6", _sppo(**THRESHOLD)),
+    "sppo_soft": ("SPPO, soft, best and worst", _sppo(**SOFT, **PAIR)),
+    "sppo_soft_all": ("SPPO, soft, all", _sppo(**SOFT)),
+    "sppo_soft_threshold": ("SPPO, soft, threshold 0.6", _sppo(**SOFT, **THRESHOLD)),
+    "dpo": ("DPO on human pairs", train_dpo),
+    "spin": ("SPIN", train_spin),
+    "sppo_biased": ("SPPO, biased reward", _sppo(**PAIR, reward=biased)),
 }
+
+
+def swept_as(method: str) -> str:
+    """All forms of SPPO have the learning rate of the first."""
+    return "sppo" if method.startswith("sppo") else method
 
 
 # Running
@@ -405,17 +406,16 @@ def last_row(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["rows"][-1]
 
 
-def best_learning_rate(method: str) -> float | None:
+def best_learning_rate(method: str, learning_rates: list[float]) -> float | None:
     """By the sweep, once it is complete."""
-    paths = {rate: path_of(method, rate, SWEEP_SEED) for rate in LEARNING_RATES}
+    paths = {rate: path_of(swept_as(method), rate, SWEEP_SEED) for rate in learning_rates}
     if not all(path.exists() for path in paths.values()):
         return None
-    judge = METHODS[method][2]
     near = [rate for rate, path in paths.items() if last_row(path)["kl"] <= LARGEST_KL]
-    return max(near or [min(paths)], key=lambda rate: last_rates(paths[rate])[judge].mean)
+    return max(near or [min(paths)], key=lambda rate: last_rates(paths[rate])["reward model"].mean)
 
 
-def race(methods: list[str], seeds: list[int], processes: int) -> None:
+def race(methods: list[str], learning_rates: list[float], seeds: list[int], processes: int) -> None:
     run_initial(RESULTS / "initial.json")
 
     def start(job: tuple[str, float, int]) -> None:
@@ -428,7 +428,8 @@ def race(methods: list[str], seeds: list[int], processes: int) -> None:
             bar.write(f"{' '.join(map(str, job))} failed: {log}")
         bar.update()
 
-    sweep = [(method, rate, SWEEP_SEED) for method in methods for rate in LEARNING_RATES]
+    swept = dict.fromkeys(map(swept_as, methods))
+    sweep = [(method, rate, SWEEP_SEED) for method in swept for rate in learning_rates]
     with tqdm(total=len(sweep) + len(methods) * len(seeds), desc="runs") as bar, ThreadPoolExecutor(processes) as pool:
 
         def todo(jobs: list) -> list:
@@ -437,7 +438,7 @@ def race(methods: list[str], seeds: list[int], processes: int) -> None:
             return left
 
         list(pool.map(start, todo(sweep)))
-        chosen = {method: best_learning_rate(method) for method in methods}
+        chosen = {method: best_learning_rate(method, learning_rates) for method in methods}
         finals = [(method, rate, seed) for seed in seeds for method, rate in chosen.items() if rate is not None]
         list(pool.map(start, todo(finals)))
 
@@ -445,9 +446,8 @@ def race(methods: list[str], seeds: list[int], processes: int) -> None:
 # Results
 
 
-def curves(method: str, seeds: list[int]) -> list[list[dict[str, float]]]:
+def curves(method: str, rate: float | None, seeds: list[int]) -> list[list[dict[str, float]]]:
     """For each finished seed, from the initial policy on: completions, seconds, and win rates by judge."""
-    rate = best_learning_rate(method)
     paths = [path_of(method, rate, seed) for seed in seeds] if rate is not None else []
     return [curve_of(path) for path in paths if path.exists()]
 
@@ -480,32 +480,45 @@ def value_at(curve: list[dict[str, float]], x: str, y: str, place: float) -> flo
     return curve[-1][y]
 
 
-def show(methods: list[str], seeds: list[int]) -> None:
-    found = {method: runs for method in methods if (runs := curves(method, seeds))}
-    if not found:
-        return
+ALL_JUDGES = ["reward model", "VADER", "on topic"]
+
+
+def show_sweep(methods: list[str], learning_rates: list[float]) -> dict[str, list[dict[str, float]]]:
+    """Print how the runs of the sweep ended; returns all their evaluations by method."""
+    print("\n| swept | learning rate | seconds | KL | " + " | ".join(ALL_JUDGES) + " |\n|" + "---|" * 7)
+    points: dict[str, list[dict[str, float]]] = {}
+    for method in dict.fromkeys(map(swept_as, methods)):
+        for rate in learning_rates:
+            path = path_of(method, rate, SWEEP_SEED)
+            if path.exists():
+                curve = curve_of(path)
+                points.setdefault(method, []).extend(curve[1:])
+                cells = [METHODS[method][0], f"{rate:g}", f"{curve[-1]['seconds']:.0f}", f"{curve[-1]['kl']:.1f}"]
+                print("| " + " | ".join([*cells, *(f"{curve[-1][judge]:.3f}" for judge in ALL_JUDGES)]) + " |")
+    return points
+
+
+def show(methods: list[str], learning_rates: list[float], seeds: list[int]) -> None:
+    points = show_sweep(methods, learning_rates)
+    best = {method: best_learning_rate(method, learning_rates) for method in methods}
+    found = {method: runs for method in methods if (runs := curves(method, best[method], seeds))}
     mean = {method: mean_curve(runs) for method, runs in found.items()}
-    time_of_fastest = min(curve[-1]["seconds"] for curve in mean.values())
-    judges = ["reward model", "VADER", "on topic"]
-    heads = ["method", "learning rate", "seeds", "seconds", "KL", *(f"{judge}: mean (each seed)" for judge in judges)]
-    heads += [f"{judge} after {time_of_fastest:.0f} s" for judge in judges]
-    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for method, runs in found.items():
+        points.setdefault(method, []).extend(row for run in runs for row in run[1:])
+    if found:
+        time_of_fastest = min(curve[-1]["seconds"] for curve in mean.values())
+        heads = ["method", "learning rate", "seconds", "KL", *(f"{judge}: mean (each seed)" for judge in ALL_JUDGES)]
+        heads += [f"{judge} after {time_of_fastest:.0f} s" for judge in ALL_JUDGES]
+        print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for method, runs in found.items():
         last = mean[method][-1]
-        cells = [
-            METHODS[method][0],
-            f"{best_learning_rate(method):g}",
-            str(len(runs)),
-            f"{last['seconds']:.0f}",
-            f"{last['kl']:.1f}",
-        ]
-        for judge in judges:
-            each = ", ".join(f"{run[-1][judge]:.3f}" for run in runs)
-            cells.append(f"{last[judge]:.3f} ({each})")
-        cells += [f"{value_at(mean[method], 'seconds', judge, time_of_fastest):.3f}" for judge in judges]
+        cells = [METHODS[method][0], f"{best[method]:g}", f"{last['seconds']:.0f}", f"{last['kl']:.1f}"]
+        for judge in ALL_JUDGES:
+            cells.append(f"{last[judge]:.3f} ({', '.join(f'{run[-1][judge]:.3f}' for run in runs)})")
+        cells += [f"{value_at(mean[method], 'seconds', judge, time_of_fastest):.3f}" for judge in ALL_JUDGES]
         print("| " + " | ".join(cells) + " |")
     if {"sppo", "online_dpo"} <= mean.keys():
-        for judge in judges:
+        for judge in ALL_JUDGES[:2]:
             level, whole = mean["online_dpo"][-1][judge], mean["online_dpo"][-1]["seconds"]
             seconds = crossing(mean["sppo"], "seconds", judge, level)
             when = "does not reach it" if seconds is None else f"{seconds:.0f} s, {seconds / whole:.2f} of that"
@@ -513,34 +526,31 @@ def show(methods: list[str], seeds: list[int]) -> None:
     if "sppo_biased" in mean:
         last = mean["sppo_biased"][-1]
         print("SPPO on the biased reward model: " + ", ".join(f"{last[judge]:.3f} under {judge}" for judge in JUDGES))
-    draw(mean, found, judges)
+    draw(found, mean, points)
 
 
-def draw(mean: dict, found: dict, judges: list[str]) -> None:
+def draw(found: dict, mean: dict, points: dict) -> None:
     """Above, win rates over time; below, over the distance from the initial policy, with all runs of the sweep."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(judges), 7.6), layout="constrained")
-    axes = figure.subplots(2, len(judges), sharey=True)
-    for over_time, over_kl, judge in zip(*axes, judges, strict=True):
-        for method, curve in mean.items():
-            seconds = [row["seconds"] for row in curve]
-            (line,) = over_time.plot(seconds, [row[judge] for row in curve], marker="o", label=METHODS[method][0])
-            for run in found[method]:
+    figure = Figure(figsize=(4.6 * len(ALL_JUDGES), 7.6), layout="constrained")
+    axes = figure.subplots(2, len(ALL_JUDGES), sharey=True)
+    for over_time, over_kl, judge in zip(*axes, ALL_JUDGES, strict=True):
+        for i, (method, rows) in enumerate(points.items()):
+            style: dict[str, Any] = {"color": f"C{i}", "label": METHODS[method][0]}
+            over_kl.scatter([row["kl"] for row in rows], [row[judge] for row in rows], s=14, **style)
+            for run in found.get(method, []):
                 each = [row["seconds"] for row in run], [row[judge] for row in run]
-                over_time.plot(*each, color=line.get_color(), alpha=0.25, linewidth=0.8)
-            paths = [path_of(method, rate, SWEEP_SEED) for rate in LEARNING_RATES]
-            points = [row for path in paths if path.exists() for row in curve_of(path)[1:]]
-            points += [row for run in found[method] for row in run[1:]]
-            places = [row["kl"] for row in points], [row[judge] for row in points]
-            over_kl.scatter(*places, color=line.get_color(), s=14, label=METHODS[method][0])
-        over_kl.set_xscale("symlog", linthresh=10)
+                over_time.plot(*each, color=f"C{i}", alpha=0.25, linewidth=0.8)
+            if method in mean:
+                seconds = [row["seconds"] for row in mean[method]]
+                over_time.plot(seconds, [row[judge] for row in mean[method]], marker="o", **style)
         over_kl.axvline(LARGEST_KL, color="grey", linewidth=0.8, linestyle=":")
+        over_kl.set(xscale="symlog", xlabel="KL to the initial policy, nats per completion")
         over_time.set(title=judge, xlabel="seconds of training on one CPU thread", ylim=(0, 1))
-        over_kl.set(xlabel="KL to the initial policy, nats per completion")
         for axis in (over_time, over_kl):
             axis.axhline(0.5, color="grey", linewidth=0.8)
-    axes[0][0].legend()
+    axes[1][0].legend()
     for row in axes:
         row[0].set_ylabel("win rate against the initial policy")
     figure.savefig(RESULTS / "learning.png", dpi=110)
@@ -549,7 +559,8 @@ def draw(mean: dict, found: dict, judges: list[str]) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="None: only the sweep.")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=list(LEARNING_RATES), help="The sweep's.")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Trainings at the same time.")
     parser.add_argument("--show", action="store_true", help="Only show what is there already.")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
@@ -559,8 +570,8 @@ def main():
         run(method, float(learning_rate), int(seed))
         return
     if not args.show:
-        race(args.methods, args.seeds, args.processes)
-    show(args.methods, args.seeds)
+        race(args.methods, args.learning_rates, args.seeds, args.processes)
+    show(args.methods, args.learning_rates, args.seeds)
 
 
 if __name__ == "__main__":
