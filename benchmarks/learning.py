@@ -15,7 +15,6 @@ evaluations.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -43,6 +42,7 @@ from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.checkpoints import write_atomically
 from trl_sppo.evaluation import WinRate, outcomes_of_scores, win_rate
 from trl_sppo.policies import Sampling, sample_ids, tokenize_prompt
+from trl_sppo.quickstart.on_topic import on_topic
 from trl_sppo.quickstart.run import FOLDER
 from trl_sppo.quickstart.vader import vader
 from trl_sppo.stored_rollouts import installed_versions
@@ -84,12 +84,6 @@ def biased(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float
 
 
 JUDGES = {"reward model": accurate, "VADER": vader, "biased reward model": biased}
-
-
-def on_topic(prompt: list[dict[str, str]], text: str) -> float:
-    """How many of the longer words behind "a film in which" an answer takes up. Sentiment has no part in it."""
-    plot = prompt[-1]["content"].lower().split(" in which ")[-1]
-    return float(len(set(re.findall(r"\w{4,}", plot)) & set(re.findall(r"\w{4,}", text.lower()))))
 
 
 class Referee(TrainerCallback):
@@ -388,8 +382,10 @@ def rates(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, WinRate]]]:
 
 def _all_scores(row: dict[str, Any]) -> dict[str, torch.Tensor]:
     """By judge, of shape `(prompts, samples)`."""
-    prompts = _test_prompts()
-    topic = [[on_topic(prompt, text) for text in group] for prompt, group in zip(prompts, row["texts"], strict=True)]
+    topic = [
+        on_topic([prompt] * len(texts), [_answer(text) for text in texts])
+        for prompt, texts in zip(_test_prompts(), row["texts"], strict=True)
+    ]
     return {name: torch.tensor(scores) for name, scores in {**row["scores"], "on topic": topic}.items()}
 
 

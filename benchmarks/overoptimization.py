@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.quickstart.assets import REWARD_TEMPLATE
+from trl_sppo.quickstart.on_topic import on_topic
 from trl_sppo.quickstart.run import FOLDER as QUICKSTART
 from trl_sppo.quickstart.vader import vader
 from trl_sppo.report import RULES
@@ -37,11 +38,6 @@ GOLD = "reward_model"
 NUM_TRAIN = 300
 STEPS, EVERY = 36, 6  # optimizer steps of 32 completions
 JUDGES = ("proxy_a", GOLD, "vader", "on_topic")
-
-
-def on_topic(prompts: list, completions: list, **kwargs: Any) -> list[float]:
-    texts = (completion[0]["content"] for completion in completions)
-    return [learning.on_topic(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def make_proxies() -> None:

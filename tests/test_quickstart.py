@@ -8,6 +8,7 @@ import pytest
 from trl_sppo import cli
 from trl_sppo.evaluation import WinRate
 from trl_sppo.quickstart import assets
+from trl_sppo.quickstart.on_topic import on_topic
 from trl_sppo.quickstart.run import _draw
 from trl_sppo.quickstart.vader import vader
 from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
@@ -65,6 +66,19 @@ def test_preparing_keeps_what_is_there_and_clears_what_is_half_made(tmp_path, mo
     assets.prepare(tmp_path)
     assert made == ["policy", "reward_model"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "prompts", "reward_model"]
+
+
+def test_on_topic_counts_the_words_of_the_plot():
+    prompt = [{"role": "user", "content": "Write one sentence about a film in which a Pilot lands in a field."}]
+    answers = ["The pilot lands, and the pilot waits.", "A film about a sentence.", "Field! Lands, pilot.", ""]
+    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+    assert on_topic([prompt] * 4, completions) == [2.0, 0.0, 3.0, 0.0]
+
+
+def test_every_prompt_has_a_plot():
+    for split in ("train", "test"):
+        lines = (FOLDER / "prompts" / f"{split}.jsonl").read_text().splitlines()
+        assert lines and all(" in which " in line for line in lines)
 
 
 def test_the_picture(tmp_path):

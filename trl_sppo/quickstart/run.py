@@ -18,7 +18,11 @@ from . import assets
 
 FOLDER = Path("quickstart")
 EXAMPLES = 4
-JUDGES = {"reward_model": "training reward model", "vader": "VADER (not trained on)"}
+JUDGES = {
+    "reward_model": "training reward model",
+    "vader": "VADER (not trained on)",
+    "on_topic": "on topic (not trained on)",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -102,8 +106,9 @@ def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
     names = [JUDGES.get(judge, judge).replace(" (", "\n(") for judge in results]
     means = [result.mean for result in results.values()]
     errors = [[r.mean - r.low for r in results.values()], [r.high - r.mean for r in results.values()]]
-    right.bar(names, means, yerr=errors, capsize=6, color=["tab:blue", "tab:orange"], width=0.5)
+    right.bar(names, means, yerr=errors, capsize=6, color=["tab:blue", "tab:orange", "tab:green"], width=0.5)
     right.axhline(0.5, color="grey", linewidth=0.8)
+    right.tick_params(axis="x", labelsize="small")
     right.set(title="Win rate against the initial policy", ylim=(0, 1), ylabel="held-out prompts, 95 % interval")
     figure.savefig(path, dpi=120)
     plt.close(figure)
