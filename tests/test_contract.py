@@ -9,6 +9,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl_sppo import SPPOTrainer
 from trl_sppo.resumable import ResumableTrainer
 from trl_sppo.rollouts import IMAGE_FIELDS
+from trl_sppo.scoring import ScoringTrainer
 
 
 SIGNATURES = {
@@ -60,13 +61,13 @@ def test_signatures_of_the_vllm_backend():
 def test_what_is_overridden_and_nothing_else():
     overridden = {
         kind: {name for name, value in vars(kind).items() if name in dir(GRPOTrainer) and callable(value)}
-        for kind in (SPPOTrainer, ResumableTrainer)
+        for kind in (SPPOTrainer, ScoringTrainer, ResumableTrainer)
     }
     assert overridden[SPPOTrainer] - {"__init__"} == {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards",
         "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs",
-        "evaluation_loop",
     }  # fmt: skip
+    assert overridden[ScoringTrainer] - {"__init__"} == {"_calculate_rewards", "evaluation_loop"}
     assert overridden[ResumableTrainer] - {"__init__"} == {
         "train", "evaluate", "training_step", "get_batch_samples", "_get_train_sampler", "_finalize_training",
         "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state",

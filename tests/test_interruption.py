@@ -169,9 +169,9 @@ def test_the_same_signal_again(start, tmp_path, monkeypatch):  # noqa: F811
     class Twice(SignalAt):
         def on_substep_end(self, args, state, control, **kwargs):
             if self.trainer._step in self.micro_steps:
-                os.kill(os.getpid(), self.number)
+                signal.raise_signal(self.number)
                 time.sleep(0.02)
-                os.kill(os.getpid(), self.number)
+                signal.raise_signal(self.number)
                 time.sleep(0.02)
 
     trainer = start("one", save_steps=100)

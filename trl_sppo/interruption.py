@@ -70,7 +70,7 @@ class Interruption(TrainerCallback):
                 )
             elif time.monotonic() - first > SAME_SIGNAL:
                 signal.signal(number, handlers[number])
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)  # in this thread: another might take its time
 
         for number in handlers:
             signal.signal(number, handle)
