@@ -327,7 +327,7 @@ def test_report_of_a_run_with_several_evaluation_sets(folder, make_trainer):
     assert run("ladder", "run", "--evaluation_set", "two") == 0
     assert run("ladder", "run", "--evaluation_set", "three") == 2
     page = folder / "run" / "report.html"
-    assert "the evaluation prompts of one" in page.read_text() and "2 of" not in page.read_text()
+    assert "the evaluation prompts of one" in page.read_text() and page.read_text().count("<tr data-outcome") == 2
     assert run("report", "run", "--evaluation_set", "two") == 0
     text = page.read_text()
     assert "the evaluation prompts of two" in text and text.count("<tr data-outcome") == 3
