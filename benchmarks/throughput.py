@@ -3,9 +3,8 @@
     trl-sppo quickstart                      # once: prepares the models in ./quickstart
     python benchmarks/throughput.py          # all parts, half an hour; --parts win_rates is quick
 
-Trainers run in processes of their own, in turns. Times are CPU time of one thread, in which waiting for other processes
-does not count. Work: SmolLM2-135M-Instruct with LoRA, optimizer steps of 32 completions of exactly 24 tokens, as in
-learning.py.
+Trainers run in processes of their own, in turns. Times are CPU time of one thread: waiting for others does not count.
+Work: SmolLM2-135M-Instruct with LoRA, optimizer steps of 32 completions of exactly 24 tokens, as in learning.py.
 """
 
 import argparse
