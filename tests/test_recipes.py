@@ -1,12 +1,14 @@
 """Every recipe on disk parses, into the options it names, has its header, and launches what it is meant to."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
+from published_models import RECIPES, header_of, options_of
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 
@@ -14,26 +16,15 @@ from trl_sppo.train import launch_arguments, make_parser
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes"
 PATHS = sorted(RECIPES.rglob("*.yaml"))
 SEVEN_BILLION = sorted((RECIPES / "qwen2.5-7b-instruct").glob("*.yaml"))
 
 # What is for `accelerate launch`: processes, and the file of TRL's that says how they share the model
-LAUNCHES = {"full-8gpu-fsdp2": (8, "fsdp2.yaml"), "full-8gpu-zero3": (8, "zero3.yaml")}
-# Completions of an iteration and of an optimizer step, where they are not 512 and 128
-BATCHES = {"quickstart": (64, 32), "qwen2.5-0.5b-instruct/lora": (128, 64), "qwen2.5-7b-instruct/qlora-24gb": (64, 32)}
+LAUNCHES = {"full-8gpu-fsdp2": (8, "fsdp2.yaml"), "full-8gpu-zero3": (8, "zero3.yaml"), "paper": (8, "zero3.yaml")}
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(RECIPES).with_suffix(""))
-
-
-def options_of(path: Path) -> dict:
-    return yaml.safe_load(path.read_text())
-
-
-def header_of(path: Path) -> str:
-    return path.read_text().split("\n\n")[0]
 
 
 def command_in(header: str, start: str) -> list[str]:
@@ -72,7 +63,7 @@ def test_recipe(path, monkeypatch):
             continue
         owner = next(config for config in (script, sppo, model) if hasattr(config, name))
         actual = getattr(owner, name)
-        expected = [value] if name == "reward_model_name_or_path" else value
+        expected = [value] if name in ("reward_model_name_or_path", "preference_funcs") else value
         if isinstance(actual, AcceleratorConfig):
             expected = AcceleratorConfig(**value)
         assert getattr(actual, "value", actual) == expected, name
@@ -93,14 +84,13 @@ def assert_batches(options: dict, iteration: int, step: int) -> None:
 
 @pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_batches_of_all_processes(path):
-    options = options_of(path)
-    iteration, step = BATCHES.get(name_of(path), (512, 128))
-    assert_batches(options, iteration, step)
-    if path.stem != "quickstart":
-        text = r"One iteration: (\d+) prompts x (\d+) completions[^.]* for (\d) optimizer steps of (\d+) completions"
-        prompts, group, steps, completions = map(int, re.search(text, path.read_text()).groups())
-        assert prompts * group == steps * completions == iteration
-        assert group == options["num_generations"] and completions == step
+    options, text = options_of(path), path.read_text().replace("\n# ", " ")
+    if path.stem == "quickstart":
+        return assert_batches(options, 64, 32)
+    numbers = r"One iteration: (\d+) prompts x (\d+) completions[^.]* for (\d+) optimizer steps of (\d+) completions"
+    prompts, group, steps, completions = map(int, re.search(numbers, text).groups())
+    assert prompts * group == steps * completions and group == options["num_generations"]
+    assert_batches(options, prompts * group, completions)
 
 
 def test_the_seven_billion_recipe_is_the_configuration_that_was_asked_for():
@@ -169,3 +159,38 @@ def test_the_docs_show_the_same_launches(name):
     blocks = [block.splitlines() for block in re.findall(r"```bash\n(.*?)\n```", page, re.S)]
     commands = [command_in(header_of(path), f"CUDA_VISIBLE_DEVICES={gpu} ") for gpu in (1, 0)]
     assert commands in [[shlex.split(line) for line in block] for block in blocks]
+
+
+def test_the_docs_list_every_recipe():
+    page = (ROOT / "docs/recipes.md").read_text()
+    rows = re.findall(r"^\| `(.+\.yaml)` \| .* \| (?:(\d) × (\d+) GB|none) \| (?:(\d+) GB)? ?\|$", page, re.MULTILINE)
+    assert sorted(row[0] for row in rows) == sorted(f"{name_of(path)}.yaml" for path in PATHS)
+    numbers = {"one": "1", "two": "2", "eight": "8"}
+    for name, gpus, gigabytes, needed in rows:
+        header = re.sub(r"\n# +", " ", header_of(RECIPES / name))
+        if name != "quickstart.yaml":
+            hardware = re.search(r"Hardware:  (\w+) GPUs? with (\d+) GB.*By arithmetic (?:at most )?(\d+) GB", header)
+            assert (numbers[hardware[1]], *hardware.groups()[1:]) == (gpus, gigabytes, needed), name
+
+
+def test_the_prompts_of_the_papers_runs(monkeypatch, tmp_path):
+    """Three parts, one after the other, as many of each as an iteration of the recipes has."""
+    script = runpy.run_path(str(ROOT / "examples/paper_prompts.py"))
+    for path in RECIPES.glob("*/paper.yaml"):
+        options = options_of(path)
+        batch = 8 * options["per_device_train_batch_size"] * options["steps_per_generation"]
+        assert script["PROMPTS"] == batch / options["num_generations"] and options["shuffle_dataset"] is False
+    prepare, size = script["prepare"], script["PROMPTS"]
+    parts = [
+        Dataset.from_dict({"prompt": [f"{part}:{i}" for i in range(size + part)], "chosen": [""] * (size + part)})
+        for part in range(3)
+    ]
+    prompts = prepare(parts)
+    assert prompts.column_names == ["prompt"] and len(prompts) == 3 * size
+    assert [prompts[i]["prompt"] for i in (0, size, 2 * size)] == [
+        [{"role": "user", "content": f"{part}:0"}] for part in range(3)
+    ]
+    with pytest.raises(ValueError, match="train_iteration_2 has 10 prompts"):
+        prepare([parts[0], parts[1].select(range(10)), parts[2]])
+    tagged = {"prompt": "<s>[INST] Who? [/INST]"}
+    assert script["first_user_turn"](tagged) == {"prompt": [{"role": "user", "content": "Who?"}]}

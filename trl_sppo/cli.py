@@ -17,6 +17,7 @@ from . import __version__
 
 COMMANDS = {
     "train": "train a policy as a YAML recipe and the command line say",
+    "check": "say what a recipe would do and need, and what looks wrong, without weights and without a GPU",
     "rollout": "sample and score completions as a recipe says, without training, for `train --rollouts`",
     "eval": "compare two policies on the same prompts, under one or several judges",
     "ladder": "let the checkpoints of a run play against each other",
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
-    own_modules = {"eval": "evaluate", "ladder": "ladder", "report": "report"}
+    own_modules = {"check": "check", "eval": "evaluate", "ladder": "ladder", "report": "report"}
     if args.command in own_modules:
         return import_module(f"trl_sppo.{own_modules[args.command]}").main(argv[1:])
     return {"train": train, "rollout": rollout, "quickstart": quickstart}[args.command](argv[1:])

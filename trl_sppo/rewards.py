@@ -129,7 +129,7 @@ def load_reward_models(
                 )
             source.check(conversational)
         elif isinstance(source, str):
-            _check_config(source, source in trust_remote_code)
+            check_config(source, source in trust_remote_code)
             check_safetensors("reward model", source)
         elif isinstance(source, PreTrainedModel):
             _check_labels(source.config._name_or_path, source.config.num_labels)
@@ -148,7 +148,7 @@ def load_reward_models(
             if tokenizer is None:
                 with own_code_is_refused(*_own_code(name)):
                     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=source in trust_remote_code)
-            _check_tokenizer(name, tokenizer, conversational)
+            check_tokenizer(name, tokenizer, conversational)
         tokenizers.append(tokenizer)
     # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
     # fills the policy's, but not those of reward models
@@ -189,7 +189,7 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
     return None
 
 
-def _check_config(path: str, trusted: bool) -> None:
+def check_config(path: str, trusted: bool) -> None:
     """Read a checkpoint's config.json only: would it load as a classifier with a trained, single-valued head?"""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
@@ -222,7 +222,7 @@ def _check_labels(name: str, labels: int | None) -> None:
         )
 
 
-def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"the tokenizer of reward model {name!r} has no padding token, so it cannot score texts of different "

@@ -83,8 +83,8 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def make_parser(prog: str = "trl-sppo train") -> TrlParser:
-    types: Any = (SPPOScriptArguments, SPPOConfig, ModelConfig, DatasetMixtureConfig)
+def make_parser(prog: str = "trl-sppo train", config: type[SPPOConfig] = SPPOConfig) -> TrlParser:
+    types: Any = (SPPOScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     return _Parser(types, prog=prog, allow_abbrev=False)
 
 

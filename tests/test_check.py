@@ -1,0 +1,258 @@
+"""`trl-sppo check` says what a recipe would do and what looks wrong; and every recipe trains, on a tiny model."""
+
+import json
+import re
+from copy import deepcopy
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, make_tokenizer
+from published_models import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from trl_sppo import check, train
+from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
+
+
+PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart")
+LORA = RECIPES / "qwen2.5-7b-instruct/lora.yaml"
+
+
+def name_of(path) -> str:
+    return str(path.relative_to(RECIPES).with_suffix(""))
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """A function that checks a recipe, with its models at hand: exit status and what it says."""
+
+    def run(path, *options, models=True) -> tuple[int, str]:
+        status = check.main([str(path), *(at_hand(path, tmp_path) if models else []), *options])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
+def test_every_recipe_passes_and_needs_what_its_header_says(path, run):
+    status, said = run(path, "--gpu_memory", str(gpu_of(path)))
+    assert status == 0 and said.endswith("Nothing looks wrong.\n"), said
+    (value,) = re.findall(rf"at most, while .+ ([\d.]+)  of {gpu_of(path):g}$", said, re.MULTILINE)
+    assert f"{float(value):.0f} GB" in re.sub(r"\n# +", " ", header_of(path)).split("By arithmetic")[1]
+
+
+def test_what_the_recipe_that_was_asked_for_would_do(run):
+    status, said = run(LORA)
+    assert status == 0
+    for words in (
+        "(LoRA, r = 16, 40,370,176 parameters)",
+        "(7,615,616,512 parameters), frozen in bfloat16, in 1 process.",
+        "An iteration: 64 prompts x 8 completions = 512, sampled by vLLM (colocate), of at most 1,024 tokens",
+        # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
+        "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
+        "learning_rate=5e-07 is a rate for full fine-tuning",
+        "Nothing is evaluated",
+        "How many prompts trl-lib/ultrafeedback-prompt has",
+    ):
+        assert words in said, words
+
+
+def test_eight_processes(run):
+    said = run(RECIPES / "qwen2.5-7b-instruct/full-8gpu-zero3.yaml")[1]
+    assert "in 8 processes (zero3)" in said and "64 prompts x 8 completions = 512" in said
+    said = run(LORA, "--num_processes", "2")[1]
+    assert "in 2 processes." in said and "128 prompts x 8 completions = 1,024" in said
+
+
+def test_without_a_hub_and_without_models(run):
+    status, said = run(LORA, models=False)
+    assert status == 0 and "Memory" not in said and "64 prompts x 8 completions" in said
+    assert "Anything about model Qwen/Qwen2.5-7B-Instruct: the hub cannot be reached." in said
+    assert "Anything about reward model Skywork/Skywork-Reward-V2-Qwen3-4B: the hub cannot be reached." in said
+
+
+def test_no_sum_without_a_part_of_it(run, tmp_path):
+    """A reward model that is not at hand is not counted as nothing."""
+    said = run(LORA, "--reward_model_name_or_path", "somebody/reward-model")[1]
+    assert "7,615,616,512 parameters" in said and "Memory" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu_memory", "40"], r"53\.4 GB while training, and no more than 36\.0 of 40 .* Lower per_device_train"),
+        (["--gpu_memory", "60", "--vllm_gpu_memory_utilization", "0.8"], "while generating.*vllm_gpu_memory_util"),
+        (["--vllm_max_model_length", "1024"], "max_completion_length=1024 leaves no room for a prompt"),
+        (["--use_peft", "false"], "dtype='bfloat16' without an adapter: a step of 5e-07 is lost in the rounding"),
+    ],
+)
+def test_what_looks_wrong(run, options, words):
+    status, said = run(LORA, *options)
+    assert status == 1 and "Nothing looks wrong" not in said
+    assert re.search(words, said.split("Looks wrong")[1]), said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--nonsense", "1"], "there is no option 'nonsense'"),
+        (["--num_generations", "7"], "generation_batch_size"),
+        (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
+        (["--lora_r", "0"], "lora_r must be between 1"),
+        (["--dataset_name", "."], "--dataset_name"),
+        (["--gpu_memory", "-1"], "gpu_memory must be positive"),
+        (["--prompt_length", "0"], "prompt_length must be at least 1"),
+    ],
+)
+def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run(LORA, *options)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_missing_recipe(capsys):
+    with pytest.raises(SystemExit) as end:
+        check.main(["recipes/no-such.yaml"])
+    assert end.value.code == 2 and "is not a file" in capsys.readouterr().err
+
+
+def write_prompts(folder, number: int) -> str:
+    folder.mkdir()
+    rows = [{"prompt": [{"role": "user", "content": letter * 3}]} for letter in "abcdefghijklmnopqrstuvwxyz"]
+    rows = (rows * (number // len(rows) + 1))[:number]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_a_dataset_at_hand_is_counted(run, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts", 200)
+    said = run(LORA, "--dataset_name", prompts)[1]
+    assert "In all 3 iterations, 12 optimizer steps, 1,536 completions." in said
+    assert "The last 8 prompts of each epoch fill no iteration" in said and "Not known here" not in said
+    said = run(LORA, "--dataset_name", prompts, "--max_steps", "9")[1]
+    assert "In all 3 iterations, 9 optimizer steps, 1,536 completions." in said
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, "all of them"),
+        ({"train_on": "best_and_worst"}, "32 of them"),
+        ({"win_rate_threshold": 0.9}, "32 of them"),  # of 8 ranks the first and the last
+        ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "as many as the threshold leaves of them"),
+    ],
+)
+def test_what_is_trained_on(run, tmp_path, options, kept):
+    recipe = {name: value for name, value in options_of(LORA).items() if name != "win_rate_threshold"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | options))
+    assert f"128 completions each, {kept} trained on" in run(path, models=False)[1]
+
+
+def test_sizes_are_those_of_the_model_cards():
+    for name, billions in CARDS.items():
+        config = deepcopy({**POLICIES, **REWARD_MODELS}[name])
+        with torch.device("meta"):
+            kind = AutoModelForSequenceClassification if name in REWARD_MODELS else AutoModelForCausalLM
+            number = kind.from_config(config).num_parameters()
+        assert number / 1e9 == pytest.approx(billions, rel=0.02), name
+
+
+def tiny(config, folder, reward: bool) -> str:
+    """A random model of an architecture, with a tokenizer, saved."""
+    values = config.to_dict() | TINY | {"head_dim": 8, "layer_types": None, "no_rope_layers": None}
+    torch.manual_seed(0)
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    more = {"num_labels": 1} if reward else {}
+    model = kind.from_config(config.__class__(**values, **more))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_memory_of_a_tiny_model_by_hand():
+    """Two layers of width 16: an embedding of 31 x 16, shared with the head."""
+    config = POLICIES["Qwen/Qwen2.5-7B-Instruct"].__class__(**TINY, tie_word_embeddings=True)
+    size = size_of(config)
+    # q: 16 x 16 + 16, k and v: 16 x 8 + 8, o: 16 x 16, three of 16 x 32, two norms of 16
+    layer = 272 + 2 * 136 + 256 + 3 * 512 + 32
+    assert size.layer == layer and size.parameters == 2 * layer + 31 * 16 + 16
+    assert size.matrices == 2 * (256 + 2 * 128 + 256 + 3 * 512) and size.widest == 512
+    assert size.cache == 2 * 2 * 8 * 2 and size.heads == 16 and size.adapter == 0 and size.kept_of_pairs == 0
+
+
+SIZE = ModelSize(
+    parameters=1000, matrices=800, layer=400, embedding=100, widest=50, layers=2, hidden=4, cache=32, heads=4, kept=64,
+    kept_of_pairs=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "model_options", "place", "row", "value"),
+    [
+        # a float32 policy: weight, gradient, two moments
+        ({}, {"dtype": "float32"}, {}, "policy, with gradient and AdamW", 1000 * 16),
+        ({"optim": "rmsprop"}, {"dtype": "float32"}, {}, "policy, with gradient and RMSprop", 1000 * 12),
+        ({"optim": "adamw_8bit"}, {"dtype": "float32"}, {}, "policy, with gradient and AdamW", 1000 * (8 + 2)),
+        ({}, {"dtype": "float32"}, {"processes": 2}, "policy, DDP's buckets of gradients", 4000),
+        ({}, {}, {"processes": 4, "sharding": "zero2"}, "policy, with gradient and AdamW", 2000 + 14_000 / 4),
+        ({}, {}, {"processes": 4, "sharding": "zero3"}, "policy, with gradient and AdamW", 4000),
+        ({"beta": 0.1}, {"dtype": "float32"}, {}, "initial policy, bf16", 2000),
+        ({"reward_quantization": "4bit"}, {}, {}, "reward model, matrices in NF4", 800 * (1 / 2 + 1 / 64 + 1 / 4096)),
+        # rows of 8 + 4 tokens: 4 micro-batches of 8 rows are sampled at once
+        ({}, {}, {}, "generating: cache", 32 * 12 * 32),
+        ({"activation_checkpointing": False, "gradient_checkpointing": False}, {}, {}, "training: all layers, mask",
+         8 * 12 * 3 * 64 + 8 * 144 * 3),
+    ],
+)  # fmt: skip
+def test_a_row_of_the_budget(options, model_options, place, row, value):
+    options = {"max_completion_length": 4, "per_device_train_batch_size": 8, "steps_per_generation": 4, **options}
+    args = train.SPPOConfig(use_cpu=True, bf16=False, **options)
+    model_args = train.ModelConfig(**{"dtype": "bfloat16", **model_options})
+    rows = budget(args, model_args, SIZE, [SIZE], Placement(1e6, prompt_length=8, **place))
+    assert rows[row] == value
+    assert peak({"always": 1.0, "a: x": 2.0, "b: y": 1.5, "b: z": 1.0}) == (3.5, "b")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", PATHS, ids=name_of)
+def test_dry_run(path, tmp_path, monkeypatch):
+    """Two optimizer steps of each recipe on the CPU: its models tiny and random, completions short, one process."""
+    options = options_of(path)
+    for name in options.pop("env", {}):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("num_processes", "accelerate_config", *(name for name in options if "vllm" in name)):
+        options.pop(name, None)
+    policy = options["model_name_or_path"]
+    options["model_name_or_path"] = tiny(POLICIES[policy], tmp_path / "policy", reward=False)
+    if "reward_model_name_or_path" in options:
+        kind = REWARD_MODELS.get(options["reward_model_name_or_path"], REWARD_MODELS[min(REWARD_MODELS)])
+        options["reward_model_name_or_path"] = tiny(kind, tmp_path / "reward", reward=True)
+    if "preference_funcs" in options:
+        assert options["preference_funcs"] == "trl_sppo.judges.published.pairrm"
+        options["preference_funcs"] = "conftest.more_abc"
+    options |= {
+        "dataset_name": write_prompts(tmp_path / "prompts", 64),
+        "output_dir": str(tmp_path / "out"),
+        "steps_per_generation": options["gradient_accumulation_steps"],
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(options))
+    trainer = train.main(["--config", str(recipe)])
+    assert trainer.state.global_step == 2
+    assert type(trainer.model.config) is type(POLICIES[policy])
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2 and all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_the_published_judge_by_name(monkeypatch):
+    monkeypatch.setattr("trl_sppo.judges.pairrm.PairRMJudge", lambda name: {"llm-blender/PairRM-hf": print}[name])
+    assert train.load_preference_funcs(["trl_sppo.judges.published.pairrm"]) == [print]
+    with pytest.raises(ValueError, match=r"no attribute 'pairmr'\. It has: pairrm"):
+        train.load_preference_funcs(["trl_sppo.judges.published.pairmr"])
