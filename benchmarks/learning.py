@@ -87,14 +87,14 @@ JUDGES = {"reward model": accurate, "VADER": vader, "biased reward model": biase
 
 
 class Referee(TrainerCallback):
-    """Stops the clock after every so many optimizer steps, and scores completions of held-out prompts."""
+    """Stops the clock after `every` optimizer steps, and scores completions of held-out prompts."""
 
-    every = 4
     last = COMPLETIONS // STEP
 
-    def __init__(self, tokenizer, seed: int):
+    def __init__(self, tokenizer, seed: int, every: int):
         self.tokenizer = tokenizer
         self.seed = seed
+        self.every = every
         self.initial, _ = load()
         self.steps = 0  # of all trainers that this referee has seen
         self.rows: list[dict[str, Any]] = []
@@ -351,7 +351,8 @@ def run(method: str, learning_rate: float, seed: int) -> None:
     set_seed(seed)
     model, tokenizer = load()
     accurate([_answer("")])  # loads the reward model
-    referee = Referee(tokenizer, seed=1000 + seed)
+    every = Referee.last if seed == SWEEP_SEED else 4
+    referee = Referee(tokenizer, 1000 + seed, every)
     common = {"learning_rate": learning_rate, "seed": seed, "output_dir": str(path.with_suffix(""))}
     METHODS[method][1](referee, model, common)
     assert referee.steps == referee.last, (referee.steps, referee.last)
