@@ -65,7 +65,7 @@ def test_what_is_overridden_and_nothing_else():
     }
     assert overridden[SPPOTrainer] - {"__init__"} == {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards",
-        "_get_per_token_logps_and_entropies", "_compute_loss", "_prepare_inputs",
+        "_get_per_token_logps_and_entropies", "_compute_loss", "create_model_card", "_prepare_inputs",
     }  # fmt: skip
     assert overridden[ScoringTrainer] - {"__init__"} == {"_calculate_rewards", "evaluation_loop"}
     assert overridden[ResumableTrainer] - {"__init__"} == {

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -401,6 +402,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
         raise SystemExit(1) from error
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
+    trainer.create_model_card(model_name=Path(trainer.args.output_dir).resolve().name)
     trainer.accelerator.print(f"Saved the policy to {trainer.args.output_dir}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

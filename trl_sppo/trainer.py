@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections import deque
 from functools import wraps
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from .comparisons import PreferenceFunc
 from .config import SPPOConfig
 from .faults import RunError, is_of_another_process
 from .make_rollouts import make_rollouts
+from .model_card import add_to_card
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .prompts import check_prompt_ids, check_prompts, check_rows
 from .rewards import RewardSource
@@ -498,6 +500,12 @@ class SPPOTrainer(ScoringTrainer):
             metrics["importance_weight"] = torch.stack([weights.sum(), inputs["kept"].sum()])
         self._log_sums(metrics, mode)
         return loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card to `output_dir`, and how this model was trained, and its win rates with intervals."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_card(Path(str(self.args.output_dir)) / "README.md", self)
 
     def _log_sums(self, metrics: dict[str, torch.Tensor], mode: str) -> None:
         """Add up numerators and denominators over the micro-batches of an optimizer step, then over the processes."""
