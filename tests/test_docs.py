@@ -69,7 +69,7 @@ def test_links_and_files_are_there(page):
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("https://") or (page.parent / link).is_file(), link
-    for path in re.findall(r"`?((?:benchmarks|tests|recipes|trl_sppo)/[\w./-]+\.(?:py|yaml|json))", text):
+    for path in re.findall(r"`?((?:benchmarks|examples|tests|recipes|trl_sppo)/[\w./-]+\.(?:py|yaml|json))", text):
         assert (ROOT / path).is_file(), path
 
 
