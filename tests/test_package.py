@@ -1,11 +1,13 @@
 """Import boundaries, public names, and what the package files promise."""
 
 import configparser
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import trl_sppo
 
@@ -52,7 +54,55 @@ def test_package_files():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert {"vllm", "quantization", "judges", "quickstart", "test", "dev"} <= set(setup["options.extras_require"])
-    assert "## [0.1.0]" in (ROOT / "CHANGELOG.md").read_text() and trl_sppo.__version__ == "0.1.0"
+    version = trl_sppo.__version__
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version and citation["license"] == setup["metadata"]["license"]
     assert (Path(trl_sppo.__file__).parent / "py.typed").exists()
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     assert all("==" in line for line in constraints if line and not line.startswith("#"))
+
+
+def test_the_release_checklist_stops_at_what_is_not_in_order(tmp_path):
+    """Step by step, up to where `.ci/run` would begin."""
+    copy = tmp_path / "copy"
+    for name in (".ci/release", "CITATION.cff", "CHANGELOG.md"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "trl_sppo").mkdir()
+    shutil.copy(trl_sppo.__file__, copy / "trl_sppo")
+    (copy / ".ci/run").write_text("#!/usr/bin/env bash\necho everything passes; exit 3\n")
+    (copy / ".ci/run").chmod(0o755)
+    version = trl_sppo.__version__
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        subprocess.run(["git", *identity, *words], cwd=copy, check=True, capture_output=True)
+
+    def run() -> str:
+        done = subprocess.run([str(copy / ".ci/release")], capture_output=True, text=True)
+        assert done.returncode != 0
+        return done.stdout + done.stderr
+
+    git("init", "--quiet")
+    assert "the checkout is not clean" in run()
+    git("add", "-A")
+    git("commit", "-m", "x")
+    git("tag", f"v{version}")
+    assert f"there is a tag v{version} already" in run()
+    git("tag", "--delete", f"v{version}")
+    (copy / "CHANGELOG.md").write_text("## [Unreleased]\n- a change\n")
+    git("commit", "-am", "x")
+    assert f"CHANGELOG.md has no heading '## [{version}] - date'" in run()
+    heading = f"## [{version}] - 2026-01-01\n- the first\n"
+    (copy / "CHANGELOG.md").write_text(f"## [Unreleased]\n- a change\n\n{heading}")
+    git("commit", "-am", "x")
+    assert "CHANGELOG.md has lines under [Unreleased]" in run()
+    (copy / "CHANGELOG.md").write_text(f"## [Unreleased]\n\n{heading}")
+    (copy / "CITATION.cff").write_text("version: 9\n")
+    git("add", "-A")
+    git("commit", "-m", "x")
+    assert "CITATION.cff has another version" in run()
+    (copy / "CITATION.cff").write_text(f"version: {version}\n")
+    git("commit", "-am", "x")
+    assert "everything passes" in run()
