@@ -203,7 +203,7 @@ SIZE = ModelSize(
         ({"reward_quantization": "4bit"}, {}, {}, "reward model, matrices in NF4", 800 * (1 / 2 + 1 / 64 + 1 / 4096)),
         # rows of 8 + 4 tokens: 4 micro-batches of 8 rows are sampled at once
         ({}, {}, {}, "generating: cache", 32 * 12 * 32),
-        ({"activation_checkpointing": False, "gradient_checkpointing": False}, {}, {}, "training: all layers, mask",
+        ({"gradient_checkpointing": False}, {}, {}, "training: all layers, mask",
          8 * 12 * 3 * 64 + 8 * 144 * 3),
     ],
 )  # fmt: skip

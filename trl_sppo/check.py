@@ -393,7 +393,7 @@ def _cure(plan: Plan, phase: str) -> str:
         "scoring": "Lower reward_batch_size, or serve the reward model (docs/judges.md).",
         "training": "Lower per_device_train_batch_size (and raise gradient_accumulation_steps and "
         "steps_per_generation as much)"
-        + ("." if plan.args.activation_checkpointing else ", or set gradient_checkpointing: true."),
+        + ("." if plan.args.gradient_checkpointing else ", or set gradient_checkpointing: true."),
     }
     less = "" if plan.model_args.use_peft else " An adapter (use_peft: true) needs far less than full fine-tuning."
     return cures[phase] + less

@@ -116,8 +116,8 @@ def check_optimizer(args: SPPOConfig) -> None:
 
 def check_activation_checkpointing(args: SPPOConfig) -> None:
     """Raise `ValueError` if torch does not take the options of activation checkpointing."""
-    options: Any = args.activation_checkpointing_kwargs
-    if not args.activation_checkpointing or not options:
+    options: Any = args.gradient_checkpointing_kwargs
+    if not args.gradient_checkpointing or not options:
         return
     try:
         checkpoint(torch.square, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})

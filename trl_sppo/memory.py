@@ -284,7 +284,7 @@ def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, plac
     batch, (_, padded) = args.per_device_train_batch_size, _lengths(args, place)
     pairs = batch * padded**2
     rows: dict[str, float] = {}
-    if args.activation_checkpointing:
+    if args.gradient_checkpointing:
         rows["training: inputs of all layers, one layer twice, mask"] = (
             batch * padded * (policy.layers * policy.hidden * 2 + 2 * policy.kept)
             + pairs * (3 + 2 * policy.kept_of_pairs)
