@@ -2,7 +2,7 @@
 
     python examples/custom_reward.py
 
-Needs a GPU with 16 GB, or patience. A reward function gets all completions and the dataset's other columns by name.
+Needs a GPU with 16 GB. A reward function gets all completions and the dataset's other columns by name.
 It returns a number for each, or None where it cannot say: what is unscorable takes part in no comparison.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/intransitive_preferences.py
 
-Needs a GPU with 16 GB, or patience. A pairwise oracle can: its answers are used as they are, and not squeezed into
+Needs a GPU with 16 GB. A pairwise oracle can: its answers are used as they are, and not squeezed into
 scores. `preferences/intransitive` is the share of circles among three answers. Self-play does not settle on a
 favourite: a policy that says one thing only is beaten by the next. (docs/method.md has games with known solutions.)
 """

@@ -3,8 +3,10 @@
     python examples/paper_prompts.py [--output_dir paper_prompts]
 
 The parts are those of snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset, on which the paper's experiments were made
-(Section 5). Of each part as many prompts are taken as make whole optimizer steps of 64, and the parts are written one
-after the other: with `shuffle_dataset: false` an iteration trains on its own part. Needs the Hugging Face hub; 460 MB.
+(Section 5). Of each part as many prompts are taken as make 300 optimizer steps of 64, without those that are longer
+than 3,500 bytes: no prompt has more tokens than bytes, so all fit into the recipes' 4,096 with their templates. The
+split `train` has the parts one after the other: with `shuffle_dataset: false` an iteration trains on its own part.
+Each part is also a split of its own, `iteration_1` to `iteration_3`. Needs the Hugging Face hub; 460 MB.
 """
 
 import argparse
@@ -15,7 +17,8 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 
 PARTS = [f"train_iteration_{i}" for i in (1, 2, 3)]
-PROMPTS = 308 * 64  # of each part; the smallest has 19.8 thousand
+PROMPTS = 300 * 64  # of each part; the smallest has 19.8 thousand
+LONGEST = 3500  # bytes
 
 
 def first_user_turn(row: dict[str, Any]) -> dict[str, Any]:
@@ -24,14 +27,19 @@ def first_user_turn(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": text}]}
 
 
-def prepare(parts: list[Dataset]) -> Dataset:
-    """Prompts of all parts, in their order. Raises `ValueError` if a part has too few."""
-    chosen = []
-    for name, part in zip(PARTS, parts, strict=True):
-        if len(part) < PROMPTS:
-            raise ValueError(f"{name} has {len(part)} prompts, fewer than the {PROMPTS} of an iteration.")
-        chosen.append(part.select(range(PROMPTS)).map(first_user_turn, remove_columns=part.column_names))
-    return concatenate_datasets(chosen)
+def prepare(parts: list[Dataset]) -> dict[str, Dataset]:
+    """Prompts by split. Raises `ValueError` if a part has too few."""
+    splits = {}
+    for i, (name, part) in enumerate(zip(PARTS, parts, strict=True), start=1):
+        short = part.filter(lambda row: len(row["prompt"].encode()) <= LONGEST)
+        if len(short) < PROMPTS:
+            raise ValueError(
+                f"{name} has {len(short)} prompts of at most {LONGEST} bytes, fewer than the {PROMPTS} of an "
+                "iteration."
+            )
+        chosen = short.select(range(PROMPTS)).map(first_user_turn, remove_columns=part.column_names)
+        splits[f"iteration_{i}"] = chosen
+    return {"train": concatenate_datasets(list(splits.values())), **splits}
 
 
 def main():
@@ -39,8 +47,9 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("paper_prompts"))
     args = parser.parse_args()
     parts: Any = load_dataset("snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset", split=PARTS)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    prepare(parts).to_parquet(args.output_dir / "train.parquet")
+    (args.output_dir / "data").mkdir(parents=True, exist_ok=True)
+    for split, prompts in prepare(parts).items():
+        prompts.to_parquet(args.output_dir / "data" / f"{split}-00000-of-00001.parquet")
     print(f"Wrote {len(PARTS)} x {PROMPTS} prompts to {args.output_dir}.")
 
 

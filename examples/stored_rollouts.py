@@ -2,7 +2,7 @@
 
     python examples/stored_rollouts.py
 
-Needs a GPU with 16 GB, or patience. The files are Parquet: completions, scores, win rates, log-probabilities.
+Needs a GPU with 16 GB. The files are Parquet: completions, scores, win rates, log-probabilities.
 `trl-sppo rollout` and `trl-sppo train --rollouts` do the same from the command line (docs/reliability.md).
 """
 

@@ -1,7 +1,11 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, nor what this machine has from one
+os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
@@ -9,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ' ' }}{% endfor %}"

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import TINY, make_tokenizer
 from published_models import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
@@ -39,7 +40,8 @@ def test_every_recipe_passes_and_needs_what_its_header_says(path, run):
     status, said = run(path, "--gpu_memory", str(gpu_of(path)))
     assert status == 0 and said.endswith("Nothing looks wrong.\n"), said
     (value,) = re.findall(rf"at most, while .+ ([\d.]+)  of {gpu_of(path):g}$", said, re.MULTILINE)
-    assert f"{float(value):.0f} GB" in re.sub(r"\n# +", " ", header_of(path)).split("By arithmetic")[1]
+    header = re.sub(r"\n# +", " ", header_of(path))
+    assert re.search(r"By arithmetic (?:at most )?(\d+) GB", header)[1] == f"{float(value):.0f}"
 
 
 def test_what_the_recipe_that_was_asked_for_would_do(run):
@@ -85,6 +87,8 @@ def test_no_sum_without_a_part_of_it(run, tmp_path):
         (["--gpu_memory", "60", "--vllm_gpu_memory_utilization", "0.8"], "while generating.*vllm_gpu_memory_util"),
         (["--vllm_max_model_length", "1024"], "max_completion_length=1024 leaves no room for a prompt"),
         (["--use_peft", "false"], "dtype='bfloat16' without an adapter: a step of 5e-07 is lost in the rounding"),
+        # 15.23 GB of weights, and 4,096 tokens of 57,344 bytes
+        (["--vllm_gpu_memory_utilization", "0.15"], "gives vLLM 12.0 GB, but weights and the cache of .* take 15.5"),
     ],
 )
 def test_what_looks_wrong(run, options, words):
@@ -99,6 +103,20 @@ def test_what_looks_wrong(run, options, words):
         (["--nonsense", "1"], "there is no option 'nonsense'"),
         (["--num_generations", "7"], "generation_batch_size"),
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
+        (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
+        (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
+        (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
+        (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
+        (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
+        (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
+        (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not what torch.utils.checkpoint takes"),
+        (["--resume_from_checkpoint", "missing"], "missing"),
+        (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be made"),
+        (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
+        (["--dataset_streaming", "true"], "dataset_streaming=True needs max_steps"),
+        (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "there is none"),
+        (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
+        (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
         (["--dataset_name", "."], "--dataset_name"),
         (["--gpu_memory", "-1"], "gpu_memory must be positive"),
@@ -110,6 +128,77 @@ def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options,
     with pytest.raises(SystemExit) as end:
         run(LORA, *options)
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_prompt_that_does_not_fit(run, tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "prompts", 64)
+    row = json.dumps({"prompt": "a" * 5000})
+    (tmp_path / "prompts/train.jsonl").write_text("\n".join([row] * 64))
+    with pytest.raises(SystemExit):
+        run(LORA, "--dataset_name", prompts)
+    assert "do not fit into the policy's context of 4096 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--accelerate_config", "zero1", "--num_processes", "4"], "in 4 processes (zero1)."),
+        (["--use_deepspeed", "--zero_stage", "3", "--num_processes", "4"], "in 4 processes (zero3)."),
+        (["--accelerate_config", "fsdp1", "--num_processes", "2", "--use_peft", "false"], "in 2 processes (fsdp1)."),
+    ],
+)
+def test_sharding_is_recognised(run, options, words):
+    said = run(LORA, *options)[1]
+    assert words in said and "DDP" not in said and "lost in the rounding" not in said
+
+
+def test_a_recipe_for_gpus_is_checked_without_one(run):
+    status, said = run(LORA, "--tf32", "true", "--num_processes", "2")
+    assert status == 0 and "in 2 processes." in said
+
+
+def test_on_a_cpu_there_is_no_gpu_to_fill(run):
+    assert "Memory" not in run(LORA, "--use_cpu", "true", "--use_vllm", "false")[1]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_reward_model_that_is_an_encoder(run, tmp_path, kind):
+    """Their positions are a buffer, which has to hold some when they are measured."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1,
+        architectures=[f"{kind}ForSequenceClassification"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "reward")
+    make_tokenizer().save_pretrained(tmp_path / "reward")
+    for _ in range(3):
+        assert "reward model, bf16" in run(LORA, "--reward_model_name_or_path", str(tmp_path / "reward"))[1]
+
+
+def test_an_architecture_that_cannot_be_measured(run, tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=31, n_embd=16, n_layer=2, n_head=2, num_labels=1, architectures=["GPT2ForSequenceClassification"]
+    )
+    config.save_pretrained(tmp_path / "reward")
+    make_tokenizer().save_pretrained(tmp_path / "reward")
+    status, said = run(LORA, "--reward_model_name_or_path", str(tmp_path / "reward"))
+    assert status == 0 and "its architecture could not be measured" in said and "Memory" not in said
+
+
+def test_attention_that_makes_a_matrix_of_pairs():
+    config = POLICIES["Qwen/Qwen2.5-7B-Instruct"].__class__(**TINY)
+    assert size_of(deepcopy(config)).kept_of_pairs == 0
+    assert size_of(deepcopy(config), attention="eager").kept_of_pairs > 0
+    assert size_of(deepcopy(config), attention="flash_attention_2").kept_of_pairs == 0
+
+
+@pytest.mark.parametrize("argv", [["--config", str(LORA)], ["--learning_rate", "1", str(LORA)]])
+def test_where_the_recipe_stands(argv, capsys):
+    if argv[0] == "--config":
+        assert check.main(argv) == 0
+        return
+    with pytest.raises(SystemExit):
+        check.main(argv)
+    assert "give the recipe first" in capsys.readouterr().err
 
 
 def test_a_missing_recipe(capsys):
@@ -130,9 +219,12 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
     prompts = write_prompts(tmp_path / "prompts", 200)
     said = run(LORA, "--dataset_name", prompts)[1]
     assert "In all 3 iterations, 12 optimizer steps, 1,536 completions." in said
-    assert "The last 8 prompts of each epoch fill no iteration" in said and "Not known here" not in said
+    assert "The last 8 prompts of each epoch fill no iteration" in said and "was not loaded" not in said
     said = run(LORA, "--dataset_name", prompts, "--max_steps", "9")[1]
     assert "In all 3 iterations, 9 optimizer steps, 1,536 completions." in said
+    # 0.6 of 12 steps are 8, rounded up as the trainer does, and the last iteration is sampled whole
+    said = run(LORA, "--dataset_name", prompts, "--num_train_epochs", "0.6")[1]
+    assert "In all 2 iterations, 8 optimizer steps, 1,024 completions." in said
 
 
 @pytest.mark.parametrize(
@@ -142,6 +234,11 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
         ({"train_on": "best_and_worst"}, "32 of them"),
         ({"win_rate_threshold": 0.9}, "32 of them"),  # of 8 ranks the first and the last
         ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "as many as the threshold leaves of them"),
+        ({"win_rate_threshold": 0.6, "reward_funcs": "accuracy_reward"}, "as many as the threshold leaves of them"),
+        (
+            {"win_rate_threshold": 0.6, "preference_funcs": "conftest.more_abc"},
+            "as many as the threshold leaves of them",
+        ),
     ],
 )
 def test_what_is_trained_on(run, tmp_path, options, kept):
@@ -199,7 +296,10 @@ SIZE = ModelSize(
         ({}, {"dtype": "float32"}, {"processes": 2}, "policy, DDP's buckets of gradients", 4000),
         ({}, {}, {"processes": 4, "sharding": "zero2"}, "policy, with gradient and AdamW", 2000 + 14_000 / 4),
         ({}, {}, {"processes": 4, "sharding": "zero3"}, "policy, with gradient and AdamW", 4000),
-        ({"beta": 0.1}, {"dtype": "float32"}, {}, "initial policy, bf16", 2000),
+        ({"beta": 0.1}, {"dtype": "float32"}, {}, "initial policy, float32", 4000),
+        ({"beta": 0.1}, {}, {"processes": 4, "sharding": "fsdp2"}, "initial policy, bf16", 500),
+        ({"optim": "adafactor"}, {"dtype": "float32"}, {}, "policy, with gradient and Adafactor", 1000 * 8),
+        ({}, {}, {"processes": 4, "sharding": "zero1"}, "policy, with gradient and AdamW", 4000 + 12_000 / 4),
         ({"reward_quantization": "4bit"}, {}, {}, "reward model, matrices in NF4", 800 * (1 / 2 + 1 / 64 + 1 / 4096)),
         # rows of 8 + 4 tokens: 4 micro-batches of 8 rows are sampled at once
         ({}, {}, {}, "generating: cache", 32 * 12 * 32),

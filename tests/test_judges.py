@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from accelerate.utils import is_deepspeed_available
 from conftest import TINY, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -587,6 +588,22 @@ def endpoint(monkeypatch):
     yield endpoint
     endpoint.server.shutdown()
     endpoint.server.server_close()
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="needs DeepSpeed: .ci/run has it")
+def test_a_judge_is_whole_under_zero3(pairrm):
+    """transformers would divide what is loaded, for an engine that a judge does not have."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    try:
+        judge = PairRMJudge(pairrm)
+        assert is_deepspeed_zero3_enabled(), "it is switched off for the judge alone"
+    finally:
+        del zero3
+    assert all(parameter.dim() > 0 and parameter.numel() > 0 for parameter in judge.model.parameters())
+    assert judge(["what"], ["that"], ["this"]) == PairRMJudge(pairrm)(["what"], ["that"], ["this"])
 
 
 def ask(judge, prompts, first, second, **kwargs):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
+from datasets import load_dataset as load_from_folder
 from published_models import RECIPES, header_of, options_of
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.scripts.vllm_serve import ScriptArguments, build_command
@@ -185,11 +186,20 @@ def test_the_prompts_of_the_papers_runs(monkeypatch, tmp_path):
         Dataset.from_dict({"prompt": [f"{part}:{i}" for i in range(size + part)], "chosen": [""] * (size + part)})
         for part in range(3)
     ]
-    prompts = prepare(parts)
+    parts[2] = parts[2].map(lambda row, i: {"prompt": row["prompt"] + "x" * 3500 * (i == 0)}, with_indices=True)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: parts)
+    script = runpy.run_path(str(ROOT / "examples/paper_prompts.py"))  # which has imported it by then
+    monkeypatch.setattr("sys.argv", ["paper_prompts.py", "--output_dir", str(tmp_path / "paper_prompts")])
+    script["main"]()
+    found = load_from_folder(str(tmp_path / "paper_prompts"), cache_dir=str(tmp_path / "cache"))
+    assert set(found) == {"train", "iteration_1", "iteration_2", "iteration_3"}
+    prompts = found["train"]
     assert prompts.column_names == ["prompt"] and len(prompts) == 3 * size
+    # of the last part the first prompt is too long
     assert [prompts[i]["prompt"] for i in (0, size, 2 * size)] == [
-        [{"role": "user", "content": f"{part}:0"}] for part in range(3)
+        [{"role": "user", "content": text}] for text in ("0:0", "1:0", "2:1")
     ]
+    assert found["iteration_2"]["prompt"] == prompts["prompt"][size : 2 * size]
     with pytest.raises(ValueError, match="train_iteration_2 has 10 prompts"):
         prepare([parts[0], parts[1].select(range(10)), parts[2]])
     tagged = {"prompt": "<s>[INST] Who? [/INST]"}

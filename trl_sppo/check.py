@@ -1,49 +1,20 @@
 """`trl-sppo check`: what a recipe would do, what it would need, and what looks wrong, without weights and a GPU."""
 
-import importlib.util
-import os
-import sys
+import math
 from argparse import ArgumentParser
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from trl import ModelConfig, get_peft_config
 
-from .checks import check_adapter, check_datasets, check_sources
 from .config import SPPOConfig
-from .memory import BYTES, ModelSize, Placement, budget, dtype_of, peak, size_of
+from .memory import BYTES, dtype_of, peak
 from .objectives import select_completions
+from .plan import Plan, read
 from .preferences import win_rates_from_scores
-from .rewards import check_config, check_tokenizer
-from .train import SPPOScriptArguments, fail, launch_arguments, load_data, make_parser, split_config
-from .trust import is_url
+from .train import fail
 
 
-ROOM = (
-    0.9  # of a GPU's memory that may be planned: the rest is for the CUDA context, buffers, and holes between blocks
-)
+ROOM = 0.9  # of a GPU's memory that may be planned: the rest is for the CUDA context, buffers, holes between blocks
 SLOW_LORA, FAST_FULL = 1e-6, 5e-6  # learning rates beyond which adapters hardly move, and whole policies fall apart
-
-
-@dataclass
-class Plan:
-    """A training as a recipe describes it, and what was found out about it."""
-
-    script: SPPOScriptArguments
-    args: SPPOConfig
-    model_args: ModelConfig
-    dataset_args: Any
-    place: Placement
-    unknown: list[str] = field(default_factory=list)
-    policy: ModelSize | None = None
-    rows: dict[str, float] | None = None  # bytes on each GPU, by what takes them
-    num_prompts: int | None = None
-    conversational: bool | None = None
-    hub_is_away: bool = False
 
 
 def main(argv: list[str]) -> int:
@@ -59,8 +30,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--prompt_length", type=int, default=1024, help="Longest prompt, in tokens, where vLLM does not bound it."
     )
-    options, rest = parser.parse_known_args(argv)
+    argv = argv[1:] if argv[:1] == ["--config"] else argv  # as `trl-sppo train` has it
     try:
+        if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+            raise ValueError("give the recipe first: trl-sppo check RECIPE.")
+        options, rest = parser.parse_known_args(argv)
         if not options.gpu_memory > 0:
             raise ValueError(f"gpu_memory must be positive, got {options.gpu_memory}: it is in GB.")
         if options.prompt_length < 1:
@@ -79,165 +53,16 @@ def main(argv: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
-    """
-    Read a recipe, and what of its models and data can be had: configurations, tokenizers, a dataset in a folder.
-
-    Args:
-        recipe (`str`):
-            A YAML file.
-        argv (`list[str]`):
-            Options that override it.
-        gpu (`float`, *optional*, defaults to 80e9):
-            Bytes of memory of each GPU.
-        prompt_length (`int`, *optional*, defaults to `1024`):
-            Longest prompt in tokens, where vLLM does not bound it.
-
-    Returns:
-        [`Plan`]
-
-    Raises:
-        `ValueError`: if the training would be refused.
-    """
-    argv = ["--config", recipe, *split_config(argv)]
-    launch = launch_arguments(make_parser("trl-sppo check"), argv)
-    processes, sharding = _processes(launch)
-    # A GPU's bf16 can only be asked for where there is one
-    argv += [] if torch.cuda.is_available() else ["--use_cpu", "true"]
-    script, args, model_args, dataset_args = _parse(argv, processes)
-    check_adapter(model_args)
-    plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length))
-    _look_at_data(plan)
-    _look_at_models(plan)
-    return plan
-
-
-def _processes(launch: list[str]) -> tuple[int, str | None]:
-    """How many processes `accelerate launch` would be asked for, and how they divide the policy."""
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
-    file: Any = load_config_from_file(options.config_file) if options.config_file else None
-    kind = getattr(getattr(file, "distributed_type", None), "value", getattr(file, "distributed_type", None))
-    sharding = None
-    if kind == "FSDP":
-        sharding = "fsdp2"
-    elif kind == "DEEPSPEED":
-        stage = (file.deepspeed_config or {}).get("zero_stage", 0)
-        sharding = {2: "zero2", 3: "zero3"}.get(stage)
-    return options.num_processes or getattr(file, "num_processes", None) or 1, sharding
-
-
-def _parse(argv: list[str], processes: int) -> Any:
-    class Options(SPPOConfig):
-        """Reckons with the processes that would be started, of which this is none."""
-
-        world_size = property(lambda self: processes)
-
-    parser = make_parser("trl-sppo check", Options)
-    return parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
-
-
-def _look_at_data(plan: Plan) -> None:
-    script, args = plan.script, plan.args
-    if plan.dataset_args.datasets:
-        plan.unknown.append("How many prompts the mixture of datasets has: it was not loaded.")
-    elif script.dataset_name and not os.path.isdir(script.dataset_name):
-        plan.unknown.append(f"How many prompts {script.dataset_name} has, and how long they are: it was not loaded.")
-    elif args.rollouts is None:
-        train, test = load_data(script, plan.dataset_args, args.eval_strategy != "no")
-        plan.conversational = check_datasets(args, train, test)
-        with suppress(TypeError):  # a stream has no length
-            plan.num_prompts = len(train)
-
-
-def _look_at_models(plan: Plan) -> None:
-    """Configurations and tokenizers, of those models whose files are at hand or can be had from the hub."""
-    script, args, model_args = plan.script, plan.args, plan.model_args
-    policy = model_args.model_name_or_path
-    if not policy:
-        raise ValueError("no model: give model_name_or_path, a folder or an id on the hub.")
-    functions = [*(script.reward_funcs or []), *(script.eval_reward_funcs or [])]
-    for name in [*functions, *(script.preference_funcs or []), *(script.eval_preference_funcs or [])]:
-        _check_importable(name)
-    models = script.reward_model_name_or_path or []
-    sources: Any = [*models, *(_stand_in(name) for name in script.reward_funcs or [])]
-    oracles = [_stand_in(name) for name in script.preference_funcs or []]
-    check_sources(
-        args, sources, [None] * len(sources), oracles, has_environment=False, judged=args.rollouts is not None
-    )
-
-    config, tokenizer = _files(plan, "model", policy, args.trust_remote_code)
-    if config is not None:
-        plan.policy = size_of(config, get_peft_config(model_args))
-    if tokenizer is not None and plan.conversational and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the prompts are conversational, but the tokenizer of model {policy!r} has no chat template. Use an "
-            "instruction-tuned model, or prompts that are text."
-        )
-    trusted = args.reward_trust_remote_code or []
-    rewards = []
-    loaded = [model for model in [*models, *(script.eval_reward_model_name_or_path or [])] if not is_url(model)]
-    for model in loaded:
-        config, tokenizer = _files(plan, "reward model", model, model in trusted)
-        if config is not None:
-            check_config(model, model in trusted)
-            check_tokenizer(model, tokenizer, bool(plan.conversational))
-            rewards.append(size_of(config, is_reward_model=True))
-    if plan.policy is not None and len(rewards) == len(loaded):
-        plan.rows = budget(args, model_args, plan.policy, rewards, plan.place)
-
-
-def _files(plan: Plan, what: str, name: str, trusted: bool) -> tuple[PreTrainedConfig | None, Any]:
-    """Configuration and tokenizer, or None for what cannot be had from the hub, which `plan.unknown` then says."""
-    if plan.hub_is_away and not os.path.isdir(name):
-        plan.unknown.append(f"Anything about {what} {name}: the hub cannot be reached.")
-        return None, None
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
-        return config, AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
-    except OSError as error:
-        if os.path.isdir(name) or "connect" not in str(error):
-            raise ValueError(
-                f"{what} {name!r} is neither a folder with its files nor a model that can be had from the hub: {error}"
-            ) from error
-        plan.hub_is_away = True
-        return _files(plan, what, name, trusted)
-
-
-def _check_importable(name: str) -> None:
-    """Raise `ValueError` if there is no module of that name. It is not imported: a judge may load a model."""
-    module = name.rpartition(".")[0] or "trl.rewards"
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ImportError:
-        found = False
-    if not found:
-        raise ValueError(
-            f"{name!r} could not be imported: there is no module {module!r}. Give a dotted path: my_rewards.brevity "
-            "is `brevity` in my_rewards.py, in the folder from which you start the training."
-        )
-
-
-def _stand_in(name: str) -> Callable:
-    """For a function that is not imported."""
-
-    def function(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"{name} is not called here")
-
-    function.__name__ = name
-    return function
-
-
-def kept_per_group(args: SPPOConfig) -> int | None:
+def kept_per_group(plan: Plan) -> int | None:
     """How many completions of a group are trained on if no two have the same score. None: that depends on them."""
+    args, script = plan.args, plan.script
     assert args.num_generations is not None
     if args.train_on == "all" and args.win_rate_threshold is None:
         return args.num_generations
-    if args.train_on != "best_and_worst" and args.comparison != "hard":
+    voters = len(script.reward_model_name_or_path or []) + len(script.reward_funcs or [])
+    by_rank = args.comparison == "hard" and not script.preference_funcs
+    by_rank = by_rank and (voters == 1 or args.reward_aggregation == "sum")
+    if args.train_on != "best_and_worst" and not by_rank:
         return None
     ranks = torch.arange(args.num_generations, dtype=torch.float32).unsqueeze(0)
     rates = win_rates_from_scores(ranks, include_self=args.include_self)
@@ -285,7 +110,7 @@ def describe(plan: Plan) -> list[str]:
     ]
     if sources:
         lines.append(f"Win rates in each group of {group} come from {', '.join(sources)}.")
-    kept = kept_per_group(args)
+    kept = kept_per_group(plan)
     per_step = batch * args.num_iterations // steps
     trained = "as many as the threshold leaves" if kept is None else f"{per_step * kept // group:,}"
     if kept != group:
@@ -307,8 +132,8 @@ def _length(plan: Plan, prompts: int, steps: int) -> list[str]:
     if args.max_steps > 0:
         iterations, all_steps = -(-args.max_steps // steps), args.max_steps
     elif plan.num_prompts is not None:
-        iterations = int(plan.num_prompts // prompts * args.num_train_epochs)
-        all_steps = iterations * steps
+        all_steps = math.ceil(plan.num_prompts // prompts * steps * args.num_train_epochs)
+        iterations = -(-all_steps // steps)
     else:
         return [f"In all {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)} of the dataset."]
     sampled = iterations * (args.generation_batch_size or 0)
@@ -347,7 +172,8 @@ def judge(plan: Plan) -> tuple[list[str], list[str]]:
             f"vllm_max_model_length={longest} holds prompt and completion together, so max_completion_length="
             f"{completion} leaves no room for a prompt."
         )
-    low_precision = BYTES.get(_dtype(plan), 2) == 2
+    wrong += _too_small_for_vllm(plan)
+    low_precision = BYTES.get(_dtype(plan), 4) == 2
     if not model_args.use_peft and low_precision and plan.place.sharding is None:
         wrong.append(
             f"dtype={_dtype(plan)!r} without an adapter: a step of {args.learning_rate:g} is lost in the rounding of "
@@ -380,6 +206,22 @@ def judge(plan: Plan) -> tuple[list[str], list[str]]:
     if script.preference_funcs or script.reward_funcs:
         notes.append("What functions and judges need, in memory and time, is not counted.")
     return wrong, notes
+
+
+def _too_small_for_vllm(plan: Plan) -> list[str]:
+    """vLLM's share of a GPU has to hold the weights, and one text of the largest length."""
+    args, policy = plan.args, plan.policy
+    if not args.use_vllm or args.vllm_mode != "colocate" or policy is None or args.use_cpu:
+        return []
+    longest = args.vllm_max_model_length or plan.place.prompt_length + (args.max_completion_length or 0)
+    needed = policy.parameters * 2 / args.vllm_tensor_parallel_size + longest * policy.cache
+    share = args.vllm_gpu_memory_utilization * plan.place.gpu
+    if needed <= share:
+        return []
+    return [
+        f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization:g} gives vLLM {share / 1e9:.1f} GB, but "
+        f"weights and the cache of one text of {longest:,} tokens take {needed / 1e9:.1f}. Raise it."
+    ]
 
 
 def _cure(plan: Plan, phase: str) -> str:

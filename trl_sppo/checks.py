@@ -158,7 +158,9 @@ def _quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_confi
     return next((bits for bits in loaded if loaded[bits]), None)
 
 
-def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None) -> None:
+def check_quantization(
+    args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
+) -> None:
     """
     Check what a policy in 4 or 8 bit cannot be combined with.
 
@@ -169,6 +171,8 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
             The policy.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             How the policy is to be quantized.
+        on_cpu (`bool`, *optional*):
+            Whether the training is to run on a CPU. By default, whether this process does.
 
     Raises:
         `ValueError`: for vLLM, and for evaluations during a training on the CPU in 4 bit.
@@ -184,7 +188,8 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
             "(two bytes per parameter in the policy, and two in vLLM)."
         )
     evaluate = IntervalStrategy(args.eval_strategy).value
-    if bits == 4 and evaluate != "no" and args.device.type == "cpu":
+    on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
+    if bits == 4 and evaluate != "no" and on_cpu:
         raise ValueError(
             f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
             "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
@@ -192,7 +197,9 @@ def check_quantization(args: SPPOConfig, model: str | nn.Module, quantization_co
         )
 
 
-def check_sharding(args: SPPOConfig, has_adapter: bool) -> None:
+def check_sharding(
+    args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
+) -> None:
     """
     Check what does not work when FSDP or DeepSpeed shards the models.
 
@@ -201,13 +208,16 @@ def check_sharding(args: SPPOConfig, has_adapter: bool) -> None:
             Configuration.
         has_adapter (`bool`):
             Whether an adapter is trained, and not the whole policy.
+        deepspeed, fsdp (`bool`, *optional*):
+            Which of them shards. By default, what accelerate has set up in this process.
 
     Raises:
         `ValueError`: if it is asked for.
     """
-    deepspeed, fsdp = (
-        os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP")
-    )
+    if deepspeed is None:
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if fsdp is None:
+        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and has_adapter and args.use_vllm:
         raise ValueError(
             "use_vllm=True with an adapter under FSDP: each weight sync would move the frozen weights by a rounding "

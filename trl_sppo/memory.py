@@ -58,7 +58,10 @@ class ModelSize:
 
 
 def size_of(
-    config: PreTrainedConfig, peft_config: PeftConfig | None = None, is_reward_model: bool = False
+    config: PreTrainedConfig,
+    peft_config: PeftConfig | None = None,
+    is_reward_model: bool = False,
+    attention: str | None = None,
 ) -> ModelSize:
     """
     Count and measure a model that is never loaded: on the meta device, and a layer of it on the CPU.
@@ -70,6 +73,8 @@ def size_of(
             The adapter that is trained.
         is_reward_model (`bool`, *optional*, defaults to `False`):
             Whether it scores, with one label.
+        attention (`str`, *optional*):
+            Which implementation of attention, as `attn_implementation`. By default the model's own.
 
     Returns:
         [`ModelSize`]
@@ -92,7 +97,7 @@ def size_of(
             adapter = _numel(get_peft_model(model, peft_config), only_trained=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    one, two = (_first_layers(config, peft_config, number) for number in (1, 2))
+    one, two = (_first_layers(config, peft_config, number, attention) for number in (1, 2))
     return ModelSize(
         parameters=parameters,
         matrices=sum(linear),
@@ -116,19 +121,26 @@ class _Measured:
     squared: int = 0  # ... and with its square
 
 
-def _first_layers(config: PreTrainedConfig, peft_config: PeftConfig | None, number: int) -> _Measured:
+def _first_layers(
+    config: PreTrainedConfig, peft_config: PeftConfig | None, number: int, attention: str | None
+) -> _Measured:
     """What the first layers, of full width, keep of `LENGTH` tokens for their backward pass, in bf16 on the CPU."""
     values = config.to_dict() | {"num_hidden_layers": number, "vocab_size": 8}
     values |= {name: values[name][:number] for name in ("layer_types", "no_rope_layers") if values.get(name)}
     values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
     kind = AutoModel if peft_config is None else AutoModelForCausalLM
+    # Kernels for GPUs keep no matrix of pairs, whatever stands in for them here
+    on_gpus = attention is not None and attention not in ("eager", "sdpa")
+    chosen = {} if attention is None or on_gpus else {"attn_implementation": attention}
     with torch.device("meta"):
-        model: Any = kind.from_config(config.__class__(**values), dtype=torch.bfloat16)
+        model: Any = kind.from_config(config.__class__(**values), dtype=torch.bfloat16, **chosen)
         measured = _Measured(_numel(model))
         if peft_config is not None:
             get_peft_model(model, peft_config)  # in place
     disable_dropout_in_model(model)  # as SPPOConfig does
     model = model.base_model.to_empty(device="cpu").train()
+    for buffer in model.buffers():  # positions among them, which have to be some
+        buffer.zero_()
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     linear, squared = {}, {}
 
@@ -137,7 +149,7 @@ def _first_layers(config: PreTrainedConfig, peft_config: PeftConfig | None, numb
         if storage.data_ptr() in shared:  # weights, also those that autocast has cast, are counted elsewhere ...
             pass
         elif tensor.shape[-2:] == (LENGTH, LENGTH):  # ... and so is the mask, the same for all heads
-            if tensor.numel() > 2 * LENGTH**2:
+            if tensor.numel() > LENGTH**2:
                 squared[storage.data_ptr()] = storage.nbytes()
         elif LENGTH in tensor.shape:
             linear[storage.data_ptr()] = storage.nbytes()
@@ -149,7 +161,7 @@ def _first_layers(config: PreTrainedConfig, peft_config: PeftConfig | None, numb
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(inputs_embeds=hidden, attention_mask=mask)
-    measured.linear, measured.squared = sum(linear.values()), sum(squared.values())
+    measured.linear, measured.squared = sum(linear.values()), 0 if on_gpus else sum(squared.values())
     return measured
 
 
@@ -168,7 +180,7 @@ class Placement:
         processes (`int`, *optional*, defaults to `1`):
             Training processes, one on each GPU.
         sharding (`str`, *optional*):
-            `"fsdp2"`, `"zero2"` or `"zero3"`: how they divide the policy.
+            `"fsdp1"`, `"fsdp2"`, or `"zero0"` to `"zero3"`: how they divide the policy.
         prompt_length (`int`, *optional*, defaults to `1024`):
             Longest prompt in tokens, where vLLM does not bound it.
     """
@@ -230,23 +242,23 @@ def _weights(
         rows["policy, matrices in 8 bit"] = policy.matrices
         rows[f"policy, the rest in {_SHORT[dtype]}"] = rest
     elif policy.adapter:
-        rows[f"policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place, "zero3", "fsdp2")
+        rows[f"policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
     if policy.adapter:
         # TRL keeps the adapter of a quantized policy in bf16, and PEFT the others in float32
         each = 2 if model_args.load_in_4bit or model_args.load_in_8bit else 4
         rows[f"adapter, with gradient and {_optimizer(args)}"] = policy.adapter * each * (2 + _moments(args, each))
     else:
-        each = 4 if place.sharding else BYTES[dtype]  # ZeRO: weights and gradients in bf16, a copy in float32
+        each = 4 if place.sharding else BYTES[dtype]  # FSDP and ZeRO keep float32 weights
         rows[f"policy, with gradient and {_optimizer(args)}"] = _trained(args, policy, place, each)
         if place.processes > 1 and place.sharding is None:
             rows["policy, DDP's buckets of gradients"] = policy.parameters * each
         if args.beta > 0:
-            rows["initial policy, bf16"] = policy.parameters * 2 / _shares(place, "zero3")
+            rows[f"initial policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
     for i, reward in enumerate(rewards):
         which = "reward model" if len(rewards) == 1 else f"reward model {i + 1}"
         others = (reward.parameters - reward.matrices) * 2
         if args.reward_quantization is None:
-            rows[f"{which}, bf16"] = reward.parameters * 2 / _shares(place, "zero3")
+            rows[f"{which}, bf16"] = reward.parameters * 2 / (place.processes if place.sharding == "zero3" else 1)
         elif args.reward_quantization == "8bit":
             rows |= {f"{which}, matrices in 8 bit": reward.matrices, f"{which}, the rest in bf16": others}
         else:
@@ -255,6 +267,9 @@ def _weights(
 
 
 def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if args.rollouts is not None and not evaluates:
+        return {}
     if args.use_vllm:
         if args.vllm_mode == "server":
             return {}
@@ -263,6 +278,9 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
     _, padded = _lengths(args, place)
     assert args.steps_per_generation is not None  # GRPOConfig has set it
     batch, prompt = args.per_device_train_batch_size * args.steps_per_generation, place.prompt_length
+    if args.rollouts is not None:
+        batch = 0
+    batch = max(batch, args.per_device_eval_batch_size if evaluates else 0)
     generation: Any = args.generation_kwargs or {}
     chunk = generation.get("prefill_chunk_size", prompt)
     return {
@@ -283,6 +301,8 @@ def _scoring(args: SPPOConfig, rewards: list[ModelSize], place: Placement) -> di
 def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
     batch, (_, padded) = args.per_device_train_batch_size, _lengths(args, place)
     pairs = batch * padded**2
+    if dtype_of(args, model_args) == "float32" and not args.bf16 and not args.fp16:  # twice what was measured in bf16
+        batch *= 2
     rows: dict[str, float] = {}
     if args.gradient_checkpointing:
         rows["training: inputs of all layers, one layer twice, mask"] = (
@@ -296,11 +316,11 @@ def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, plac
         )
     if model_args.load_in_4bit:
         rows["training: a matrix in bf16"] = policy.widest * 2
-    if place.sharding == "fsdp2":
+    if place.sharding in ("fsdp1", "fsdp2"):
         rows["training: gathered"] = (2 * policy.layer + policy.embedding) * 4
     if place.sharding == "zero3":  # DeepSpeed's stage3_max_live_parameters and reduce_bucket_size
         rows["training: gathered"] = 1_000_000_000 * 2 + 500_000_000 * 2
-    if place.sharding == "zero2":
+    if place.sharding in ("zero0", "zero1", "zero2"):
         rows["training: buckets"] = 500_000_000 * 2 * 2  # reduce_bucket_size and allgather_bucket_size
     if not policy.adapter:
         rows["training: head"] = policy.embedding * (2 + 4 + 2)
@@ -322,28 +342,45 @@ def dtype_of(args: SPPOConfig, model_args: ModelConfig) -> str:
     """Name of the dtype that the policy is loaded in. `"auto"` counts as bfloat16."""
     init_kwargs: Any = args.model_init_kwargs or {}
     dtype = str(init_kwargs.get("dtype", model_args.dtype) or "float32").removeprefix("torch.")
-    return "bfloat16" if dtype == "auto" else dtype
+    if dtype == "auto":
+        return "bfloat16"
+    if dtype not in BYTES:
+        raise ValueError(f"dtype must be {' or '.join(BYTES)}, or auto, got {dtype!r}.")
+    return dtype
 
 
-def _shares(place: Placement, *kinds: str) -> int:
-    return place.processes if place.sharding in kinds else 1
+def _shares(place: Placement) -> int:
+    """Among how many processes weights are divided that are not trained."""
+    return place.processes if place.sharding in ("zero3", "fsdp1", "fsdp2") else 1
 
 
 def _trained(args: SPPOConfig, policy: ModelSize, place: Placement, each: int) -> float:
     """Bytes of weights, gradients and moments of a policy that is trained whole."""
-    per_parameter = each * (2 + _moments(args, each))
-    if place.sharding == "zero2":  # which divides all but the weights in bf16
-        return policy.parameters * (2 + (per_parameter - 2) / place.processes)
-    return policy.parameters * per_parameter / _shares(place, "zero3", "fsdp2")
+    moments = each * _moments(args, each)
+    # What each process has whole, and what is divided. ZeRO has weights and gradients in bf16, and a copy in float32
+    whole, divided = {
+        "zero0": (2 + 2 + 4 + moments, 0.0),
+        "zero1": (2 + 2, 4 + moments),
+        "zero2": (2, 2 + 4 + moments),
+        "zero3": (0, 2 + 2 + 4 + moments),
+        "fsdp1": (0, 4 + 4 + moments),
+        "fsdp2": (0, 4 + 4 + moments),
+    }.get(str(place.sharding), (2 * each + moments, 0.0))
+    return policy.parameters * (whole + divided / place.processes)
+
+
+# By how their names begin: what the rows of the budget call them, and moments per parameter
+OPTIMIZERS = {"rmsprop": ("RMSprop", 1), "sgd": ("SGD", 0), "adafactor": ("Adafactor", 0), "lion": ("Lion", 1)}
 
 
 def _optimizer(args: SPPOConfig) -> str:
-    return "RMSprop" if _name(args).startswith("rmsprop") else "AdamW"
+    name = _name(args).removeprefix("paged_")
+    return next((words for start, (words, _) in OPTIMIZERS.items() if name.startswith(start)), "AdamW")
 
 
 def _moments(args: SPPOConfig, each: int) -> float:
-    """Moments of the optimizer, in sizes of a parameter of `each` bytes."""
-    number = 1 if _optimizer(args) == "RMSprop" else 2
+    """Moments of the optimizer, in sizes of a parameter of `each` bytes. What is not known counts as AdamW."""
+    number = dict(OPTIMIZERS.values()).get(_optimizer(args), 2)
     return number / each if "8bit" in _name(args) else number
 
 

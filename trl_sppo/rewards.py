@@ -108,11 +108,7 @@ def load_reward_models(
         for source in reward_funcs
     ]
     if quantization is not None:
-        if not any(isinstance(source, str) for source in reward_funcs):
-            raise ValueError(
-                f"reward_quantization={quantization!r} is about reward models that are loaded from a path here, and "
-                "there is none. Remove it; a reward model behind a server is quantized when that is started."
-            )
+        check_reward_quantization(quantization, reward_funcs)
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError(
                 f"reward_quantization={quantization!r} needs bitsandbytes, which is not installed: "
@@ -165,6 +161,15 @@ def load_reward_models(
                 )
         models.append(source)
     return models, tokenizers
+
+
+def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSource]) -> None:
+    """Raise `ValueError` if there is nothing to quantize here."""
+    if not any(isinstance(source, str) and not is_url(source) for source in reward_funcs):
+        raise ValueError(
+            f"reward_quantization={quantization!r} is about reward models that are loaded from a path here, and "
+            "there is none. Remove it; a reward model behind a server is quantized when that is started."
+        )
 
 
 def _own_code(name: str) -> tuple[str, str]:

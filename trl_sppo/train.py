@@ -256,17 +256,23 @@ def import_callable(path: str, what: str, hint: str) -> Any:
     return function
 
 
+def check_one_dataset(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("dataset_name and datasets are both given. Keep one: a dataset, or a mixture of them.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
+
+
 def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
     """Load the training split, and the test split if `evaluate`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     from trl import get_dataset
 
-    if dataset_args.datasets and script_args.dataset_name:
-        raise ValueError("dataset_name and datasets are both given. Keep one: a dataset, or a mixture of them.")
+    check_one_dataset(script_args, dataset_args)
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
-    elif script_args.dataset_name:
+    else:
         try:
             splits = load_dataset(
                 script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
@@ -285,8 +291,6 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
                 f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be loaded, with dataset_config="
                 f"{script_args.dataset_config!r}: {error}"
             ) from error
-    else:
-        raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     for split in wanted:
         if split not in splits:

@@ -1,0 +1,310 @@
+"""A training before it begins: what a recipe asks for, and what can be found out about its models and data."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from .arguments import check_output_dir
+from .checks import (
+    check_activation_checkpointing,
+    check_adapter,
+    check_datasets,
+    check_judges,
+    check_optimizer,
+    check_quantization,
+    check_resume,
+    check_sharding,
+    check_sources,
+)
+from .config import SPPOConfig
+from .memory import ModelSize, Placement, budget, size_of
+from .prompts import check_prompts
+from .rewards import check_config, check_reward_quantization, check_tokenizer
+from .stored_rollouts import is_judged, load_rollouts
+from .train import (
+    SPPOScriptArguments,
+    check_one_dataset,
+    launch_arguments,
+    load_data,
+    make_parser,
+    split_config,
+)
+from .trust import is_url
+
+
+# ZeRO's stages by the number that DeepSpeed gives them
+ZERO = {0: "zero0", 1: "zero1", 2: "zero2", 3: "zero3"}
+
+
+@dataclass
+class Plan:
+    """A training as a recipe describes it, and what was found out about it."""
+
+    script: SPPOScriptArguments
+    args: SPPOConfig
+    model_args: ModelConfig
+    dataset_args: Any
+    place: Placement
+    unknown: list[str] = field(default_factory=list)
+    policy: ModelSize | None = None
+    rows: dict[str, float] | None = None  # bytes on each GPU, by what takes them
+    num_prompts: int | None = None
+    conversational: bool | None = None
+    hub_is_away: bool = False
+    train_dataset: Any = None
+    eval_dataset: Any = None
+
+
+def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
+    """
+    Read a recipe, and what of its models and data can be had: configurations, tokenizers, a dataset in a folder.
+
+    Args:
+        recipe (`str`):
+            A YAML file.
+        argv (`list[str]`):
+            Options that override it.
+        gpu (`float`, *optional*, defaults to 80e9):
+            Bytes of memory of each GPU.
+        prompt_length (`int`, *optional*, defaults to `1024`):
+            Longest prompt in tokens, where vLLM does not bound it.
+
+    Returns:
+        [`Plan`]
+
+    Raises:
+        `ValueError`: if the training would be refused.
+    """
+    argv = ["--config", recipe, *split_config(argv)]
+    launch = launch_arguments(make_parser("trl-sppo check"), argv)
+    processes, sharding, unknown = _launch(launch)
+    script, args, model_args, dataset_args = _parse(argv, processes)
+    if sharding is None:
+        sharding = _sharding_of(args)
+    plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
+    check_output_dir(args.output_dir)
+    check_resume(args)
+    check_activation_checkpointing(args)
+    check_adapter(model_args)
+    if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
+        check_optimizer(args)
+    check_sharding(
+        args,
+        has_adapter=model_args.use_peft,
+        deepspeed=sharding in ZERO.values(),
+        fsdp=str(sharding).startswith("fsdp"),
+    )
+    _look_at_data(plan)
+    _look_at_models(plan)
+    return plan
+
+
+def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
+    """How many processes `accelerate launch` would start, how they divide the policy, and what is not known."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
+    file: Any = SimpleNamespace()
+    if options.config_file is not None or os.path.isfile(default_config_file):
+        file = load_config_from_file(options.config_file)
+    unknown = []
+    processes = options.num_processes or getattr(file, "num_processes", None)
+    if processes is None:
+        processes = max(torch.cuda.device_count(), 1)
+        if not torch.cuda.is_available():
+            unknown.append("How many GPUs there will be: one process is assumed, but one is started on each.")
+    kind = getattr(file, "distributed_type", None)
+    kind = getattr(kind, "value", kind)
+    sharding = None
+    if kind == "FSDP" or options.use_fsdp:
+        settings = getattr(file, "fsdp_config", None) or {}
+        version = settings.get("fsdp_version", 1) if settings else getattr(options, "fsdp_version", 1)
+        sharding = f"fsdp{version or 1}"
+    elif kind == "DEEPSPEED" or options.use_deepspeed:
+        settings = getattr(file, "deepspeed_config", None) or {}
+        stage = options.zero_stage if options.use_deepspeed else settings.get("zero_stage")
+        if settings.get("deepspeed_config_file"):
+            unknown.append("What is in deepspeed_config_file: ZeRO-2 is assumed.")
+        sharding = ZERO.get(int(stage or 2))
+    return processes, sharding, unknown
+
+
+def _sharding_of(args: SPPOConfig) -> str | None:
+    """By the options of transformers, which can ask for it too."""
+    if getattr(args, "fsdp", None):
+        return "fsdp1"
+    if isinstance(args.deepspeed, dict):
+        return ZERO.get(args.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    return "zero2" if args.deepspeed else None
+
+
+def _parse(argv: list[str], processes: int) -> Any:
+    class Options(SPPOConfig):
+        """Reckons with the processes that would be started, of which this is none."""
+
+        world_size = property(lambda self: processes)
+
+    parser = make_parser("trl-sppo check", Options)
+    # As on a GPU: what is asked for is not for the machine that reckons
+    able: dict[str, Any] = {"is_torch_bf16_gpu_available": lambda: True, "is_torch_tf32_available": lambda: True}
+    with patch.multiple("transformers.training_args", **able):
+        return parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
+
+
+def _look_at_data(plan: Plan) -> None:
+    script, args = plan.script, plan.args
+    evaluate = args.eval_strategy != "no"
+    if args.rollouts is not None:
+        assert args.num_generations is not None
+        plan.train_dataset = load_rollouts(args.rollouts, args.num_generations)
+        plan.num_prompts = len(plan.train_dataset)
+        return
+    check_one_dataset(script, plan.dataset_args)
+    if plan.dataset_args.datasets:
+        plan.unknown.append("How many prompts the mixture of datasets has: it was not loaded.")
+    elif not os.path.isdir(str(script.dataset_name)):
+        plan.unknown.append(f"How many prompts {script.dataset_name} has, and how long they are: it was not loaded.")
+    else:
+        plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, evaluate)
+        plan.conversational = check_datasets(args, plan.train_dataset, plan.eval_dataset)
+        with suppress(TypeError):  # a stream has no length
+            plan.num_prompts = len(plan.train_dataset)
+    if script.dataset_streaming and args.max_steps <= 0:
+        raise ValueError("dataset_streaming=True needs max_steps: a stream has no length, so epochs have no end.")
+
+
+def _look_at_models(plan: Plan) -> None:
+    """Configurations and tokenizers, of those models whose files are at hand or can be had from the hub."""
+    script, args, model_args = plan.script, plan.args, plan.model_args
+    policy = model_args.model_name_or_path
+    if not policy:
+        raise ValueError("no model: give model_name_or_path, a folder or an id on the hub.")
+    _check_sources(plan)
+    init_kwargs: Any = args.model_init_kwargs or {}
+    revision = init_kwargs.get("revision", model_args.model_revision)
+    config, tokenizer = _files(plan, "model", policy, args.trust_remote_code, revision)
+    quantization = get_quantization_config(model_args)
+    if config is not None or quantization is not None:
+        check_quantization(args, policy, quantization, on_cpu=args.use_cpu)
+    if config is not None:
+        attention = init_kwargs.get("attn_implementation", model_args.attn_implementation)
+        plan.policy = _size(plan, policy, config, get_peft_config(model_args), attention)
+    if tokenizer is not None and plan.conversational and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are conversational, but the tokenizer of model {policy!r} has no chat template. Use an "
+            "instruction-tuned model, or prompts that are text."
+        )
+    if tokenizer is not None and plan.conversational is not None:
+        check_prompts(args, policy, tokenizer, plan.train_dataset, plan.eval_dataset)
+    models = script.reward_model_name_or_path or []
+    trusted = args.reward_trust_remote_code or []
+    rewards = []
+    loaded = [model for model in [*models, *(script.eval_reward_model_name_or_path or [])] if not is_url(model)]
+    for model in loaded:
+        config, tokenizer = _files(plan, "reward model", model, model in trusted)
+        if config is not None:
+            check_config(model, model in trusted)
+            check_tokenizer(model, tokenizer, bool(plan.conversational))
+            rewards.append(_size(plan, model, config, is_reward_model=True))
+    sizes = [size for size in rewards if size is not None]
+    if plan.policy is not None and len(sizes) == len(loaded) and not args.use_cpu:
+        plan.rows = budget(args, model_args, plan.policy, sizes, plan.place)
+
+
+def _check_sources(plan: Plan) -> None:
+    """Who says which completion is better, without asking any of them."""
+    script, args = plan.script, plan.args
+    functions = [*(script.reward_funcs or []), *(script.eval_reward_funcs or [])]
+    for name in [*functions, *(script.preference_funcs or []), *(script.eval_preference_funcs or [])]:
+        _check_importable(name)
+    models = script.reward_model_name_or_path or []
+    sources: list[Any] = [*models, *map(_stand_in, script.reward_funcs or [])]
+    judges: list[Any] = [
+        *(script.eval_reward_model_name_or_path or []),
+        *map(_stand_in, script.eval_reward_funcs or []),
+    ]
+    oracles = [list(map(_stand_in, each or [])) for each in (script.preference_funcs, script.eval_preference_funcs)]
+    judged = args.rollouts is not None and is_judged(plan.train_dataset)
+    check_sources(args, sources, [None] * len(sources), oracles[0], has_environment=False, judged=judged)
+    check_judges(args, sources, judges, [None] * len(judges), oracles[1])
+    if args.reward_quantization is not None:
+        check_reward_quantization(args.reward_quantization, [*sources, *judges])
+
+
+def _size(
+    plan: Plan,
+    name: str,
+    config: PreTrainedConfig,
+    peft_config: Any = None,
+    attention: str | None = None,
+    is_reward_model: bool = False,
+) -> ModelSize | None:
+    """Its size, or None and a line in `plan.unknown` for an architecture that cannot be measured."""
+    try:
+        return size_of(config, peft_config, is_reward_model, attention)
+    except Exception as error:
+        plan.unknown.append(f"The memory that {name} needs: its architecture could not be measured ({error}).")
+        return None
+
+
+def _files(
+    plan: Plan, what: str, name: str, trusted: bool, revision: str | None = None
+) -> tuple[PreTrainedConfig | None, Any]:
+    """Configuration and tokenizer, or None for what cannot be had from the hub, which `plan.unknown` then says."""
+    if plan.hub_is_away and not os.path.isdir(name):
+        plan.unknown.append(f"Anything about {what} {name}: the hub cannot be reached.")
+        return None, None
+    kwargs = {"trust_remote_code": trusted} | ({"revision": revision} if revision else {})
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+        return config, AutoTokenizer.from_pretrained(name, **kwargs)
+    except OSError as error:
+        if os.path.isdir(name) or "connect" not in str(error):
+            raise ValueError(
+                f"{what} {name!r} is neither a folder with its files nor a model that can be had from the hub: {error}"
+            ) from error
+        plan.hub_is_away = True
+        return _files(plan, what, name, trusted)
+
+
+def _check_importable(name: str) -> None:
+    """Raise `ValueError` if there is no module of that name. It is not imported itself: a judge may load a model."""
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if not module:
+        import trl.rewards
+
+        if not hasattr(trl.rewards, attribute):
+            raise ValueError(f"{name!r} is no reward function of trl.rewards. Give a name in it, or a dotted path.")
+        return
+    try:
+        found = importlib.util.find_spec(module) is not None  # this imports packages that it lies in
+    except Exception:
+        found = False
+    if not found:
+        raise ValueError(
+            f"{name!r} could not be imported: there is no module {module!r}. Give a dotted path: my_rewards.brevity "
+            "is `brevity` in my_rewards.py, in the folder from which you start the training."
+        )
+
+
+def _stand_in(name: str) -> Callable:
+    """For a function that is not imported."""
+
+    def function(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"{name} is not called here")
+
+    function.__name__ = name
+    return function
