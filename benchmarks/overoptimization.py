@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import learning
 import torch
+from learning_methods import LORA, ROLLOUT, LoraConfig, read_prompts
 from quickstart_reward_model import fit, held_out_figures, read_ratings
 from tqdm import tqdm
 
@@ -71,15 +71,15 @@ def run(trained_on: str, seed: int, learning_rate: float) -> None:
         str(QUICKSTART / "policy"),
         [reward, str(FOLDER / "proxy_b")],
         SPPOConfig(
-            **{**learning.ROLLOUT, **options},
+            **{**ROLLOUT, **options},
             train_on="best_and_worst",
             reward_weights=[1.0, 0.0],
             model_init_kwargs={"dtype": "float32"},
         ),
-        learning.read_prompts("train"),
-        learning.read_prompts("test"),
+        read_prompts("train"),
+        read_prompts("test"),
         eval_reward_funcs=[*models.values(), vader, on_topic],
-        peft_config=learning.LoraConfig(**learning.LORA),
+        peft_config=LoraConfig(**LORA),
     )
     trainer.train()
     (folder / "history.json").write_text(json.dumps(trainer.state.log_history))

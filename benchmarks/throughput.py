@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import learning
+import learning_methods as learning
 import torch
 from transformers import TrainerCallback
 
