@@ -231,6 +231,8 @@ def show(methods: list[str], learning_rates: list[float], seeds: list[int]) -> N
             cells.append(f"{last[judge]:.3f} ({', '.join(f'{run[-1][judge]:.3f}' for run in runs)})")
         cells += [f"{value_at(mean[method], 'seconds', judge, time_of_fastest):.3f}" for judge in ALL_JUDGES]
         print("| " + " | ".join(cells) + " |")
+    if mean:
+        show_at_equal_reward(mean)
     if {"sppo", "online_dpo"} <= mean.keys():
         for judge in ALL_JUDGES[:2]:
             level, whole = mean["online_dpo"][-1][judge], mean["online_dpo"][-1]["seconds"]
@@ -241,6 +243,19 @@ def show(methods: list[str], learning_rates: list[float], seeds: list[int]) -> N
         last = mean["sppo_biased"][-1]
         print("SPPO on the biased reward model: " + ", ".join(f"{last[judge]:.3f} under {judge}" for judge in JUDGES))
     draw(found, mean, points)
+
+
+def show_at_equal_reward(mean: dict[str, list[dict[str, float]]]) -> None:
+    """Print what each method has paid when it reaches the reward at which the last one ends."""
+    level = min(curve[-1]["reward model"] for curve in mean.values())
+    names = ["completions", "seconds", "kl", *ALL_JUDGES[1:]]
+    print(f"\n| at {level:.3f} under the reward model | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+    for method, curve in mean.items():
+        place = crossing(curve, "completions", "reward model", level)
+        if place is not None:
+            values = [value_at(curve, "completions", name, place) for name in names]
+            cells = [f"{value:.3f}" if value < 1 else f"{value:.0f}" for value in values]
+            print("| " + " | ".join([METHODS[method][0], *cells]) + " |")
 
 
 def draw(found: dict, mean: dict, points: dict) -> None:

@@ -162,7 +162,7 @@ ROLLOUT: dict[str, Any] = {
 
 
 def train_sppo(referee: Referee, model, common: dict[str, Any], reward: Callable = accurate, **options) -> None:
-    args = SPPOConfig(**{**ROLLOUT, **common}, **options)
+    args = SPPOConfig(**{**ROLLOUT, **common, **options})
     _fit(SPPOTrainer, model, args, referee, reward_funcs=reward, train_dataset=read_prompts("train"))
 
 
@@ -294,6 +294,7 @@ METHODS: dict[str, tuple[str, Callable]] = {
     "iterative_dpo": ("TRL DPO sppo_hard, 3 iterations", train_iterative_dpo),
     "sppo_all": ("SPPO, all", _sppo()),
     "sppo_threshold": ("SPPO, threshold 0.6", _sppo(**THRESHOLD)),
+    "sppo_three": ("SPPO, best and worst, 3 iterations", _sppo(**PAIR, steps_per_generation=8)),
     "sppo_soft": ("SPPO, soft, best and worst", _sppo(**SOFT, **PAIR)),
     "sppo_soft_all": ("SPPO, soft, all", _sppo(**SOFT)),
     "sppo_soft_threshold": ("SPPO, soft, threshold 0.6", _sppo(**SOFT, **THRESHOLD)),
