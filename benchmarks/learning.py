@@ -239,9 +239,8 @@ def show(methods: list[str], learning_rates: list[float], seeds: list[int]) -> N
             seconds = crossing(mean["sppo"], "seconds", judge, level)
             when = "does not reach it" if seconds is None else f"{seconds:.0f} s, {seconds / whole:.2f} of that"
             print(f"OnlineDPO's last win rate under {judge}, {level:.3f}, takes it {whole:.0f} s; SPPO: {when}")
-    if "sppo_biased" in mean:
-        last = mean["sppo_biased"][-1]
-        print("SPPO on the biased reward model: " + ", ".join(f"{last[judge]:.3f} under {judge}" for judge in JUDGES))
+    if {"sppo", "sppo_biased"} <= mean.keys():
+        show_bias({method: (best[method], found[method]) for method in ("sppo", "sppo_biased")}, seeds)
     draw(found, mean, points)
 
 
@@ -256,6 +255,21 @@ def show_at_equal_reward(mean: dict[str, list[dict[str, float]]]) -> None:
             values = [value_at(curve, "completions", name, place) for name in names]
             cells = [f"{value:.3f}" if value < 1 else f"{value:.0f}" for value in values]
             print("| " + " | ".join([METHODS[method][0], *cells]) + " |")
+
+
+def show_bias(trained: dict[str, tuple], seeds: list[int]) -> None:
+    """Print what training on the biased reward model does under all judges, and to the habit that it pays for."""
+    names = ["biased reward model", *ALL_JUDGES]
+    print("\n| | " + " | ".join(names) + " | commas per completion |\n|" + "---|" * (len(names) + 2))
+    for method, (rate, runs) in trained.items():
+        cells = [METHODS[method][0]]
+        for name in names:
+            values = [run[-1][name] for run in runs]
+            cells.append(f"{sum(values) / len(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
+        paths = [path for seed in seeds if (path := path_of(method, rate, seed)).exists()]
+        texts = [text for path in paths for group in last_row(path)["texts"] for text in group]
+        cells.append(f"{sum(text.count(',') for text in texts) / len(texts):.1f}")
+        print("| " + " | ".join(cells) + " |")
 
 
 def draw(found: dict, mean: dict, points: dict) -> None:
