@@ -142,9 +142,9 @@ def test_negated_options_work_on_the_command_line_and_are_refused_in_a_recipe(wo
 
 def test_the_environment_of_a_recipe_reaches_the_processes(workdir, tmp_path):
     (tmp_path / "rewards_of_test.py").write_text(
-        "import os\nfrom conftest import count_abc\n"
+        "import os\nhome = os.environ['HF_HOME']\nfrom conftest import count_abc\n"  # which has one of its own
         "def seen_at_import(completions, **kwargs):\n"
-        "    assert os.environ['HF_HOME'] == 'elsewhere'\n"
+        "    assert home == 'elsewhere'\n"
         "    from huggingface_hub.constants import HF_HOME\n"
         "    assert HF_HOME == 'elsewhere', HF_HOME\n"
         "    return count_abc(completions)\n"

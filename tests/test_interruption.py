@@ -174,13 +174,17 @@ def test_the_same_signal_again(start, tmp_path, monkeypatch):  # noqa: F811
                 signal.raise_signal(self.number)
                 time.sleep(0.02)
 
-    trainer = start("one", save_steps=100)
-    interrupt(trainer, Twice(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
-    assert last_whole_checkpoint(str(tmp_path / "one"))
-    monkeypatch.setattr(interruption, "SAME_SIGNAL", 0.0)
-    trainer = start("two", save_steps=100)
-    interrupt(trainer, Twice(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
-    assert last_whole_checkpoint(str(tmp_path / "two")) is None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        trainer = start("one", save_steps=100)
+        interrupt(trainer, Twice(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
+        assert last_whole_checkpoint(str(tmp_path / "one"))
+        monkeypatch.setattr(interruption, "SAME_SIGNAL", 0.0)
+        trainer = start("two", save_steps=100)
+        interrupt(trainer, Twice(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
+        assert last_whole_checkpoint(str(tmp_path / "two")) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_another_thread_signals_are_left_alone(start):  # noqa: F811
