@@ -1,7 +1,7 @@
 """Over-optimisation: train on a proxy reward model, and watch a gold one. Which diagnostics warn in time?
 
     trl-sppo quickstart                          # once: prepares the models in ./quickstart
-    python benchmarks/overoptimization.py        # an hour on two cores; what is in ./overoptimization is not run again
+    python benchmarks/overoptimization.py        # what is in ./overoptimization is not run again
 
 The gold reward model is the quickstart's: 8,000 film-review snippets, each rated by 15 to 29 people. The proxies have
 seen 300 snippets each, and of each the rating of one person. The policy is trained on proxy_a; proxy_b, from other

@@ -313,6 +313,9 @@ def test_a_row_of_the_budget(options, model_options, place, row, value):
     model_args = train.ModelConfig(**{"dtype": "bfloat16", **model_options})
     rows = budget(args, model_args, SIZE, [SIZE], Placement(1e6, prompt_length=8, **place))
     assert rows[row] == value
+
+
+def test_the_peak_is_that_of_one_phase():
     assert peak({"always": 1.0, "a: x": 2.0, "b: y": 1.5, "b: z": 1.0}) == (3.5, "b")
 
 
