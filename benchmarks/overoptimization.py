@@ -36,7 +36,7 @@ FOLDER = Path("overoptimization")
 PROXIES = ("proxy_a", "proxy_b")
 GOLD = "reward_model"
 NUM_TRAIN = 300
-STEPS, EVERY = 36, 6  # optimizer steps of 32 completions
+STEPS, EVERY = 24, 4  # optimizer steps of 32 completions
 JUDGES = ("proxy_a", GOLD, "vader", "on_topic")
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import more_abc
 from fixed import alphabet_score
+from test_cli import message, workdir  # noqa: F401
+from test_launch import ACCELERATE, run
 from trl import ModelConfig
 
 import trl_sppo
@@ -94,15 +98,15 @@ def commands() -> list[tuple[Path, str]]:
     return lines
 
 
+def needs_a_gpu(command: str) -> bool:
+    return "GPU" in command or "CUDA_VISIBLE_DEVICES" in command or command.startswith("vllm serve")
+
+
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda each: getattr(each, "name", each)[:60])
-def test_commands(page, command, tmp_path, monkeypatch):
-    """Each is known, names files that are there and options that exist; what needs a GPU says so."""
-    words = shlex.split(command, comments=True)
-    on_gpus = "CUDA_VISIBLE_DEVICES" in command or words[0] == "vllm"
-    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-    if words[0] in ("pip", "pytest", "vllm", "python", "torchrun", "accelerate"):
-        scripts = [word for word in words if word.endswith(".py")]
-        assert all((ROOT / script).is_file() for script in scripts)
+def test_commands(page, command, monkeypatch):
+    """Each is known, names files that are there and options that exist."""
+    words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
+    if words[0] in ("pip", "pytest", "vllm", "torchrun", "accelerate"):
         if "&&" not in words:
             return
         words = words[words.index("&&") + 1 :]
@@ -113,16 +117,13 @@ def test_commands(page, command, tmp_path, monkeypatch):
         # `recipe.yaml` and the like stand for the reader's own
         path = options[options.index("--config") + 1]
         if path.startswith("recipes/"):
-            assert on_gpus or "quickstart" in path or "GPU" in command, f"{command} does not say that it needs a GPU"
+            assert needs_a_gpu(command), f"{command} does not say that it needs a GPU"
         else:
             options[options.index("--config") + 1] = "recipes/quickstart.yaml"
         train.launch_arguments(train.make_parser(), options)
     elif name == "check":
-        recipe = options[0] if options[0].startswith("recipes/") else "recipes/quickstart.yaml"
-        if recipe == "recipes/quickstart.yaml":  # whose models `trl-sppo quickstart` prepares
-            assert Path(recipe).is_file()
-        else:
-            assert check.main([recipe, *options[1:]]) == 0
+        if options[0].startswith("recipes/"):
+            assert check.main(options) == 0
     elif name == "eval":
         parse(EvalArguments, "trl-sppo eval", options)
     else:
@@ -130,22 +131,55 @@ def test_commands(page, command, tmp_path, monkeypatch):
         train.check_arguments(["--config", "recipes/quickstart.yaml", *options])
 
 
-def test_the_recipe_of_the_quickstarts_page(tiny_policy, tmp_path, monkeypatch):
-    """Model, prompts and reward of one's own: the page's files, with a tiny model, train."""
-    page = ROOT / "docs/quickstart.md"
-    (recipe,), (rows,), (rewards,) = (blocks(page, language) for language in ("yaml", "json", "python"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    Path("my_prompts").mkdir()
-    Path("my_prompts/train.jsonl").write_text(json.dumps(json.loads(rows)) + "\n")
-    Path("my_rewards.py").write_text(rewards)
-    assert recipe.count("quickstart/policy") == 1
-    Path("mine.yaml").write_text(recipe.replace("quickstart/policy", tiny_policy))
-    with pytest.raises(SystemExit):  # one row of the eight that the page asks for
-        train.main(["--config", "mine.yaml"])
-    Path("my_prompts/train.jsonl").write_text((json.dumps(json.loads(rows)) + "\n") * 8)
-    assert check.main(["mine.yaml"]) == 0
-    assert train.main(["--config", "mine.yaml", "--max_completion_length", "4"]).state.global_step == 4
+def commands_to_run() -> dict[Path, list[str]]:
+    """By page: what needs no GPU, and is not run by .ci/run (install, tests, quickstart) or above (`check recipes/...`)."""
+    found: dict[Path, list[str]] = {}
+    for page, command in commands():
+        elsewhere = re.match(r"pip install|pytest|trl-sppo quickstart|trl-sppo check recipes/", command)
+        if not elsewhere and not needs_a_gpu(command):
+            found.setdefault(page, []).append(command)
+    assert len(found) > 3
+    return found
+
+
+@pytest.mark.parametrize("page", commands_to_run(), ids=lambda page: page.name)
+def test_commands_run(page, readers_folder):
+    """As they stand, one after the other; the models are tiny."""
+    for command in commands_to_run()[page]:
+        words = shlex.split(command, comments=True)
+        several = ["--main_process_port", "0"] if "--num_processes" in words else []  # the usual one may be taken
+        if words[0] == "accelerate":
+            words = [*ACCELERATE, *several, *words[2:]]
+        else:
+            words = [sys.executable, "-m", "trl_sppo", *words[1:], *several]
+        result = run(words)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+
+
+@pytest.fixture
+def readers_folder(workdir, tmp_path):  # noqa: F811
+    """What the pages take to be there: the quickstart's files, their own, and `recipe.yaml` and `train.yaml`."""
+    workdir(save_strategy="steps", save_steps=1, per_device_train_batch_size=4)
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "train.yaml").write_text(re.sub("^reward_funcs.*\n", "", recipe, flags=re.MULTILINE))
+    quickstart = tmp_path / "quickstart"
+    for name in ("policy", "run"):
+        shutil.copytree(tmp_path / "policy", quickstart / name)
+    shutil.copytree(tmp_path / "prompts", quickstart / "prompts")
+    (mine,), (row,), (rewards,) = (
+        blocks(ROOT / "docs/quickstart.md", language) for language in ("yaml", "json", "python")
+    )
+    (tmp_path / "mine.yaml").write_text(mine)
+    (tmp_path / "my_rewards.py").write_text(rewards)
+    (tmp_path / "my_prompts").mkdir()
+    (tmp_path / "my_prompts/train.jsonl").write_text((json.dumps(json.loads(row)) + "\n") * 8)  # as many as it says
+    return tmp_path
+
+
+def test_the_quickstarts_page_needs_as_many_prompts_as_it_says(readers_folder, capsys):
+    path = readers_folder / "my_prompts/train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))
+    assert "8" in message(capsys, ["--config", "mine.yaml"])
 
 
 def test_the_reference_has_all_public_names():

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -34,15 +35,20 @@ MODULE = ["--main_process_port", "0", "--module", "trl_sppo.train"]
 
 def run(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run a command to its end. If it hangs, ask it to end, since killing it would leave its processes behind."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONFAULTHANDLER": "1"}
     environment["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.getcwd()}"
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            raise
+    for _ in range(2):
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                raise
+        if "(SIGSEGV)" not in stderr:
+            break
+        # Not ours, who have no native code: PyTorch's, seen once, with FSDP on a CPU, which accelerate does not support
+        warnings.warn(f"A second try, since a process crashed in native code:\n{stderr}", stacklevel=2)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
