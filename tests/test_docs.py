@@ -132,7 +132,7 @@ def test_commands(page, command, monkeypatch):
 
 
 def commands_to_run() -> dict[Path, list[str]]:
-    """By page: what needs no GPU, and is not run by .ci/run (install, tests, quickstart) or above (`check recipes/...`)."""
+    """By page: what needs no GPU, and is not run by .ci/run (install, tests, quickstart) or above (`check`)."""
     found: dict[Path, list[str]] = {}
     for page, command in commands():
         elsewhere = re.match(r"pip install|pytest|trl-sppo quickstart|trl-sppo check recipes/", command)

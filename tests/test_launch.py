@@ -47,7 +47,7 @@ def run(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess
                 raise
         if "(SIGSEGV)" not in stderr:
             break
-        # Not ours, who have no native code: PyTorch's, seen once, with FSDP on a CPU, which accelerate does not support
+        # PyTorch's, for we have no native code: seen once, with FSDP on a CPU, which accelerate does not support
         warnings.warn(f"A second try, since a process crashed in native code:\n{stderr}", stacklevel=2)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
