@@ -10,10 +10,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import more_abc
+from conftest import make_tokenizer, more_abc
 from fixed import alphabet_score
 from test_cli import message, workdir  # noqa: F401
 from test_launch import ACCELERATE, run
+from test_rewards import decoder
 from trl import ModelConfig
 
 import trl_sppo
@@ -132,10 +133,10 @@ def test_commands(page, command, monkeypatch):
 
 
 def commands_to_run() -> dict[Path, list[str]]:
-    """By page: what needs no GPU, and is not run by .ci/run (install, tests, quickstart) or above (`check`)."""
+    """By page: what needs no GPU, and is not run by .ci/run (install and tests) or above (`check`)."""
     found: dict[Path, list[str]] = {}
     for page, command in commands():
-        elsewhere = re.match(r"pip install|pytest|trl-sppo quickstart|trl-sppo check recipes/", command)
+        elsewhere = re.match(r"pip install|pytest|trl-sppo check recipes/", command)
         if not elsewhere and not needs_a_gpu(command):
             found.setdefault(page, []).append(command)
     assert len(found) > 3
@@ -165,7 +166,9 @@ def readers_folder(workdir, tmp_path):  # noqa: F811
     quickstart = tmp_path / "quickstart"
     for name in ("policy", "run"):
         shutil.copytree(tmp_path / "policy", quickstart / name)
-    shutil.copytree(tmp_path / "prompts", quickstart / "prompts")
+    for part in (decoder(), make_tokenizer()):
+        part.save_pretrained(quickstart / "reward_model")
+    shutil.copytree(Path(trl_sppo.__file__).parent / "quickstart" / "prompts", quickstart / "prompts")
     (mine,), (row,), (rewards,) = (
         blocks(ROOT / "docs/quickstart.md", language) for language in ("yaml", "json", "python")
     )
@@ -179,7 +182,7 @@ def readers_folder(workdir, tmp_path):  # noqa: F811
 def test_the_quickstarts_page_needs_as_many_prompts_as_it_says(readers_folder, capsys):
     path = readers_folder / "my_prompts/train.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))
-    assert "8" in message(capsys, ["--config", "mine.yaml"])
+    assert "7 prompts, fewer than the 8 of one" in message(capsys, ["--config", "mine.yaml"])
 
 
 def test_the_reference_has_all_public_names():
