@@ -64,6 +64,19 @@ def test_a_micro_batch_is_padded_to_its_own_longest_text(reward_model):
     assert shapes == [(4, lengths[i]) for i in range(0, len(TEXTS), 4)]
 
 
+def test_texts_beyond_the_context_are_told_of_once(reward_model, caplog):
+    reward_model.config._name_or_path = "judge"
+    reward_model.config.max_position_embeddings = 40  # the longest text has as many
+    wrapped = MicroBatchedRewardModel(reward_model, 4)
+    with torch.inference_mode():
+        wrapped(**tokenize(TEXTS))
+        assert not caplog.records
+        for _ in range(2):
+            wrapped(**tokenize(["x" * 41, "a"]))
+    (record,) = caplog.records
+    assert "reward model 'judge' has a context of 40 tokens, and is given texts of up to 41" in record.message
+
+
 def test_a_decoder_keeps_no_cache():
     """It would be 5 GB for a micro-batch of the 7B recipes, and nobody reads it."""
     model = decoder()

@@ -17,10 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging
 
 from .served import ServedRewardModel
 from .trust import check_safetensors, is_url, own_code_error, own_code_is_refused
 
+
+logger = logging.get_logger(__name__)
 
 Scores = Sequence[float | None]
 RewardSource = str | PreTrainedModel | Callable[..., Scores | Coroutine[Any, Any, Scores]]
@@ -49,8 +52,12 @@ class MicroBatchedRewardModel(nn.Module):
         self.model = model
         self.batch_size = batch_size
         config = getattr(getattr(model, "module", model), "config", None)  # DeepSpeed's own is not the model's
-        if isinstance(config, PreTrainedConfig):  # decoders keep keys and values by default, and nobody reads them
-            config.get_text_config().use_cache = False
+        self._context: int | None = None
+        if isinstance(config, PreTrainedConfig):
+            self._name = f"reward model {config._name_or_path!r}"
+            config = config.get_text_config()
+            config.use_cache = False  # decoders keep keys and values by default, and nobody reads them
+            self._context = getattr(config, "max_position_embeddings", None)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: torch.Tensor
@@ -58,6 +65,14 @@ class MicroBatchedRewardModel(nn.Module):
         """Score right-padded texts: all inputs have shape `(N, L)`, the logits have shape `(N, 1)`, in float32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         lengths = attention_mask.sum(dim=1)
+        if self._context is not None and input_ids.size(1) > self._context:
+            logger.warning(
+                f"{self._name} has a context of {self._context} tokens, and is given texts of up to "
+                f"{input_ids.size(1)}, with prompt and chat template: it fails on them, or its scores of them mean "
+                "little. Leave out long prompts, lower max_completion_length, or take a reward model with a longer "
+                "context. Said once."
+            )
+            self._context = None
         scores = torch.empty(len(input_ids), device=input_ids.device)
         # Longest first: if memory does not suffice, it fails at once
         for rows in lengths.argsort(descending=True).split(self.batch_size):
