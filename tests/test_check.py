@@ -157,6 +157,11 @@ def test_a_recipe_for_gpus_is_checked_without_one(run):
     assert status == 0 and "in 2 processes." in said
 
 
+def test_the_backend_of_the_processes_is_not_looked_for(run):
+    status, said = run(RECIPES / "qwen2.5-7b-instruct/full-8gpu-zero3.yaml", "--ddp_backend", "nccl")
+    assert status == 0, said
+
+
 def test_on_a_cpu_there_is_no_gpu_to_fill(run):
     assert "Memory" not in run(LORA, "--use_cpu", "true", "--use_vllm", "false")[1]
 

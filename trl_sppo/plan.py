@@ -155,6 +155,11 @@ def _parse(argv: list[str], processes: int) -> Any:
 
         world_size = property(lambda self: processes)
 
+        def __post_init__(self):
+            backend, self.ddp_backend = self.ddp_backend, None  # would be looked for here
+            super().__post_init__()
+            self.ddp_backend = backend
+
     parser = make_parser("trl-sppo check", Options)
     # As on a GPU: what is asked for is not for the machine that reckons
     able: dict[str, Any] = {"is_torch_bf16_gpu_available": lambda: True, "is_torch_tf32_available": lambda: True}
