@@ -157,6 +157,15 @@ def test_a_recipe_for_gpus_is_checked_without_one(run):
     assert status == 0 and "in 2 processes." in said
 
 
+def test_weights_are_told_where_they_differ(run, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sources = ("--reward_funcs", "my_rewards.brevity", "--preference_funcs", "my_rewards.judge")
+    assert ", my_rewards.brevity, my_rewards.judge." in run(LORA, *sources)[1]
+    said = run(LORA, *sources, "--reward_weights", "1", "0")[1]
+    assert " (weight 1), my_rewards.brevity (weight 0), my_rewards.judge (weight 1)." in said
+
+
 def test_the_backend_of_the_processes_is_not_looked_for(run):
     status, said = run(RECIPES / "qwen2.5-7b-instruct/full-8gpu-zero3.yaml", "--ddp_backend", "nccl")
     assert status == 0, said

@@ -84,7 +84,10 @@ def test_the_oracle_in_the_docs_works():
     names: dict = {}
     exec(code, names)
     check_oracle(names["prefers_brevity"])
-    assert names["prefers_brevity"](prompts=["p"] * 3, first=["a", "aa", "a"], second=["b", "b", "bb"]) == [0.5, 0, 1]
+    first, second = (
+        [[{"role": "assistant", "content": text}] for text in texts] for texts in (["a", "aa", "a"], ["b", "b", "bb"])
+    )
+    assert names["prefers_brevity"](prompts=["p"] * 3, first=first, second=second) == [0.5, 0, 1]
 
 
 def commands() -> list[tuple[Path, str]]:

@@ -275,7 +275,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     [
         (("ladder",), "give the output directory of a run first"),
         (("ladder", "nowhere"), "'nowhere' is no folder"),
-        (("ladder", "prompts"), "has evaluations of 0 policies, and a ladder needs two"),
+        (("ladder", "prompts"), "a ladder needs two policies, and 'prompts' has 0 to play: evaluations of steps []"),
         (("report", "prompts"), "has no trainer_state.json"),
         (("report", "prompts", "--x"), "'--x' is no option of `trl-sppo report RUN`"),
     ],

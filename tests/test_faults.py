@@ -98,7 +98,12 @@ async def raising_later(completions, **kwargs):
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (raising, "reward source 'count_abc' failed: ValueError: it has no idea. It must return one score for each"),
+        (
+            raising,
+            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one score for each of "
+            "its completions, None where it cannot say; with these prompts each completion is a list of "
+            "messages. What was sampled",
+        ),
         (lambda completions, **kwargs: [1.0], "'count_abc' returned 1 rewards, but 8 were expected"),
         (lambda completions, **kwargs: ["good"] * len(completions), "reward source 'count_abc' failed: "),
         (lambda completions, **kwargs: None, "reward source 'count_abc' failed: TypeError:"),
@@ -591,30 +596,31 @@ def test_an_output_directory_that_cannot_be(run_until, where):
 DIES = """
 import os, signal
 from conftest import count_abc
-from torch import distributed
 calls = 0
 def dies(completions, **kwargs):
     global calls
     calls += 1
-    if calls == 3 and distributed.get_rank() == 1:
+    if calls == 3 and os.environ.get("RANK", "0") == "{rank}":
         {how}
     return count_abc(completions)
 """
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"),
+    ("how", "processes", "expected"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "trl-sppo: error: process 1 was ended by SIGKILL"),
-        ("raise ValueError('it has no idea')", "reward source 'dies' failed: ValueError: it has no idea"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 2, "trl-sppo: error: process 1 was ended by SIGKILL"),
+        ("raise ValueError('it has no idea')", 2, "reward source 'dies' failed: ValueError: it has no idea"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "trl-sppo: error: process 0 was ended by SIGKILL"),
     ],
-    ids=["killed", "raises"],
+    ids=["killed", "raises", "killed alone"],
 )
-def test_one_of_two_processes_dies(workdir, tmp_path, how, expected):  # noqa: F811
-    """The other ends too, and does not wait for ever."""
-    (tmp_path / "rewards_of_test.py").write_text(DIES.format(how=how))
+def test_a_process_dies(workdir, tmp_path, how, processes, expected):  # noqa: F811
+    """The other ends too, if there is one, and does not wait for ever."""
+    (tmp_path / "rewards_of_test.py").write_text(DIES.format(how=how, rank=processes - 1))
     argv = workdir(
-        per_device_train_batch_size=4, reward_funcs="rewards_of_test.dies", num_processes=2, use_cpu=True,
+        per_device_train_batch_size=8 // processes, reward_funcs="rewards_of_test.dies", num_processes=processes,
+        use_cpu=True,
         save_strategy="steps", save_steps=1, max_steps=4,
     )  # fmt: skip
     result = run([*TRL_SPPO, *argv, "--main_process_port", "0"], timeout=100)

@@ -149,12 +149,15 @@ def test_evaluations_change_nothing_about_the_training(start):
         assert torch.equal(weights(evaluated)[name], value)
 
 
-def test_a_run_that_has_taken_all_its_steps_takes_no_more(start, tmp_path):
+def test_a_run_that_has_taken_all_its_steps_takes_no_more(start, tmp_path, caplog):
     """transformers would take one. A run may be killed between its last checkpoint and its end."""
+    words = "had taken all of its 9 steps"
     whole = start("whole")
     whole.train()
+    assert words not in caplog.text
     again = start("whole")
     again.train(resume_from_checkpoint=True)
+    assert caplog.text.count(words) == 1
     assert again.state.global_step == 9 and not again.calls
     assert_same(again, whole)
 

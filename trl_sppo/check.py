@@ -103,13 +103,14 @@ def describe(plan: Plan) -> list[str]:
             f"An iteration: {prompts:,} prompts x {group} completions = {batch:,}, sampled by {sampler}, of at most "
             f"{args.max_completion_length:,} tokens, at temperature {args.temperature:g}."
         )
-    sources = [
-        *(script.reward_model_name_or_path or []),
-        *(script.reward_funcs or []),
-        *(script.preference_funcs or []),
-    ]
-    if sources:
-        lines.append(f"Win rates in each group of {group} come from {', '.join(sources)}.")
+    sources = [*(script.reward_model_name_or_path or []), *(script.reward_funcs or [])]
+    oracles = script.preference_funcs or []
+    weights = [*(args.reward_weights or [1.0] * len(sources)), *(args.preference_weights or [1.0] * len(oracles))]
+    voters = [*sources, *oracles]
+    if len(set(weights)) > 1:
+        voters = [f"{name} (weight {weight:g})" for name, weight in zip(voters, weights, strict=True)]
+    if voters:
+        lines.append(f"Win rates in each group of {group} come from {', '.join(voters)}.")
     kept = kept_per_group(plan)
     per_step = batch * args.num_iterations // steps
     trained = "as many as the threshold leaves" if kept is None else f"{per_step * kept // group:,}"
@@ -137,7 +138,13 @@ def _length(plan: Plan, prompts: int, steps: int) -> list[str]:
     else:
         return [f"In all {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)} of the dataset."]
     sampled = iterations * (args.generation_batch_size or 0)
-    return [f"In all {iterations:,} iterations, {all_steps:,} optimizer steps, {sampled:,} completions."]
+    return [
+        f"In all {_count(iterations, 'iteration')}, {_count(all_steps, 'optimizer step')}, {sampled:,} completions."
+    ]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _dtype(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from . import __version__
+from .quiet import hush
 
 
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a `trl-sppo` command and return its exit status."""
+    hush()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="trl-sppo",
@@ -75,19 +77,20 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
         with passing_on_signals():
             launch_command(arguments)
     except subprocess.CalledProcessError as error:
-        return exit_status([error.returncode])
+        codes = {0: error.returncode}
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        for rank, code in codes.items():
-            if code < 0:  # it could not say so itself
-                print(
-                    f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name} (if nobody sent it, "
-                    "the machine's memory may not have sufficed), and the others were ended too. The same command "
-                    "with --resume_from_checkpoint true goes on from the last checkpoint.",
-                    file=sys.stderr,
-                )
-        return exit_status(list(codes.values()))
-    return 0
+    else:
+        return 0
+    for rank, code in codes.items():
+        if code < 0:  # it could not say so itself
+            print(
+                f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name} (if nobody sent it, the "
+                "machine's memory may not have sufficed), and so were the others, if any. The same command with "
+                "--resume_from_checkpoint true goes on from the last checkpoint.",
+                file=sys.stderr,
+            )
+    return exit_status(list(codes.values()))
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class JudgeArguments:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "
-                f"loaded: {error}"
+                f"loaded: {error}. Check the path, and name a split that it has: --dataset_test_split train, say."
             ) from error
         if "prompt" not in prompts.column_names:
             raise ValueError(f"dataset_name={self.dataset_name!r} has no column 'prompt', but {prompts.column_names}.")

@@ -116,9 +116,15 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
             file=sys.stderr,
         )
     if len(players) < 2:
+        cure = (
+            "Save more checkpoints (save_steps, save_total_limit); `trl-sppo eval` plays one against the policy that "
+            "the run began with."
+            if args.has_judges
+            else "Train with eval_strategy, or give judges and --dataset_name to sample the checkpoints now."
+        )
         raise ValueError(
-            f"{str(run)!r} has evaluations of {len(players)} policies, and a ladder needs two. Train with "
-            "eval_strategy, or give judges and --dataset_name to sample the checkpoints now."
+            f"a ladder needs two policies, and {str(run)!r} has {len(players)} to play: "
+            f"{'checkpoints' if args.has_judges else 'evaluations'} of steps {sorted(players)}. {cure}"
         )
     ladders: dict[str, Matrix] = {}
     for a, b in combinations(sorted(players), 2):

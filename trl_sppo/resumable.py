@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_beginning, write_manifest
@@ -23,6 +24,8 @@ from .opponents import Opponents
 from .recording import RolloutRecorder
 from .stored_rollouts import installed_versions
 
+
+logger = logging.get_logger(__name__)
 
 REFERENCE = "reference.pt"  # in checkpoints of runs that change the reference model
 
@@ -211,7 +214,13 @@ class ResumableTrainer(GRPOTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The second: a resumed run that had taken all its steps. transformers would take one more
-        if self._interruption.is_over() or self.state.global_step >= self.state.max_steps:
+        done = self.state.global_step >= self.state.max_steps
+        if done:
+            logger.warning(
+                f"this run had taken all of its {self.state.max_steps} steps before it was resumed: nothing is "
+                "trained. A higher max_steps or num_train_epochs goes on; another output_dir begins a new run."
+            )
+        if done or self._interruption.is_over():
             self.control.should_training_stop = True
             cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
             num_batches = 0

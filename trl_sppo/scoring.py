@@ -220,9 +220,10 @@ class ScoringTrainer(ResumableTrainer):
             if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
                 raise
             names = ", ".join(map(repr, self.reward_func_names))
+            form = "a text" if isinstance(completions[0], str) else "a list of messages"
             raise RunError(
                 f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
-                "its completions, None where it cannot say."
+                f"its completions, None where it cannot say; with these prompts each completion is {form}."
                 + " What was sampled is kept: a resumed run scores it without sampling again."
                 * self._recorder.recalls
             ) from error

@@ -10,10 +10,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from .quiet import hush
 
-from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade
-from .config import SPPOConfig
+
+hush()  # before the imports that would speak
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  # noqa: E402
+
+from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade  # noqa: E402
+from .config import SPPOConfig  # noqa: E402
 
 
 @dataclass
