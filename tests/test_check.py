@@ -103,6 +103,12 @@ def test_what_looks_wrong(run, options, words):
         (["--nonsense", "1"], "there is no option 'nonsense'"),
         (["--num_generations", "7"], "generation_batch_size"),
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
+        (
+            ["--reward_funcs", "my_rewards.brevty"],
+            "there is no 'brevty' in {folder}/my_rewards.py. Did you mean brevity?",
+        ),
+        (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) is no folder that is there"),
+        (["--dataset_name", "empty"], "dataset 'empty' (--dataset_name) has an empty file"),
         (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
         (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
@@ -125,9 +131,13 @@ def test_what_looks_wrong(run, options, words):
 )
 def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("def brevity(completions, **kwargs):\n    return None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.jsonl").touch()
     with pytest.raises(SystemExit) as end:
         run(LORA, *options)
-    assert end.value.code == 2 and words in capsys.readouterr().err
+    assert end.value.code == 2 and words.replace("{folder}", str(tmp_path)) in capsys.readouterr().err
 
 
 def test_a_prompt_that_does_not_fit(run, tmp_path, capsys):
@@ -158,7 +168,7 @@ def test_a_recipe_for_gpus_is_checked_without_one(run):
 
 
 def test_weights_are_told_where_they_differ(run, tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").touch()
+    (tmp_path / "my_rewards.py").write_text("from somewhere import brevity, judge\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     sources = ("--reward_funcs", "my_rewards.brevity", "--preference_funcs", "my_rewards.judge")
     assert ", my_rewards.brevity, my_rewards.judge." in run(LORA, *sources)[1]

@@ -100,8 +100,8 @@ async def raising_later(completions, **kwargs):
     [
         (
             raising,
-            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one score for each of "
-            "its completions, None where it cannot say; with these prompts each completion is a list of "
+            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number for each of "
+            "its completions, None where it cannot say; to these prompts each is a list of "
             "messages. What was sampled",
         ),
         (lambda completions, **kwargs: [1.0], "'count_abc' returned 1 rewards, but 8 were expected"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import count
 
 import pandas as pd
 import pytest
@@ -11,6 +12,8 @@ from datasets import Dataset
 from fixed import COMPLETIONS, alphabet_score, fixed_rollout, weights
 from peft import LoraConfig
 from trl import GRPOTrainer
+
+from trl_sppo.faults import RunError
 
 
 NAN = math.nan
@@ -192,13 +195,28 @@ def test_unscorable_completions_take_no_part(fixed, tiny_model, caplog, bad):
 
 
 @pytest.mark.parametrize("bad", [None, NAN, math.inf])
-def test_nothing_scorable_at_all(fixed, tiny_model, caplog, bad):
+def test_nothing_scorable_at_all(fixed, tiny_model, bad):
     trainer = fixed(model=tiny_model, reward_funcs=lambda completions, **kwargs: [bad] * len(completions))
-    before = weights(trainer)
-    trainer.train()
-    assert trainer.state.log_history[0]["win_rate/unscorable"] == 1
-    assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
-    assert "for 16 of 16 completions" in caplog.text and "nothing is learned from it" in caplog.text
+    with pytest.raises(RunError, match="for any of 16 completions: there is nothing to compare"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("silent", "stops"), [([2, 3], False), ([2, 3, 4], True), ([2, 3, 5, 6], False)])
+def test_nothing_scorable_in_some_rollouts(fixed, tiny_model, caplog, silent, stops):
+    calls = count(1)
+
+    def score(completions, **kwargs):
+        return [None if n in silent else float(i) for n in [next(calls)] for i in range(len(completions))]
+
+    trainer = fixed(model=tiny_model, reward_funcs=score, max_steps=6)
+    if stops:
+        with pytest.raises(RunError, match="nor in the two rollouts before"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert "for 16 of 16 completions" in caplog.text and "nothing is learned from it" in caplog.text
+        unscorable = [log["win_rate/unscorable"] for log in trainer.state.log_history if "loss" in log]
+        assert unscorable == [float(n in silent) for n in range(1, 7)]
 
 
 def test_truncated_completions_can_be_masked(fixed, tiny_model, monkeypatch):

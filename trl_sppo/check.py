@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             print(f"\n{heading}")
             print("\n".join(f"  - {line}" for line in lines))
     if not wrong:
-        print("\nNothing looks wrong.")
+        print(f"\nNothing looks wrong{' in what could be looked at' * plan.hub_is_away}.")
     return 1 if wrong else 0
 
 

@@ -129,10 +129,11 @@ class JudgeArguments:
             raise ValueError("no prompts: give --dataset_name, a folder or an id on the hub.")
         try:
             prompts: Any = load_dataset(self.dataset_name, name=self.dataset_config, split=self.dataset_test_split)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, StopIteration) as error:  # the last if a file is empty
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "
-                f"loaded: {error}. Check the path, and name a split that it has: --dataset_test_split train, say."
+                f"loaded: {error or 'it is empty'}. Check the path, and name a split that it has, such as "
+                "--dataset_test_split train."
             ) from error
         if "prompt" not in prompts.column_names:
             raise ValueError(f"dataset_name={self.dataset_name!r} has no column 'prompt', but {prompts.column_names}.")

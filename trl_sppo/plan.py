@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +37,7 @@ from .stored_rollouts import is_judged, load_rollouts
 from .train import (
     SPPOScriptArguments,
     check_one_dataset,
+    is_folder_or_id,
     launch_arguments,
     load_data,
     make_parser,
@@ -178,7 +182,7 @@ def _look_at_data(plan: Plan) -> None:
     check_one_dataset(script, plan.dataset_args)
     if plan.dataset_args.datasets:
         plan.unknown.append("How many prompts the mixture of datasets has: it was not loaded.")
-    elif not os.path.isdir(str(script.dataset_name)):
+    elif not os.path.isdir(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
         plan.unknown.append(f"How many prompts {script.dataset_name} has, and how long they are: it was not loaded.")
     else:
         plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, evaluate)
@@ -284,7 +288,7 @@ def _files(
 
 
 def _check_importable(name: str) -> None:
-    """Raise `ValueError` if there is no module of that name. It is not imported itself: a judge may load a model."""
+    """Raise `ValueError` if it cannot be there. Its module is not imported: a judge may load a model."""
     module, _, attribute = name.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -295,13 +299,23 @@ def _check_importable(name: str) -> None:
             raise ValueError(f"{name!r} is no reward function of trl.rewards. Give a name in it, or a dotted path.")
         return
     try:
-        found = importlib.util.find_spec(module) is not None  # this imports packages that it lies in
+        spec = importlib.util.find_spec(module)  # this imports packages that it lies in
     except Exception:
-        found = False
-    if not found:
+        spec = None
+    if spec is None:
         raise ValueError(
             f"{name!r} could not be imported: there is no module {module!r}. Give a dotted path: my_rewards.brevity "
             "is `brevity` in my_rewards.py, in the folder from which you start the training."
+        )
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    source = Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+    words = set(re.findall(r"\w+", source))
+    if attribute not in words and not words & {"__getattr__", "globals", "setattr"} and "import *" not in source:
+        nearest = get_close_matches(attribute, sorted(words), n=1)
+        raise ValueError(
+            f"{name!r} could not be imported: there is no {attribute!r} in {spec.origin}."
+            + f" Did you mean {nearest[0]}?" * bool(nearest)
         )
 
 

@@ -42,7 +42,7 @@ class ScoringTrainer(ResumableTrainer):
 
     model: nn.Module
 
-    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts"]
+    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts", "_silent_rollouts_of_sources"]
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class ScoringTrainer(ResumableTrainer):
         self._rollout_metrics: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
         self._warned: set[str] = set()
         self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
+        self._silent_rollouts_of_sources: int | None = None  # likewise, of all reward sources together
 
         sources, processing_classes = load_reward_models(
             [*judges, *reward_funcs],
@@ -222,8 +223,8 @@ class ScoringTrainer(ResumableTrainer):
             names = ", ".join(map(repr, self.reward_func_names))
             form = "a text" if isinstance(completions[0], str) else "a list of messages"
             raise RunError(
-                f"reward source {names} failed: {type(error).__name__}: {error}. It must return one score for each of "
-                f"its completions, None where it cannot say; with these prompts each completion is {form}."
+                f"reward source {names} failed: {type(error).__name__}: {str(error).rstrip('.')}. It must return one "
+                f"number for each of its completions, None where it cannot say; to these prompts each is {form}."
                 + " What was sampled is kept: a resumed run scores it without sampling again."
                 * self._recorder.recalls
             ) from error
@@ -236,7 +237,25 @@ class ScoringTrainer(ResumableTrainer):
                     f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
                     "metric win_rate/unscorable goes on counting the completions that no source could score."
                 )
+        self._check_scores(scores.isfinite())
         return scores.masked_fill(~scores.isfinite(), torch.nan)
+
+    def _check_scores(self, scored: torch.Tensor) -> None:
+        """Stop if nobody who votes has ever scored a completion, or nobody did in three rollouts in a row."""
+        if not self.model.training or self.preference_funcs:
+            return
+        if scored[:, self.reward_weights.to(scored.device) > 0].any():
+            self._silent_rollouts_of_sources = 0
+            return
+        never = self._silent_rollouts_of_sources is None
+        self._silent_rollouts_of_sources = (self._silent_rollouts_of_sources or 0) + 1
+        if never or self._silent_rollouts_of_sources == 3:
+            names = ", ".join(map(repr, self.reward_func_names))
+            raise RunError(
+                f"reward source {names} gave no finite score (None, NaN or infinite) for any of {len(scored)} "
+                f"completions{'' if never else ', nor in the two rollouts before'}: there is nothing to compare. It "
+                "must return one number for each of its completions, None only where it cannot say."
+            )
 
 
 def _told_apart(names: list[str]) -> list[str]:

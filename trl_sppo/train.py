@@ -268,6 +268,20 @@ def check_one_dataset(script_args: SPPOScriptArguments, dataset_args: DatasetMix
         raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
 
 
+def is_folder_or_id(name: str) -> bool:
+    """Whether it is there, or has the form of an id on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if os.path.exists(name):
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
     """Load the training split, and the test split if `evaluate`."""
     from datasets import load_dataset
@@ -275,6 +289,11 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
     from trl import get_dataset
 
     check_one_dataset(script_args, dataset_args)
+    if script_args.dataset_name and not is_folder_or_id(script_args.dataset_name):
+        raise ValueError(
+            f"dataset {script_args.dataset_name!r} (--dataset_name) is no folder that is there, and cannot be an id "
+            "on the Hugging Face hub. Check the path."
+        )
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
     else:
@@ -286,6 +305,8 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
             raise ValueError(
                 f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
             ) from error
+        except StopIteration as error:
+            raise ValueError(f"dataset {script_args.dataset_name!r} (--dataset_name) has an empty file.") from error
         except (OSError, ConnectionError) as error:
             raise ValueError(
                 f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
