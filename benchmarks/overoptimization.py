@@ -37,7 +37,7 @@ PROXIES = ("proxy_a", "proxy_b")
 GOLD = "reward_model"
 NUM_TRAIN = 300
 STEPS, EVERY = 24, 4  # optimizer steps of 32 completions
-JUDGES = ("proxy_a", GOLD, "vader", "on_topic")
+LABELS = {"proxy_a": "proxy", "proxy_b": "second proxy", GOLD: "gold", "vader": "VADER", "on_topic": "on topic"}
 
 
 def make_proxies() -> None:
@@ -97,9 +97,11 @@ def evaluations(history: list[dict[str, Any]]) -> list[dict[str, float]]:
         if "eval_loss" not in row or step == 0:
             continue
         found = {"step": step}
-        for judge in JUDGES:
-            found[judge] = row[f"eval_win_rate_vs_initial/{judge}"]
-        found["tokens"] = row["eval_completions/mean_length"]
+        for judge, label in LABELS.items():
+            found[f"mean score: {label}"] = row[f"eval_rewards/{judge}/mean"]
+        for opponent in ("initial", "previous"):
+            for judge, label in LABELS.items():
+                found[f"win rate, {opponent}: {label}"] = row[f"eval_win_rate_vs_{opponent}/{judge}"]
         before = [each for each in history if "loss" in each and step - EVERY < each["step"] <= step]
         for name in [*(rule[0] for rule in RULES), "entropy"]:
             values = [each[name] for each in before if name in each]
@@ -127,38 +129,35 @@ def show(trained_on: str, runs: list[list[dict[str, float]]]) -> list[dict[str, 
                 next((row["step"] for row in rows if name in row and not low <= row[name] <= high), None)
                 for rows in runs
             ]
-            print(f"{name}: outside {low:g} to {high:g} from step {warned} on")
+            print(f"{name}: outside {low:g} to {high:g} for the first time at step {warned}")
+    for name, low in (("entropy", 1.5), ("win rate, initial: on topic", 0.4)):
+        print(f"{name}: below {low:g} at steps {[[row['step'] for row in rows if row[name] < low] for rows in runs]}")
+    for label in LABELS.values():
+        name = f"win rate, previous: {label}"
+        print(f"{name}: below 1/2 at steps {[[row['step'] for row in rows if row[name] < 0.5] for rows in runs]}")
     return mean
 
 
 def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[dict[str, float]]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.4), layout="constrained")
-    labels = {"proxy_a": "proxy", GOLD: "gold", "vader": "VADER", "on_topic": "on topic"}
-    diagnostics = (
-        "preferences/panel_disagreement",
-        "completions/duplicates",
-        "win_rate/length_correlation",
-        "entropy",
-    )
-    for (left, right), (trained_on, mean) in zip(
-        figure.subplots(len(means), 2, squeeze=False), means.items(), strict=True
-    ):
+    figure = Figure(figsize=(14, 7.4), layout="constrained")
+    scores = {f"mean score: {label}": label for label in ("proxy", "second proxy", "gold")}
+    rates = {f"win rate, previous: {label}": label for label in ("proxy", "second proxy", "VADER", "on topic")}
+    diagnostics = {name: name for name in ("preferences/panel_disagreement", "completions/duplicates", "entropy")}
+    for axes, (trained_on, mean) in zip(figure.subplots(len(means), 3, sharex=True), means.items(), strict=True):
         steps = [row["step"] for row in mean]
-        for judge, label in labels.items():
-            (line,) = left.plot(steps, [row[judge] for row in mean], marker="o", label=label)
-            for rows in runs[trained_on]:
-                left.plot(steps, [row[judge] for row in rows], color=line.get_color(), alpha=0.3, linewidth=0.8)
-        left.axhline(0.5, color="grey", linewidth=0.8)
-        left.set(title=f"Trained on the {labels[trained_on]} reward model", xlabel="optimizer step", ylim=(0, 1))
-        left.set_ylabel("win rate against the initial policy")
-        for name in diagnostics:
-            if all(name in row for row in mean):
-                right.plot(steps, [row[name] for row in mean], marker="o", label=name)
-        right.set(title="What users see without a gold model", xlabel="optimizer step")
-        left.legend()
-        right.legend()
+        for axis, curves in zip(axes, (scores, rates, diagnostics), strict=True):
+            for name, label in curves.items():
+                (line,) = axis.plot(steps, [row[name] for row in mean], marker="o", label=label)
+                for rows in runs[trained_on]:
+                    axis.plot(steps, [row[name] for row in rows], color=line.get_color(), alpha=0.3, linewidth=0.8)
+            axis.set(xlabel="optimizer step")
+            axis.legend()
+        axes[0].set(title=f"Trained on the {LABELS[trained_on]} reward model: mean scores", ylim=(0, 3.5))
+        axes[1].set(title="Win rate against the evaluation before", ylim=(0, 1))
+        axes[1].axhline(0.5, color="grey", linewidth=0.8)
+        axes[2].set(title="Diagnostics", ylim=(0, 2))
     figure.savefig(FOLDER / "overoptimization.png", dpi=110)
 
 
