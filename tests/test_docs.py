@@ -15,6 +15,7 @@ from fixed import alphabet_score
 from test_cli import message, workdir  # noqa: F401
 from test_launch import ACCELERATE, run
 from test_rewards import decoder
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 import trl_sppo
@@ -158,6 +159,11 @@ def test_commands_run(page, readers_folder):
             words = [sys.executable, "-m", "trl_sppo", *words[1:], *several]
         result = run(words)
         assert result.returncode == 0, f"{command}: {result.stderr}"
+    if page.name == "quickstart.md":  # and what may be done with the result
+        (code,) = [code for code in blocks(page, "python") if "merge_and_unload" in code]
+        exec(code, {})
+        merged = AutoModelForCausalLM.from_pretrained("mine-merged")
+        assert not hasattr(merged, "peft_config") and AutoTokenizer.from_pretrained("mine-merged").chat_template
 
 
 @pytest.fixture
@@ -172,7 +178,7 @@ def readers_folder(workdir, tmp_path):  # noqa: F811
     for part in (decoder(), make_tokenizer()):
         part.save_pretrained(quickstart / "reward_model")
     shutil.copytree(Path(trl_sppo.__file__).parent / "quickstart" / "prompts", quickstart / "prompts")
-    (mine,), (row,), (rewards,) = (
+    (mine,), (row,), (rewards, _) = (
         blocks(ROOT / "docs/quickstart.md", language) for language in ("yaml", "json", "python")
     )
     (tmp_path / "mine.yaml").write_text(mine)
