@@ -190,7 +190,7 @@ def test_recipe_files(tmp_path, capsys):
         ({"model_name_or_path": None}, "no model: give model_name_or_path"),
         ({"model_name_or_path": "./nowhere"}, "model './nowhere' is neither a folder with a config.json nor"),
         ({"dataset_name": None}, "no dataset: give dataset_name"),
-        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) is neither a folder"),
+        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) is no folder that is there"),
         ({"dataset_train_split": "trian"}, "the dataset has no split 'trian', but ['test', 'train']"),
         ({"reward_funcs": None}, "nothing says which completion is better: pass `reward_funcs`"),
         ({"reward_funcs": "nowhere.f"}, "reward function 'nowhere.f' (--reward_funcs) could not be imported"),
