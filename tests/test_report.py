@@ -70,6 +70,13 @@ def test_diagnoses():
     assert by_name["preferences/tied"].healthy
 
 
+def test_log_ratios_that_cannot_be_measured_are_not_diagnosed():
+    one_step, several = ([{"step": i, "log_ratio_to_target": share * i} for i in range(3)] for share in (0.0, 1e-5))
+    assert diagnose(one_step) == []
+    (diagnosis,) = diagnose(several)
+    assert not diagnosis.healthy and "raise the learning rate" in diagnosis.words
+
+
 def test_rules_are_about_metrics_that_are_documented():
     documented = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     for name, low, high, good, bad in RULES:
