@@ -79,10 +79,12 @@ def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
     ],
 )
 def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, message):
+    # Before the environment is set: with ACCELERATE_USE_DEEPSPEED, transformers would import DeepSpeed and stay configured
+    # for it until the end of the process
+    args = SPPOConfig("unused", use_cpu=True, bf16=False, **options)
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     monkeypatch.setattr("transformers.__version__", "5.17.0")
-    args = SPPOConfig("unused", use_cpu=True, bf16=False, **options)
     with pytest.raises(ValueError, match=message):
         check_sharding(args, has_adapter)
     monkeypatch.delenv(f"ACCELERATE_USE_{variable}")
