@@ -14,11 +14,12 @@ LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.fixture
-def policy(tmp_path):
+def policy(tmp_path, request):
     """A small policy with sharp opinions, in bfloat16. Its heads are as large as vLLM wants them."""
     torch.manual_seed(0)
     config = {**TINY, "hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.3}
-    model = Qwen2ForCausalLM(Qwen2Config(**config))
+    is_tied = "tied" in request.node.name
+    model = Qwen2ForCausalLM(Qwen2Config(**config, tie_word_embeddings=is_tied))
     model.bfloat16().save_pretrained(tmp_path / "policy")
     make_tokenizer().save_pretrained(tmp_path / "policy")
     return str(tmp_path / "policy")
@@ -39,7 +40,7 @@ def disagreement(trainer) -> float:
     return torch.cat(differences).mean().item()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, False, True], ids=["full", "full with a tied head", "lora"])
 def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_path, lora):
     # No run needs this: for vLLM what earlier tests of this process hold is used up, unless it is told a size
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -50,6 +50,12 @@ def _restore_base_weights(generation: VLLMGeneration, named_params: Callable[[],
 def _sync_on_cpu(generation: VLLMGeneration) -> None:
     # vLLM's CPU backend repacks weights for its kernels when they are loaded, so TRL's push into the loaded model
     # fails ("'Parameter' object has no attribute 'weight_loader'"). vLLM's own reload repacks again.
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
     runner.reload_weights(weights_iterator=generation._iter_named_params())
+    # A head whose weights are the embedding's is not repacked by that: it would go on with its first weights
+    for module in runner.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
     generation.llm.reset_prefix_cache()
