@@ -29,6 +29,11 @@ logger = logging.get_logger(__name__)
 
 REFERENCE = "reference.pt"  # in checkpoints of runs that change the reference model
 
+# Several processes on a CPU compute on "cpu:0". torch before 2.13 cannot load a checkpoint's optimizer to that device
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None
+)
+
 
 class ResumableTrainer(GRPOTrainer):
     """
