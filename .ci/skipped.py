@@ -1,4 +1,4 @@
-"""Print the ids of the tests that pytest has skipped, of a report by its --junitxml. Those of *_vllm.py are left out."""
+"""Print the ids of the tests that pytest has skipped, by its --junitxml report. Those of *_vllm.py are left out."""
 
 import sys
 from xml.etree import ElementTree

@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 from conftest import TINY, make_tokenizer
-from published_models import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
+from recipe_files import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trl_sppo import check, train

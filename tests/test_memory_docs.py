@@ -11,7 +11,7 @@ import torch
 from conftest import make_tokenizer
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from published_models import POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
+from recipe_files import POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer

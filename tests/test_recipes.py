@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from datasets import load_dataset as load_from_folder
-from published_models import RECIPES, header_of, options_of
+from recipe_files import RECIPES, header_of, options_of
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 

@@ -79,8 +79,7 @@ def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
     ],
 )
 def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, message):
-    # Before the environment is set: with ACCELERATE_USE_DEEPSPEED, transformers would import DeepSpeed and stay configured
-    # for it until the end of the process
+    # Made before the environment is set: else transformers would import DeepSpeed, and stay configured for it
     args = SPPOConfig("unused", use_cpu=True, bf16=False, **options)
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
