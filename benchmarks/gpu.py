@@ -123,6 +123,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="Folder for the results.")
     parser.add_argument("--checkpoints", help="Folder that `trl-sppo quickstart` has made: for the stage `learning`.")
     args = parser.parse_args()
+    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if not args.rehearse and subprocess.run([sys.executable, "-c", question]).returncode:
+        parser.error("there is no CUDA device. --rehearse runs tiny models on a CPU.")
 
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)

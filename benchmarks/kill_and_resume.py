@@ -138,6 +138,7 @@ def launch(case, policy: Path, folder: Path, resume: bool, kill_at: float | None
         child = os.fork()
         if child:
             children.append(child)
+            os.setpgid(child, children[0])  # here too: the next child may be faster than this one
             continue
         code = 1
         try:

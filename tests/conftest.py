@@ -1,20 +1,41 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, nor what this machine has from one
 os.environ["HF_HOME"] = tempfile.mkdtemp()
+WITH_DEVICES = dict(os.environ)  # the environment of processes that the tests marked `gpu` start
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
+
+NOT_RUN = pytest.StashKey[list]()
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a CUDA device where there is none."""
+    need_one = [item for item in items if item.get_closest_marker("gpu")]
+    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if need_one and subprocess.run([sys.executable, "-c", question], env=WITH_DEVICES).returncode:
+        items[:] = [item for item in items if item not in need_one]
+        config.stash[NOT_RUN] = [item.nodeid for item in need_one]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(NOT_RUN, []):
+        terminalreporter.section("not run: there is no CUDA device")
+        terminalreporter.write_line("\n".join(config.stash[NOT_RUN]))
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ' ' }}{% endfor %}"
