@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -21,6 +22,7 @@ from .checkpoints import check_fits, find_checkpoint
 from .comparisons import check_oracle
 from .config import SPPOConfig
 from .trust import check_safetensors, is_url, own_code_is_refused
+from .weights import check_weights
 
 
 POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about this model alone."
@@ -346,6 +348,16 @@ def check_judges(
             )
 
 
+def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
+    """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
+    kwargs: Any = args.model_init_kwargs or {}
+    check_safetensors("model", model, kwargs.get("subfolder") or "")
+    folder = Path(model, kwargs.get("subfolder") or "")
+    if (folder / "config.json").is_file() and not getattr(config, "auto_map", None):
+        # As TRL: the class that the checkpoint names
+        check_weights("model", str(folder), getattr(transformers, config.architectures[0]))
+
+
 def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, needs_tokenizer: bool = True) -> None:
     """Raise `ValueError` if the policy cannot be had from safetensors, or the initial policy that `beta` needs."""
     if not isinstance(model, str):
@@ -353,6 +365,7 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, nee
         path = getattr(model.config, "_name_or_path", "")
         if args.beta > 0 and not has_adapter and path:
             check_safetensors("the initial policy that beta needs, model", path)
+            check_weights("the initial policy that beta needs, model", path, type(model))
         if args.beta > 0 and not has_adapter and not path:
             raise ValueError(
                 f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "
@@ -367,7 +380,7 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, nee
             f"Face hub. Check the path (--model_name_or_path). ({error})"
         ) from error
     kwargs: Any = args.model_init_kwargs or {}
-    check_safetensors("model", model, kwargs.get("subfolder") or "")
+    check_policy_weights(model, config, args)
     revision = {"revision": kwargs.get("revision")}
     own_code = getattr(config, "auto_map", None) or get_tokenizer_config(model, **revision).get("auto_map")
     if (

@@ -24,6 +24,7 @@ from .checks import (
     check_datasets,
     check_judges,
     check_optimizer,
+    check_policy_weights,
     check_quantization,
     check_resume,
     check_sharding,
@@ -32,7 +33,7 @@ from .checks import (
 from .config import SPPOConfig
 from .memory import ModelSize, Placement, budget, size_of
 from .prompts import check_prompts
-from .rewards import check_config, check_reward_quantization, check_tokenizer
+from .rewards import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
 from .stored_rollouts import is_judged, load_rollouts
 from .train import (
     SPPOScriptArguments,
@@ -207,6 +208,7 @@ def _look_at_models(plan: Plan) -> None:
     if config is not None or quantization is not None:
         check_quantization(args, policy, quantization, on_cpu=args.use_cpu)
     if config is not None:
+        check_policy_weights(policy, config, args)
         attention = init_kwargs.get("attn_implementation", model_args.attn_implementation)
         plan.policy = _size(plan, policy, config, get_peft_config(model_args), attention)
     if tokenizer is not None and plan.conversational and tokenizer.chat_template is None:
@@ -224,6 +226,7 @@ def _look_at_models(plan: Plan) -> None:
         config, tokenizer = _files(plan, "reward model", model, model in trusted)
         if config is not None:
             check_config(model, model in trusted)
+            check_reward_weights(model, model in trusted)
             check_tokenizer(model, tokenizer, bool(plan.conversational))
             rewards.append(_size(plan, model, config, is_reward_model=True))
     sizes = [size for size in rewards if size is not None]

@@ -23,6 +23,7 @@ from trl.data_utils import is_conversational
 
 from .stored_rollouts import key_of, without_nulls
 from .trust import check_safetensors, own_code_is_refused
+from .weights import check_weights
 
 
 ADAPTER = "adapter_config.json"
@@ -82,7 +83,7 @@ def check_policy(policy: str, trust_remote_code: bool = False) -> None:
     Raises:
         `ValueError`: if not.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if is_file(policy):
         return
@@ -93,6 +94,7 @@ def check_policy(policy: str, trust_remote_code: bool = False) -> None:
     try:
         with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
             AutoConfig.from_pretrained(policy, trust_remote_code=trust_remote_code)
+            check_weights("policy", policy, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
             f"policy {policy!r} is neither a file of completions, nor a folder with a config.json or {ADAPTER}, nor "

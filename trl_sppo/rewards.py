@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .served import ServedRewardModel
 from .trust import check_safetensors, is_url, own_code_error, own_code_is_refused
+from .weights import check_weights
 
 
 logger = logging.get_logger(__name__)
@@ -161,6 +162,9 @@ def load_reward_models(
                     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=source in trust_remote_code)
             check_tokenizer(name, tokenizer, conversational)
         tokenizers.append(tokenizer)
+    for source in reward_funcs:
+        if isinstance(source, str):
+            check_reward_weights(source, source in trust_remote_code)
     # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
     # fills the policy's, but not those of reward models
     models = []
@@ -176,6 +180,14 @@ def load_reward_models(
                 )
         models.append(source)
     return models, tokenizers
+
+
+def check_reward_weights(path: str, trust_remote_code: bool = False) -> None:
+    """Raise `ValueError` if a reward model lacks weights."""
+    with own_code_is_refused(*_own_code(path)):
+        check_weights(
+            "reward model", path, AutoModelForSequenceClassification, num_labels=1, trust_remote_code=trust_remote_code
+        )
 
 
 def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSource]) -> None:

@@ -1,17 +1,17 @@
 """What judges share that run a model in this process."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from ..trust import check_safetensors, own_code_is_refused
+from ..weights import whole_and_silent
 
 
 logger = logging.get_logger(__name__)
@@ -76,26 +76,10 @@ def check_positive(**options: float) -> None:
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """A model, and which weights were missing. transformers would also advise to train them."""
     check_safetensors("judge", path)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with no_own_code(path), _whole():
-            return kind.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Under ZeRO-3 transformers would divide what is loaded, and nobody would put a judge's weights together again."""
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+    with no_own_code(path), whole_and_silent():  # nobody would put a divided judge together again
+        return kind.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
 
 
 def load_tokenizer(path: Any) -> PreTrainedTokenizerBase:

@@ -1,0 +1,62 @@
+"""Checkpoints that lack some of their model's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import patch_environment
+from transformers.integrations import deepspeed
+from transformers.utils import logging
+
+
+@contextmanager
+def whole_and_silent() -> Iterator[None]:
+    """Within it transformers divides no model among processes, and does not advise to train what it has made up."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
+    """
+    Check that a checkpoint has all weights of its model. For those that it lacks, transformers takes random numbers.
+
+    Names and shapes are read, no weights. What is quantized, or no folder with safetensors, is not checked.
+
+    Args:
+        what (`str`):
+            What the model is, for the message.
+        path (`str`):
+            Folder of the checkpoint.
+        kind:
+            Class of the model, as `AutoModelForCausalLM`.
+        kwargs:
+            Further arguments of its `from_pretrained`.
+
+    Raises:
+        `ValueError`: if weights are missing, with their names.
+    """
+    if not any(Path(path).glob("*.safetensors")):
+        return
+    with whole_and_silent():
+        model, info = kind.from_pretrained(
+            path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    missing = sorted(info["missing_keys"])
+    if missing and not getattr(model, "is_quantized", False):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"{what} {path!r} lacks the weights {', '.join(missing[:5])}{more} of a {type(model).__name__}, for which "
+            "random numbers would be taken. Save the model again with all of its weights, or give another checkpoint."
+        )
