@@ -12,30 +12,35 @@ Policies and reward models have the architecture of the real ones and random wei
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 ROOT = Path(__file__).parents[1]
 # Most valuable first. Of each case: the seconds that it may take
 CASES: dict[str, dict[str, int]] = {
-    "environment": {"one step": 60},
+    "environment": {"one step": 120},
     "memory": {
-        "qwen2.5-7b-instruct/lora": 210,
-        "qwen2.5-0.5b-instruct/lora": 80,
-        "qwen2.5-7b-instruct/qlora-24gb": 210,
-        "qwen2.5-1.5b-instruct/lora": 90,
+        "qwen2.5-7b-instruct/lora": 300,
+        "qwen2.5-0.5b-instruct/lora": 120,
+        "qwen2.5-7b-instruct/qlora-24gb": 300,
+        "qwen2.5-1.5b-instruct/lora": 150,
     },
-    "trainers": {"qwen2.5-1.5b": 150},
-    "resume": {"lora": 70, "full": 70},
-    "engines": {"pinned": 30, "reward model": 60, "quantization": 90, "merge": 90},
-    "vllm": {"sync full": 120, "sync lora": 120, "qwen2.5-7b-instruct/lora": 180},
+    "trainers": {"qwen2.5-1.5b": 240},
+    "resume": {"lora": 150, "full": 150},
+    "engines": {"pinned": 45, "reward model": 60, "quantization": 120, "merge": 120},
+    "vllm": {"sync full": 200, "sync lora": 150, "qwen2.5-7b-instruct/lora": 300},
     "learning": {"SPPO": 150, "GRPO": 150},
 }
 LEAST = 15  # seconds: with less left, no case is started
@@ -56,15 +61,27 @@ class Outcome:
 
 def run(outcome: Outcome, limit: float, out: Path, work: str, args: argparse.Namespace) -> None:
     """Run one case in a process of its own, for at most `limit` seconds."""
-    results, log = Path(work) / "results.jsonl", out / "log.txt"
-    results.write_text("")
+    results, log = out / "results.jsonl", out / "log.txt"
+    already = len(results.read_bytes())
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_stages.py"), outcome.stage, outcome.case]
     command += ["--results", str(results), "--work", work] + ["--rehearse"] * args.rehearse
+    command += ["--eager"] * args.eager
     command += ["--checkpoints", args.checkpoints] * bool(args.checkpoints)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if outcome.stage == "vllm":  # on a machine that may have no network, and vLLM without its optional kernels
+        variables = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_USE_DEEP_GEMM": "0",
+        }
+        variables |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+        environment = {**variables, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **environment}
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    recipe = ROOT / "recipes" / f"{outcome.case}.yaml"
+    if recipe.is_file():  # as `trl-sppo train`, before CUDA starts
+        environment |= yaml.safe_load(recipe.read_text()).get("env", {})
     start = time.monotonic()
     with open(log, "a") as file:
         file.write(f"\n==== {outcome.stage}: {outcome.case}\n")
@@ -83,7 +100,7 @@ def run(outcome: Outcome, limit: float, out: Path, work: str, args: argparse.Nam
                 pass
             process.wait()
     outcome.seconds = time.monotonic() - start
-    lines = results.read_text().splitlines(keepends=True)
+    lines = results.read_bytes()[already:].decode().splitlines(keepends=True)
     outcome.results = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
     for result in outcome.results:
         if "not_run" in result:
@@ -121,6 +138,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9, help="For all of them together.")
     parser.add_argument("--rehearse", action="store_true", help="Tiny models on a CPU.")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="Folder for the results.")
+    parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile and CUDA graphs.")
     parser.add_argument("--checkpoints", help="Folder that `trl-sppo quickstart` has made: for the stage `learning`.")
     args = parser.parse_args()
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
@@ -129,9 +147,10 @@ def main() -> int:
 
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "log.txt").write_text("")
+    for name in ("log.txt", "results.jsonl"):
+        (args.out / name).write_text("")
     outcomes = [Outcome(stage, case) for stage in args.stages for case in CASES[stage]]
-    with tempfile.TemporaryDirectory(dir=_roomy()) as work:
+    with _folder(args.rehearse) as work:
         for outcome in outcomes:
             left = end - time.monotonic()
             limit = min(CASES[outcome.stage][outcome.case], left - 2)
@@ -149,14 +168,26 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _roomy() -> str | None:
-    """Where checkpoints of 30 GB find room: memory, if it has enough, which is faster than a disk."""
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        status = os.statvfs(shared)
-        if status.f_bavail * status.f_frsize > 40e9:
-            return str(shared)
-    return None
+@contextmanager
+def _folder(rehearse: bool) -> Iterator[str]:
+    """
+    A folder for checkpoints, of 32 GB if they are real: in memory, if that has room, which is faster than a disk.
+
+    What a run that was killed has left there is used again.
+    """
+    if rehearse:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+        return
+    work = Path(tempfile.gettempdir()) / "trl-sppo-gpu"
+    shared = Path("/dev/shm") / work.name
+    if shared.exists() or (shared.parent.is_dir() and shutil.disk_usage(shared.parent).free > 40e9):
+        work = shared
+    for half in work.glob("*.half"):
+        shutil.rmtree(half)
+    work.mkdir(exist_ok=True)
+    yield str(work)
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

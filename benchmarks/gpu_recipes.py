@@ -1,8 +1,9 @@
 """The recipes on one GPU: memory and time of each phase of an iteration, beside the arithmetic of `trl-sppo check`."""
 
-import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -27,6 +28,7 @@ from trl_sppo import SPPOTrainer, train
 from trl_sppo.plan import Plan, read
 
 
+ROLLOUT = ("generating", "weight sync", "scoring", "rest of the rollout")
 # Dense bf16 tensor operations per second, by NVIDIA's data sheets of the SXM cards
 BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -35,7 +37,6 @@ def recipe(case: str, use_vllm: bool) -> None:
     """Two iterations of a recipe, each of one optimizer step, through the code that `trl-sppo train` runs."""
     path = ROOT / "recipes" / f"{case}.yaml"
     options = yaml.safe_load(path.read_text())
-    os.environ.update(options.get("env", {}))  # before CUDA starts
     longest = longest_completion(options["max_completion_length"])
     micro, steps = options["per_device_train_batch_size"], options["gradient_accumulation_steps"]
     micro, steps = (4, 4) if args.rehearse else (micro, steps)
@@ -62,10 +63,27 @@ def recipe(case: str, use_vllm: bool) -> None:
 
     meter, rollouts = Meter(), Rollouts(longest, rows)
     tokens: dict[str, int] = defaultdict(int)
+    sampler, planned = "vLLM" if use_vllm else "transformers", _arithmetic(plan)
+
+    def emit_phases(of_rollout: bool) -> None:
+        if not rollouts.is_warm:
+            return
+        for phase in [phase for phase in meter.seconds if (phase in ROLLOUT) == of_rollout]:
+            # vLLM's memory that sleeps still counts as allocated, and is not
+            allocated = meter.allocated[phase] if ON_GPU and not use_vllm else None
+            arithmetic = planned.get(phase)
+            emit(
+                "Recipes: seconds, and peaks of memory in GB, of an iteration",
+                recipe=case, sampler=sampler, phase=phase, seconds=round(meter.seconds[phase], 2),
+                allocated=gb(allocated), used_on_the_card=gb(meter.used[phase]), by_arithmetic=gb(arithmetic),
+                allocated_of_arithmetic=round(allocated / arithmetic, 3) if allocated and arithmetic else None,
+            )  # fmt: skip
+
     _count_tokens(tokens)
     meter.wrap(SPPOTrainer, "_generate_single_turn", "generating")
     meter.wrap(SPPOTrainer, "_calculate_rewards", "scoring")
     meter.wrap(SPPOTrainer, "_generate_and_score_completions", "rest of the rollout")
+    _call_after(SPPOTrainer, "_generate_and_score_completions", lambda: emit_phases(of_rollout=True))
     meter.wrap(SPPOTrainer, "training_step", "training")
     start = synchronize()
     with rollouts.at_work():
@@ -78,22 +96,13 @@ def recipe(case: str, use_vllm: bool) -> None:
         trainer.train()
 
     assert tokens["trained"], "nothing was trained on: the reward model tells no completions apart"
-    sampler = "vLLM" if use_vllm else "transformers"
-    planned = _arithmetic(plan)
-    for phase, seconds in meter.seconds.items():
-        arithmetic = planned.get(phase)
-        emit(
-            "Recipes: seconds, and peaks of memory in GB, of an iteration",
-            recipe=case, sampler=sampler, phase=phase, seconds=round(seconds, 2),
-            allocated=gb(meter.allocated[phase]), used_on_the_card=gb(meter.used[phase]),
-            by_arithmetic=gb(arithmetic),
-            measured_of_arithmetic=round(meter.allocated[phase] / arithmetic, 3) if arithmetic and ON_GPU else None,
-        )  # fmt: skip
+    emit_phases(of_rollout=False)
     assert plan.policy is not None
+    head = plan.policy.embedding  # of completions only; an embedding that is not the head multiplies nothing
     tied = config_of(options["model_name_or_path"]).tie_word_embeddings
-    matrices = plan.policy.parameters - (0 if tied else plan.policy.embedding)
+    layers = plan.policy.parameters - head * (1 if tied else 2)
     # Forward 2 and backward 4 per weight and token; frozen weights have no gradient. Recomputation does not count
-    operations = (4 if options.get("use_peft") else 6) * matrices * tokens["trained"] / meter.seconds["training"]
+    operations = (4 if options.get("use_peft") else 6) * (layers * tokens["trained"] + head * tokens["completion"])
     peak = next((value for name, value in BF16_PEAKS.items() if ON_GPU and name in torch.cuda.get_device_name()), None)
     emit(
         "Recipes: speed",
@@ -102,8 +111,19 @@ def recipe(case: str, use_vllm: bool) -> None:
         generated_tokens=rollouts.tokens, generated_per_s=rollouts.tokens / meter.seconds["generating"],
         trained_tokens=tokens["trained"], trained_per_s=tokens["trained"] / meter.seconds["training"],
         columns_per_token=round(tokens["columns"] / tokens["trained"], 2),
-        of_bf16_peak=peak and round(operations / peak, 3),
+        of_bf16_peak=peak and round(operations / meter.seconds["training"] / peak, 3),
     )  # fmt: skip
+
+
+def _call_after(owner: Any, method: str, work: Callable[[], Any]) -> None:
+    original = getattr(owner, method)
+
+    def called(*args, **kwargs):
+        result = original(*args, **kwargs)
+        work()
+        return result
+
+    setattr(owner, method, called)
 
 
 def _count_tokens(tokens: dict[str, int]) -> None:
@@ -111,8 +131,9 @@ def _count_tokens(tokens: dict[str, int]) -> None:
     loss, logps = SPPOTrainer._compute_loss, SPPOTrainer._get_per_token_logps_and_entropies
 
     def compute_loss(self, model, inputs):
-        for mask in (inputs["prompt_mask"], inputs["completion_mask"]):
-            tokens["trained"] += int(mask[inputs["kept"]].sum())
+        prompt, completion = (int(inputs[f"{part}_mask"][inputs["kept"]].sum()) for part in ("prompt", "completion"))
+        tokens["trained"] += prompt + completion
+        tokens["completion"] += completion
         tokens["in the loss"] = True
         try:
             return loss(self, model, inputs)

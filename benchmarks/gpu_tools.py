@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import random
+import threading
 import time
 import zlib
 from collections import defaultdict
@@ -50,7 +51,7 @@ LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
-args = argparse.Namespace(rehearse=True, results=None, work=None, checkpoints=None)  # set by main
+args = argparse.Namespace(rehearse=True, eager=False, results=None, work=None, checkpoints=None)  # set by main
 
 
 class NotRunError(Exception):
@@ -232,11 +233,20 @@ class Meter:
         self.phases = ["other"]
         self.restart()
 
+        if ON_GPU:
+            threading.Thread(target=self._watch, daemon=True).start()
+
     def restart(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.allocated: dict[str, float] = defaultdict(float)  # by PyTorch
-        self.used: dict[str, float] = defaultdict(float)  # of the card, by anybody, at the end of the phase
+        self.used: dict[str, float] = defaultdict(float)  # of the card, by anybody, with what PyTorch keeps for later
         self._begin()
+
+    def _watch(self) -> None:
+        while True:
+            free, total = torch.cuda.mem_get_info()
+            self.used[self.phases[-1]] = max(self.used[self.phases[-1]], total - free)
+            time.sleep(0.05)
 
     def _begin(self) -> None:
         if ON_GPU:
@@ -252,8 +262,6 @@ class Meter:
         self.seconds[phase] += time.perf_counter() - self.last
         if ON_GPU:
             self.allocated[phase] = max(self.allocated[phase], torch.cuda.max_memory_allocated())
-            free, total = torch.cuda.mem_get_info()
-            self.used[phase] = max(self.used[phase], total - free)
         self._begin()
 
     @contextmanager
