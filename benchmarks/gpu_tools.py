@@ -242,10 +242,13 @@ class Meter:
         self.used: dict[str, float] = defaultdict(float)  # of the card, by anybody, with what PyTorch keeps for later
         self._begin()
 
+    def _look(self) -> None:
+        free, total = torch.cuda.mem_get_info()
+        self.used[self.phases[-1]] = max(self.used[self.phases[-1]], total - free)
+
     def _watch(self) -> None:
         while True:
-            free, total = torch.cuda.mem_get_info()
-            self.used[self.phases[-1]] = max(self.used[self.phases[-1]], total - free)
+            self._look()
             time.sleep(0.05)
 
     def _begin(self) -> None:
@@ -262,6 +265,7 @@ class Meter:
         self.seconds[phase] += time.perf_counter() - self.last
         if ON_GPU:
             self.allocated[phase] = max(self.allocated[phase], torch.cuda.max_memory_allocated())
+            self._look()
         self._begin()
 
     @contextmanager

@@ -97,6 +97,38 @@ def test_from_each_checkpoint_to_the_same_weights(start, tmp_path, kind, beta):
         assert resumed.calls == ({"generate": left, "score": left} if left else {}), step
 
 
+@pytest.mark.parametrize("step", [3, 4])  # inside an iteration and between two
+@pytest.mark.parametrize("lr_scheduler_type", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_another_learning_rate_acts_from_the_next_step_on(start, tmp_path, step, lr_scheduler_type, optim):
+    options = {"lr_scheduler_type": lr_scheduler_type, "warmup_steps": 5, "optim": optim, "logging_steps": 1}
+    whole = start("whole", **options)
+    whole.train()
+    resumed = start("resumed", **options, learning_rate=2 * whole.args.learning_rate)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    rates = [[row["learning_rate"] for row in history(each) if "loss" in row] for each in (whole, resumed)]
+    assert len(rates[1]) == len(rates[0]) > step + 1
+    # What a step's row has is the rate of that step. Multiplying by 2 rounds nothing
+    assert rates[1] == [rate * (2 if i >= step else 1) for i, rate in enumerate(rates[0])]
+    last = [each.lr_scheduler.get_last_lr() for each in (whole, resumed)]
+    assert last[1] == [2 * rate for rate in last[0]]
+    assert any(not torch.equal(weights(resumed)[name], value) for name, value in weights(whole).items())
+
+
+def test_other_options_of_the_optimizer_and_another_schedule_act(start, tmp_path):
+    start("whole", logging_steps=1).train()
+    changes = {"logging_steps": 1, "weight_decay": 0.3, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3}
+    resumed = start("resumed", **changes, lr_scheduler_type="constant")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    decayed, rest = resumed.optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    for group in (decayed, rest):
+        assert group["betas"] == (0.5, 0.9) and group["eps"] == 1e-3
+        assert group["initial_lr"] == resumed.args.learning_rate
+    rates = [row["learning_rate"] for row in history(resumed) if "loss" in row]
+    assert set(rates[3:]) == {resumed.args.learning_rate} and rates[2] < resumed.args.learning_rate
+
+
 def test_with_several_passes_a_moving_reference_oracles_and_evaluations(start, tmp_path):
     options = {
         "num_iterations": 2, "beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 11,

@@ -7,10 +7,11 @@ from itertools import count
 import pandas as pd
 import pytest
 import torch
-from conftest import count_abc, more_abc
+from conftest import count_abc, make_tokenizer, more_abc
 from datasets import Dataset
 from fixed import COMPLETIONS, alphabet_score, fixed_rollout, weights
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_rewards import decoder
 from trl import GRPOTrainer
 
 from trl_sppo.faults import RunError
@@ -700,3 +701,28 @@ def test_vllm_importance_correction_weights_the_completion(fixed, fake_vllm, tin
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["frozen", "adapter for inference"])
+def test_a_policy_of_which_nothing_would_be_trained(make_trainer, tiny_model, tmp_path, how):
+    model = tiny_model.requires_grad_(False)
+    if how == "adapter for inference":
+        get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(tiny_model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"^no parameter of the policy .* requires a gradient.*is_trainable=True"):
+        make_trainer(model=model)
+
+
+def test_a_new_adapter_on_a_frozen_policy(make_trainer, tiny_model):
+    make_trainer(
+        model=tiny_model.requires_grad_(False), trainer_kwargs={"peft_config": LoraConfig(task_type="CAUSAL_LM")}
+    )
+
+
+def test_a_reward_model_with_a_trailing_slash_is_named_by_its_folder(make_trainer, tmp_path):
+    for name in ("one", "two"):
+        decoder().save_pretrained(tmp_path / name / "reward")
+        make_tokenizer().save_pretrained(tmp_path / name / "reward")
+    trainer = make_trainer(reward_funcs=[f"{tmp_path}/one/reward/", f"{tmp_path}/two/reward//"])
+    first, second = trainer.reward_source_names
+    assert first.startswith("reward") and second.startswith("reward") and first != second

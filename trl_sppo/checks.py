@@ -341,11 +341,21 @@ def check_judges(
         )
     paths = [source for source in [*reward_funcs, *judges] if isinstance(source, str) and not is_url(source)]
     for trusted in args.reward_trust_remote_code or []:
-        if trusted not in paths:
+        if trusted.rstrip("/") not in paths:
             raise ValueError(
                 f"reward_trust_remote_code names {trusted!r}, which is none of the reward models that are loaded here "
                 f"({paths}). Write it as it is given in reward_funcs (--reward_model_name_or_path), or remove it."
             )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `ValueError` if no parameter of a policy requires a gradient: it would be saved as it came."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"no parameter of the policy ({type(model).__name__}) requires a gradient, so nothing would be trained. "
+            "Load an adapter with `PeftModel.from_pretrained(model, path, is_trainable=True)`. Call "
+            "`model.requires_grad_(True)` on a frozen model, or pass `peft_config` for a new adapter."
+        )
 
 
 def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:

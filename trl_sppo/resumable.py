@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 from transformers.utils import logging
@@ -308,6 +309,25 @@ class ResumableTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in policy.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # A checkpoint's state brings back the options of its optimizer. Those of this run act
+        _, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+        names = [*(name for name in options if name != "lr"), "weight_decay", "initial_lr"]
+        groups, scheduler = cast(Any, self.optimizer).param_groups, cast(Any, self.lr_scheduler)
+        asked = [{name: group[name] for name in names if name in group} for group in groups]
+        base_lrs = list(getattr(scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        groups = cast(Any, self.optimizer).param_groups  # loading has replaced them
+        for i, (group, values) in enumerate(zip(groups, asked, strict=True)):
+            group.update(values)
+            if isinstance(scheduler, LambdaLR):
+                group["lr"] = base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        if base_lrs:
+            scheduler.base_lrs = base_lrs
+            scheduler._last_lr = [group["lr"] for group in groups]
 
     def _load_rng_state(self, checkpoint):
         # The last thing that transformers loads, right before the first optimizer step

@@ -69,7 +69,7 @@ class ScoringTrainer(ResumableTrainer):
             [*judges, *reward_funcs],
             [*judges_processing_classes, *reward_processing_classes],
             conversational,
-            args.reward_trust_remote_code or (),
+            [name.rstrip("/") for name in args.reward_trust_remote_code or ()],
             cast(Any, args.chat_template_kwargs),
             args.reward_quantization,
         )

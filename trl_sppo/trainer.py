@@ -20,6 +20,7 @@ from .checks import (
     check_resume,
     check_sharding,
     check_sources,
+    check_trainable,
     check_vllm,
 )
 from .comparisons import PreferenceFunc
@@ -42,6 +43,7 @@ from .rollouts import (
 )
 from .scoring import ScoringTrainer
 from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of
+from .trust import is_url
 from .weight_sync import prepare_weight_sync
 
 
@@ -150,11 +152,13 @@ class SPPOTrainer(ScoringTrainer):
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
         check_resume(args)
-        reward_funcs = _as_list(reward_funcs)
+        if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
+            check_trainable(model)
+        reward_funcs = _without_slash(_as_list(reward_funcs))
         preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
-        judges = _as_list(eval_reward_funcs)
+        judges = _without_slash(_as_list(eval_reward_funcs))
         judges_classes = _as_list(eval_reward_processing_classes) or [None] * len(judges)
         eval_preference_funcs = _as_list(eval_preference_func)
         self.rollouts_to_train_on: Dataset | None = None
@@ -543,6 +547,11 @@ def _checked(rollout_func: Any) -> Any:
         return output
 
     return checked
+
+
+def _without_slash(sources: list) -> list:
+    """A folder by another spelling: its last part becomes the name of the reward source."""
+    return [source.rstrip("/") if isinstance(source, str) and not is_url(source) else source for source in sources]
 
 
 def _as_list(value) -> list:
