@@ -362,10 +362,11 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
-    folder = Path(model, kwargs.get("subfolder") or "")
-    if (folder / "config.json").is_file() and not getattr(config, "auto_map", None):
-        # As TRL: the class that the checkpoint names
-        check_weights("model", str(folder), getattr(transformers, config.architectures[0]))
+    kind = getattr(
+        transformers, (config.architectures or [""])[0], None
+    )  # as TRL: the class that the checkpoint names
+    if kind is not None:
+        check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 
 
 def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, needs_tokenizer: bool = True) -> None:

@@ -312,7 +312,9 @@ class ResumableTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # A checkpoint's state brings back the options of its optimizer. Those of this run act
-        _, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+        _, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, cast(Any, self.model)
+        )
         names = [*(name for name in options if name != "lr"), "weight_decay", "initial_lr"]
         groups, scheduler = cast(Any, self.optimizer).param_groups, cast(Any, self.lr_scheduler)
         asked = [{name: group[name] for name in names if name in group} for group in groups]

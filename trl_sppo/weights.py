@@ -1,5 +1,6 @@
 """Checkpoints that lack some of their model's weights."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,14 +48,17 @@ def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
     Raises:
         `ValueError`: if weights are missing, with their names.
     """
-    if not any(Path(path).glob("*.safetensors")):
+    config = Path(path, "config.json")
+    if not any(config.parent.glob("*.safetensors")) or not config.is_file():
+        return
+    if "quantization_config" in json.loads(config.read_text()):
         return
     with whole_and_silent():
         model, info = kind.from_pretrained(
             path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
         )
     missing = sorted(info["missing_keys"])
-    if missing and not getattr(model, "is_quantized", False):
+    if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
             f"{what} {path!r} lacks the weights {', '.join(missing[:5])}{more} of a {type(model).__name__}, for which "
