@@ -31,6 +31,7 @@ SIGNATURES = {
     "_get_train_sampler": ["self", "dataset"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_rng_state": ["self", "checkpoint"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }
 
@@ -70,7 +71,7 @@ def test_what_is_overridden_and_nothing_else():
     assert overridden[ScoringTrainer] - {"__init__"} == {"_calculate_rewards", "evaluation_loop"}
     assert overridden[ResumableTrainer] - {"__init__"} == {
         "train", "evaluate", "training_step", "get_batch_samples", "_get_train_sampler", "_finalize_training",
-        "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state",
+        "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state", "_load_optimizer_and_scheduler",
     }  # fmt: skip
 
 
