@@ -486,8 +486,9 @@ def learning(case: str) -> None:
             control.should_training_stop = time.perf_counter() - begin > limit
 
     config = config_class(
-        str(Path(args.work) / f"learning-{case}"), num_generations=8, per_device_train_batch_size=16,
-        steps_per_generation=4, gradient_accumulation_steps=2, max_completion_length=24, temperature=0.8,
+        str(Path(args.work) / f"learning-{case}"), num_generations=8,
+        per_device_train_batch_size=4 if args.rehearse else 16, steps_per_generation=4,
+        gradient_accumulation_steps=2, max_completion_length=24, temperature=0.8,
         learning_rate=8e-4, lr_scheduler_type="constant", max_steps=2 if args.rehearse else 10_000, bf16=ON_GPU,
         use_cpu=not ON_GPU, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=2,
         disable_tqdm=True,
