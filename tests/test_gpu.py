@@ -121,8 +121,10 @@ def test_a_killed_run_is_resumed_to_the_same_bits(measure):
 
 @pytest.mark.gpu
 def test_vllm_has_the_weights_of_the_policy(measure):
-    rows = measure("vllm").get("A colocated vLLM, Qwen2.5-1.5B-Instruct", [])
-    for row in rows:  # none where vLLM is not installed
+    pytest.importorskip("vllm", reason="needs vLLM")
+    rows = measure("vllm")["A colocated vLLM, Qwen2.5-1.5B-Instruct"]
+    assert {row["trained"] for row in rows} == {"full", "LoRA"}
+    for row in rows:
         assert row["nats_per_token_after"] < 0.06
         assert "nats_per_token_before" not in row or row["nats_per_token_before"] > 0.1
         assert row.get("GB_given_back_by_sleep", 1) > 0.5
