@@ -120,8 +120,8 @@ def test_what_is_no_probability_is_lost_and_lost_alone(bad):
     assert (answers.num_asked, answers.num_lost) == (24, 3) and answers.matrix[0, 0].isnan().all()
     # The other order was answered: no pair is missing
     torch.testing.assert_close(answers.preferences, ask(alphabet)[0].preferences)
-    if bad is None or math.isnan(bad):
-        assert answers.problem == "it returned None or NaN"
+    if bad is None:
+        assert answers.problem == "it returned None"
     else:
         assert answers.problem == f"it answered {bad}, which is no probability in [0, 1]"
 
@@ -177,3 +177,22 @@ def test_callables_of_every_kind_are_accepted():
 def test_what_cannot_be_called_is_refused(oracle):
     with pytest.raises(ValueError, match=r"must be callable as `.*\(prompts, first, second, \*\*kwargs\)`"):
         check_oracle(oracle)
+
+
+def test_what_an_oracle_changes_changes_nothing_else():
+    def vandal(prompts, first, second, place, **kwargs):
+        for row in (*first, *second):
+            row[0]["content"] = "changed"
+        prompts.clear()
+        place[0].append(1)
+        return [0.5] * len(first)
+
+    completions = [[{"role": "assistant", "content": text}] for text in COMPLETIONS[:2]]
+    places: list = [[], []]
+    prompts = ["p", "p"]
+    ask_oracle(
+        vandal, prompts, completions, {"place": places}, group_size=2, both_orders=True, batch_size=8,
+        accelerator=Accelerator(cpu=True), log_metric=lambda *_: None,
+    )  # fmt: skip
+    assert [row[0]["content"] for row in completions] == COMPLETIONS[:2]
+    assert prompts == ["p", "p"] and places == [[], []]

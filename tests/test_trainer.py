@@ -1,6 +1,7 @@
 """SPPOTrainer end to end on tiny models: what is trained on what, and that it is the published objective."""
 
 import copy
+import functools
 import math
 from itertools import count
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import count_abc, make_tokenizer, more_abc
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from fixed import COMPLETIONS, alphabet_score, fixed_rollout, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_rewards import decoder
@@ -198,7 +199,7 @@ def test_unscorable_completions_take_no_part(fixed, tiny_model, caplog, bad):
 @pytest.mark.parametrize("bad", [None, NAN, math.inf])
 def test_nothing_scorable_at_all(fixed, tiny_model, bad):
     trainer = fixed(model=tiny_model, reward_funcs=lambda completions, **kwargs: [bad] * len(completions))
-    with pytest.raises(RunError, match="for any of 16 completions: there is nothing to compare"):
+    with pytest.raises(RunError, match="for any completion of the last 4 prompts: there is nothing to compare"):
         trainer.train()
 
 
@@ -211,7 +212,7 @@ def test_nothing_scorable_in_some_rollouts(fixed, tiny_model, caplog, silent, st
 
     trainer = fixed(model=tiny_model, reward_funcs=score, max_steps=6)
     if stops:
-        with pytest.raises(RunError, match="nor in the two rollouts before"):
+        with pytest.raises(RunError, match="of the last 12 prompts"):
             trainer.train()
     else:
         trainer.train()
@@ -726,3 +727,96 @@ def test_a_reward_model_with_a_trailing_slash_is_named_by_its_folder(make_traine
     trainer = make_trainer(reward_funcs=[f"{tmp_path}/one/reward/", f"{tmp_path}/two/reward//"])
     first, second = trainer.reward_source_names
     assert first.startswith("reward") and second.startswith("reward") and first != second
+
+
+# ---- What a checkpoint recommends
+
+
+@pytest.mark.parametrize(
+    "recommended",
+    [
+        {"min_p": 0.9},
+        {"typical_p": 0.01},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 25))},
+        {"bad_words_ids": [[i] for i in range(3, 25)]},
+        {"forced_eos_token_id": 1, "exponential_decay_length_penalty": (1, 9.0)},
+        {"min_new_tokens": 6},
+        {"max_time": 1e-9},
+        {"epsilon_cutoff": 0.9},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_a_checkpoint_recommends_does_not_act_on_rollouts(make_trainer, tiny_model, recommended, adapter):
+    def sampled(**recommended):
+        model = copy.deepcopy(tiny_model)
+        model.generation_config.update(**recommended)
+        kwargs = {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2)} if adapter else {}
+        trainer = make_trainer(model=model, trainer_kwargs=kwargs, max_steps=1, max_completion_length=8)
+        trainer.train()
+        kept = trainer.model.generation_config
+        assert all(getattr(kept, name) == value for name, value in recommended.items())  # for those who load it
+        return list(trainer._logs["completion"])
+
+    assert sampled(**recommended) == sampled()
+
+
+def test_every_eos_token_of_a_checkpoint_ends_a_completion(make_trainer, tiny_model):
+    tiny_model.generation_config.eos_token_id = [1, *range(3, 16)]
+    lengths = []
+
+    def record(completion_ids, **kwargs):
+        lengths.extend(map(len, completion_ids))
+        assert all(3 <= ids[-1] < 16 or ids[-1] == 1 or len(ids) == 30 for ids in completion_ids)
+        return [0.0] * len(completion_ids)
+
+    make_trainer(reward_funcs=record, max_steps=1, max_completion_length=30).train()
+    assert max(lengths) < 30
+
+
+# ---- What reward functions change
+
+
+def _vandal(completions, prompts, completion_ids, note, **kwargs):
+    for completion, ids, row in zip(completions, completion_ids, note, strict=True):
+        completion[0]["content"] = "abc"
+        ids.clear()
+        row.append("changed")
+    prompts.clear()
+    return [float(i) for i in range(len(completions))]
+
+
+async def _async_vandal(**kwargs):
+    return _vandal(**kwargs)
+
+
+class _CallableVandal:
+    __name__ = "vandal"
+
+    def __call__(self, **kwargs):
+        return _vandal(**kwargs)
+
+
+@pytest.mark.parametrize("vandal", [_vandal, _async_vandal, _CallableVandal(), functools.partial(_vandal)])
+def test_a_reward_function_changes_only_its_own_copies(make_trainer, vandal):
+    seen = []
+
+    def witness(completions, completion_ids, note, **kwargs):
+        seen.append((completions, completion_ids, note))
+        return count_abc(completions)
+
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in ("ab", "cd")], "note": [[], []]})
+    trainer = make_trainer(
+        reward_funcs=[vandal, witness],
+        trainer_kwargs={"train_dataset": prompts},
+        max_steps=1,
+        max_completion_length=12,
+    )
+    trainer.train()
+    completions, completion_ids, notes = seen[0]
+    texts = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+    assert [row[0]["content"] for row in completions] == texts and set(texts) != {"abc"}
+    assert notes == [[]] * 8 and all(completion_ids)
+    stored = load_dataset("parquet", data_dir=f"{trainer.args.output_dir}/rollouts", split="train")
+    assert [row[0]["content"] for group in stored["completions"] for row in group] == texts

@@ -5,18 +5,22 @@ import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import update_wrapper
 from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from trl.trainer.utils import is_async_callable
 
 from .preferences import preferences_from_answers
 
 
 # Of the dataset's columns, oracles do not get those that their own arguments have the names of, or that TRL adds
 NO_COLUMNS = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
+
+SAYS_NOTHING = "it returned None"
 
 # oracle(prompts=..., first=..., second=..., **columns) -> P(first beats second) of each, None where it cannot say
 PreferenceFunc: TypeAlias = Callable[..., Sequence[float | None] | Coroutine[Any, Any, Sequence[float | None]]]
@@ -74,7 +78,7 @@ class Answers:
             Identical completions, about which it was not asked.
         num_asked, num_lost (`int`):
             Comparisons, over all processes.
-        problem (`str`):
+        problem (`str`, *optional*, defaults to `SAYS_NOTHING`):
             What was wrong, of the first one that was.
     """
 
@@ -82,7 +86,7 @@ class Answers:
     same: torch.Tensor
     num_asked: int
     num_lost: int
-    problem: str
+    problem: str = SAYS_NOTHING
 
     @property
     def preferences(self) -> torch.Tensor:
@@ -145,7 +149,7 @@ def ask_oracle(
     pairs = ordered_pairs(needless, both_orders)
     if known is not None:
         lost = int(known[pairs.unbind(dim=1)].isnan().sum())
-        return Answers(known, same, num_asked=len(pairs), num_lost=lost, problem="it returned None or NaN")
+        return Answers(known, same, num_asked=len(pairs), num_lost=lost)
     share = -(-len(pairs) // accelerator.num_processes)
     calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
 
@@ -182,7 +186,7 @@ def ask_oracle(
         same=same,
         num_asked=len(pairs),
         num_lost=int(said.isnan().sum()),
-        problem=problems[0] if problems else "it returned None or NaN",
+        problem=problems[0] if problems else SAYS_NOTHING,
     )
 
 
@@ -197,8 +201,30 @@ def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
     return list(pairs.split(sizes)) if sizes else []
 
 
+def own_copy(value: Any) -> Any:
+    """Lists and mappings are copied, and what is in them. A function that changes its copy changes nothing else."""
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return [own_copy(item) for item in value] if type(value) is list else value
+
+
+def on_own_copies(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A reward function that gets copies of its arguments, so that each source scores what was sampled."""
+    if is_async_callable(function):
+
+        async def call(**kwargs: Any) -> Any:
+            return await function(**own_copy(kwargs))
+    else:
+
+        def call(**kwargs: Any) -> Any:
+            return function(**own_copy(kwargs))
+
+    return update_wrapper(call, function)
+
+
 def ask(oracle: PreferenceFunc, **kwargs) -> Any:
-    output = oracle(**kwargs)
+    """What an oracle or a reward function says. It gets copies; a coroutine is awaited."""
+    output = oracle(**own_copy(kwargs))
     if inspect.iscoroutine(output):
         # In a thread of its own: a notebook has an event loop running in this one
         with ThreadPoolExecutor(1) as executor:
@@ -211,8 +237,8 @@ def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float
     values = output.tolist() if isinstance(output, torch.Tensor) else list(output)
     if len(values) != expected:
         raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")
-    answers = [torch.nan if value is None else float(value) for value in values]
-    outside = [answer for answer in answers if answer < 0 or answer > 1]
-    if outside:
-        problems.append(f"it answered {outside[0]}, which is no probability in [0, 1]")
-    return [answer if 0 <= answer <= 1 else torch.nan for answer in answers]
+    answers = [None if value is None else float(value) for value in values]
+    wrong = [answer for answer in answers if answer is not None and not 0 <= answer <= 1]
+    if wrong:
+        problems.append(f"it answered {wrong[0]}, which is no probability in [0, 1]")
+    return [answer if answer is not None and 0 <= answer <= 1 else torch.nan for answer in answers]

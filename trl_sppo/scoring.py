@@ -1,5 +1,6 @@
 """Who judges in a training: reward sources, pairwise oracles, and judges for evaluations only."""
 
+import math
 from collections.abc import Sized
 from typing import Any, cast
 
@@ -8,10 +9,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
 
-from .comparisons import Answers, PreferenceFunc, ask_oracle, oracle_name
+from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle, on_own_copies, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
 from .faults import RunError, is_of_another_process
+from .judges.endpoint import Endpoint
 from .resumable import ResumableTrainer
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
 from .rollouts import preferences_of_sources
@@ -19,6 +21,9 @@ from .stored_rollouts import stored_panel
 
 
 logger = logging.get_logger(__name__)
+
+PATIENCE = 100  # prompts that functions may leave without a score from the start, since they may be of another task
+CHANCE = 1e-6  # and later as many as come in a row with this probability, by the share of those with a score
 
 
 class ScoringTrainer(ResumableTrainer):
@@ -42,7 +47,7 @@ class ScoringTrainer(ResumableTrainer):
 
     model: nn.Module
 
-    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silent_rollouts", "_silent_rollouts_of_sources"]
+    _saved = [*ResumableTrainer._saved, "_rollout_metrics", "_silence"]
 
     def __init__(
         self,
@@ -62,8 +67,8 @@ class ScoringTrainer(ResumableTrainer):
         # Logged at each optimizer step of an iteration, which an evaluation may interrupt
         self._rollout_metrics: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
         self._warned: set[str] = set()
-        self._silent_rollouts: dict[int, int] = {}  # by oracle, once it has been asked: in a row, without an answer
-        self._silent_rollouts_of_sources: int | None = None  # likewise, of all reward sources together
+        # By voter: prompts up to the last one with a score, how many of them have one; prompts and rollouts since
+        self._silence: dict[str, tuple[int, int, int, int]] = {}
 
         sources, processing_classes = load_reward_models(
             [*judges, *reward_funcs],
@@ -84,7 +89,11 @@ class ScoringTrainer(ResumableTrainer):
         super().__init__(args=args, reward_funcs=sources, reward_processing_classes=processing_classes, **kwargs)
         args.reward_weights = weights
         self.reward_funcs = [
-            MicroBatchedRewardModel(source, args.reward_batch_size) if isinstance(source, nn.Module) else source
+            MicroBatchedRewardModel(source, args.reward_batch_size)
+            if isinstance(source, nn.Module)
+            else source
+            if isinstance(source, Endpoint)
+            else on_own_copies(source)
             for source in self.reward_funcs
         ]
         rewards = self.reward_func_names[num_hidden:]
@@ -191,18 +200,18 @@ class ScoringTrainer(ResumableTrainer):
         return found
 
     def _check_answers(self, answers: Answers, i: int) -> None:
-        """Say once that comparisons are lost. Stop if an oracle with a vote has never answered, or stays silent."""
+        """Say once that comparisons are lost. Stop if an oracle with a vote stays silent for too long."""
         name = self.preference_func_names[i]
-        if answers.num_lost < answers.num_asked:
-            self._silent_rollouts[i] = 0
-        elif answers.num_asked and self.model.training and self.preference_weights[i] > 0:
-            never = i not in self._silent_rollouts
-            self._silent_rollouts[i] = self._silent_rollouts.get(i, 0) + 1
-            if never or self._silent_rollouts[i] == 3:
+        known = (~answers.matrix.isnan()).flatten(1).any(dim=1)
+        asked = (~answers.same).flatten(1).any(dim=1)  # not about groups of identical completions
+        if self.model.training and self.preference_weights[i] > 0:
+            may_pass = answers.problem == SAYS_NOTHING and not isinstance(self.preference_funcs[i], Endpoint)
+            num_silent = self._silent_prompts(f"oracle {i}", known[asked], may_pass)
+            if num_silent:
                 raise RunError(
-                    f"preference_func {name!r} gave no usable answer to any of {answers.num_asked} comparisons"
-                    f"{'' if never else ', and to none in the two rollouts before'}: {answers.problem}. It must "
-                    "return one probability in [0, 1] for each comparison (None where it cannot say)."
+                    f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
+                    f"prompts: {answers.problem}. It must return one probability in [0, 1] for each comparison (None "
+                    "where it cannot say)."
                 )
         if answers.num_lost and name not in self._warned:
             self._warned.add(name)
@@ -211,6 +220,39 @@ class ScoringTrainer(ResumableTrainer):
                 f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
                 f"preferences/{name}/lost goes on counting."
             )
+
+    def _silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool) -> int:
+        """
+        Count the prompts in a row of which a voter has said nothing.
+
+        Args:
+            voter (`str`):
+                Its key.
+            scored (`torch.Tensor` of bool, of shape `(P,)`):
+                Of which prompts of this rollout it has said something.
+            may_pass (`bool`):
+                Whether it may say nothing of some prompts, as functions do that return `None` for other tasks.
+
+        Returns:
+            `int`: their number if it is too large, else 0. A voter that may pass is given the time that its kind of
+            prompts may take to come, by their share so far. Any other is given three rollouts, and none at the start.
+        """
+        seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
+        if scored.any() or len(scored) == 0:
+            self._silence[voter] = seen + prompts + len(scored), num_scored + int(scored.sum()), 0, 0
+            return 0
+        prompts, rollouts = prompts + len(scored), rollouts + 1
+        self._silence[voter] = seen, num_scored, prompts, rollouts
+        length = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else PATIENCE
+        if not may_pass:
+            limit = 0.0
+        elif not self.shuffle_dataset:  # its kind of prompts may come last
+            limit = length
+        elif num_scored == 0:
+            limit = min(PATIENCE, length)
+        else:
+            limit = math.log(CHANCE) / math.log1p(-num_scored / (seen + 1))
+        return prompts if prompts >= limit and (num_scored == 0 or rollouts >= 3) else 0
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         if not self.reward_funcs:  # TRL would complain of each completion without a score
@@ -241,20 +283,19 @@ class ScoringTrainer(ResumableTrainer):
         return scores.masked_fill(~scores.isfinite(), torch.nan)
 
     def _check_scores(self, scored: torch.Tensor) -> None:
-        """Stop if nobody who votes has ever scored a completion, or nobody did in three rollouts in a row."""
+        """Stop if no reward source with a vote has scored a completion for too long."""
         if not self.model.training or self.preference_funcs:
             return
-        if scored[:, self.reward_weights.to(scored.device) > 0].any():
-            self._silent_rollouts_of_sources = 0
-            return
-        never = self._silent_rollouts_of_sources is None
-        self._silent_rollouts_of_sources = (self._silent_rollouts_of_sources or 0) + 1
-        if never or self._silent_rollouts_of_sources == 3:
+        voters = self.reward_weights.to(scored.device) > 0
+        prompts = scored[:, voters].view(-1, self.num_generations * int(voters.sum())).any(dim=1)
+        is_model = [isinstance(source, (nn.Module, Endpoint)) for source in self.reward_funcs]
+        num_silent = self._silent_prompts("reward sources", prompts, may_pass=not any(is_model))
+        if num_silent:
             names = ", ".join(map(repr, self.reward_func_names))
             raise RunError(
-                f"reward source {names} gave no finite score (None, NaN or infinite) for any of {len(scored)} "
-                f"completions{'' if never else ', nor in the two rollouts before'}: there is nothing to compare. It "
-                "must return one number for each of its completions, None only where it cannot say."
+                f"reward source {names} gave no finite score (None, NaN or infinite) for any completion of the last "
+                f"{num_silent} prompts: there is nothing to compare. It must return one number for each of its "
+                "completions, None only where it cannot say."
             )
 
 

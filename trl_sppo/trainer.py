@@ -26,6 +26,7 @@ from .checks import (
 from .comparisons import PreferenceFunc
 from .config import SPPOConfig
 from .faults import RunError, is_of_another_process
+from .generation import only_requested_generation
 from .make_rollouts import make_rollouts
 from .model_card import add_to_card
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
@@ -369,7 +370,8 @@ class SPPOTrainer(ScoringTrainer):
             return known
         check_prompt_ids(prompt_ids, self.args, self.model.config)
         try:
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            with only_requested_generation(self.accelerator.unwrap_model(self.model)):
+                completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except Exception as error:
             if not self.use_vllm or isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
                 raise

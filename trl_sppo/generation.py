@@ -1,0 +1,33 @@
+"""Generation with transformers: only what was asked for acts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+@contextmanager
+def only_requested_generation(model: Any) -> Iterator[None]:
+    """
+    Ignore what a checkpoint's `generation_config.json` recommends, such as `min_p` or a repetition penalty.
+
+    transformers fills every generation option that is not set with the checkpoint's. Completions would then come from
+    another distribution than the policy whose log-probabilities are trained. EOS, BOS and padding tokens stay. vLLM
+    ignores these recommendations in TRL. The model's configuration is restored afterwards, for saving.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy, unwrapped.
+    """
+    config = vars(model.generation_config)  # in place: wrappers of the model share the object
+    recommended = dict(config)
+    names = "eos_token_id", "bos_token_id", "pad_token_id"
+    neutral = GenerationConfig(**{name: recommended.get(name) for name in names})
+    config.clear()
+    config.update(vars(neutral))
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(recommended)
