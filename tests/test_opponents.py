@@ -1,6 +1,7 @@
 """Evaluations inside a training: win rates against the initial policy and against that of the evaluation before."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,51 @@ def test_the_best_model_and_early_stopping(evaluated, tmp_path):
     best = [row.get("eval_win_rate_vs_initial/count_abc", 0) for row in evaluations(trainer)]
     assert trainer.state.best_metric == max(best)
     assert trainer.state.global_step < 20
+
+
+def steadily(completions, trainer_state, **kwargs):
+    """A judge: the policy is as good as the initial one after 2 steps, better after 4, worse after 6."""
+    return [{0: 0.0, 2: 0.0, 4: 1.0, 6: -1.0}[trainer_state.global_step]] * len(completions)
+
+
+BEST = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "kwargs", "metric"),
+    [
+        (BEST, {}, "eval_win_rate_vs_initial/count_abc"),
+        ({**BEST, "metric_for_best_model": "loss"}, {}, "eval_win_rate_vs_initial/count_abc"),
+        (BEST, {"eval_reward_funcs": steadily}, "eval_win_rate_vs_initial/steadily"),
+        ({**BEST, "save_strategy": "best"}, {"eval_reward_funcs": steadily}, "eval_win_rate_vs_initial/steadily"),
+        (BEST, {"eval_dataset": {"one": EVAL_PROMPTS}}, "eval_one_win_rate_vs_initial/count_abc"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 6, "lr_scheduler_kwargs": {"patience": 0}},
+            {"eval_reward_funcs": steadily},
+            "eval_win_rate_vs_initial/steadily",
+        ),
+    ],
+)
+def test_a_win_rate_says_which_policy_is_the_best(evaluated, options, kwargs, metric):
+    """transformers' default, the loss, is the same for all of them."""
+    trainer = evaluated(trainer_kwargs=kwargs, save_total_limit=1, **options)
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == (metric, True)
+    rates = {row["step"]: row[metric] for row in trainer.state.log_history if metric in row}
+    if "load_best_model_at_end" in options:
+        assert trainer.state.best_metric == max(rates.values())
+        best = min(step for step, rate in rates.items() if rate == max(rates.values()))
+        assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+        assert (Path(trainer.state.best_model_checkpoint) / "config.json").is_file()
+    if "steadily" in metric:
+        assert rates == {2: 0.5, 4: 1.0, 6: 0.0}
+    if "lr_scheduler_type" in options:  # only the last evaluation was worse
+        assert [row["learning_rate"] for row in trainer.state.log_history if "loss" in row][:4] == [0.1] * 4
+        assert trainer.lr_scheduler.get_last_lr()[0] < 0.1
+
+
+def test_a_loss_is_no_metric(evaluated):
+    with pytest.raises(ValueError, match="metric_for_best_model='eval_loss' says nothing about the policy"):
+        evaluated(**BEST, metric_for_best_model="eval_loss")
 
 
 def test_several_evaluation_sets(evaluated, tmp_path):

@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -292,6 +293,10 @@ class SPPOConfig(GRPOConfig):
                     f"accelerator_config has no {' or '.join(map(repr, sorted(unknown)))}. It has "
                     f"{', '.join(each.name for each in fields(AcceleratorConfig))}."
                 )
+        if self.save_strategy == SaveStrategy.BEST and self.metric_for_best_model is None:
+            self.metric_for_best_model = (
+                "loss"  # transformers' default elsewhere. The trainer takes a win rate instead
+            )
         try:
             super().__post_init__()
         except ValueError as error:
@@ -385,6 +390,11 @@ class SPPOConfig(GRPOConfig):
             raise ValueError(
                 f"rollouts_total_limit must be at least 1, got {self.rollouts_total_limit}. To write no rollouts, set "
                 "save_rollouts=False."
+            )
+        if (self.metric_for_best_model or "").endswith("_loss"):
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} says nothing about the policy: in evaluations "
+                "all log-ratios are 0. Leave it out for the win rate against the initial policy, or name a metric."
             )
         if self.push_to_hub and self.save_rollouts:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import SchedulerType
 from transformers.utils import logging
 
 from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle, on_own_copies, oracle_name
@@ -114,6 +115,20 @@ class ScoringTrainer(ResumableTrainer):
         for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
             del cast(list, each)[:num_hidden]
         self.reward_weights = self.reward_weights[num_hidden:]
+        self._choose_metric()
+
+    def _choose_metric(self) -> None:
+        """Let a win rate say which policy is the best: transformers' default, the loss, says nothing about that."""
+        args = self.args
+        if args.metric_for_best_model != "loss":
+            return
+        voters = [*self.reward_source_names, *self.preference_func_names]
+        names = [*cast(list, self._judges["reward_func_names"]), *self.eval_preference_func_names, *voters]
+        prefix = f"eval_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else "eval"
+        args.metric_for_best_model, args.greater_is_better = f"{prefix}_win_rate_vs_initial/{names[0]}", True
+        if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+            args.lr_scheduler_kwargs = {"mode": "max", **cast(dict, args.lr_scheduler_kwargs or {})}
+        logger.warning(f"metric_for_best_model is {args.metric_for_best_model!r}, by default the first judge's.")
 
     @property
     def reward_source_names(self) -> list[str]:
