@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import count_abc, more_abc
+from conftest import TINY, count_abc, more_abc
 from datasets import Dataset
 from fixed import weights
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
+from peft import IA3Config, LoraConfig
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
+from trl_sppo.forms import differences, fingerprint
 
 
 # Iterations of two optimizer steps, each of two micro-batches; three iterations in an epoch
@@ -411,6 +412,89 @@ def test_other_batches(start, tmp_path, changes, expected):
     assert f"begin a new run from its weights with model_name_or_path='{checkpoint}'" in str(error.value)
 
 
+def adapter(**options) -> dict:
+    return {"trainer_kwargs": {"peft_config": LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **options})}}
+
+
+FORMS = [
+    ({}, {"optim": "sgd"}, "optim was 'adamw_torch', now 'sgd'"),
+    ({"optim": "sgd"}, {"optim": "adafactor"}, "optim was 'sgd', now 'adafactor'"),
+    ({"optim_args": "a=1"}, {}, "optim_args was 'a=1', now None"),
+    ({}, {"trainer_kwargs": {"optimizers": (torch.optim.Adam([torch.zeros(1)]), None)}}, "optim was .*, now 'Adam'"),
+    ({}, adapter(), r"the whole policy was trained, now an adapter \(LORA\)"),
+    (adapter(), {}, r"an adapter \(LORA\) was trained, now the whole policy"),
+    (adapter(), adapter(r=4), "the adapter's r was 2, now 4"),
+    (adapter(), adapter(lora_alpha=64), "the adapter's lora_alpha was 8, now 64"),
+    (adapter(), adapter(use_dora=True), "the adapter's use_dora was False, now True"),
+    (adapter(), adapter(use_rslora=True), "the adapter's use_rslora was False, now True"),
+    (adapter(), adapter(target_modules="all-linear"), "the adapter's target_modules was "),
+    (adapter(modules_to_save=["lm_head"]), adapter(), r"the adapter's modules_to_save was \['lm_head'\], now None"),
+    (
+        adapter(),
+        {"trainer_kwargs": {"peft_config": IA3Config(task_type="CAUSAL_LM")}},
+        "the adapter's peft_type was 'LORA', now 'IA3'",
+    ),
+    (adapter(), {**adapter(), "model": "other"}, r"the base model was '.*policy', now '.*other' with other weights"),
+    ({"beta": 0.1}, {"beta": 0.1, "model": "other"}, "now '.*other' with other weights"),
+]
+
+
+@pytest.mark.parametrize(("then", "now", "expected"), FORMS)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_checkpoint_of_another_form(start, tiny_policy, tmp_path, monkeypatch, then, now, expected, early):
+    """It is refused before the checkpoint is loaded, and before the policy is, if what differs is known by then."""
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(Qwen2Config(**TINY)).save_pretrained(tmp_path / "other")
+    start("run", max_steps=1, **then).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    if "model" in now:
+        now = {**now, "model": str(tmp_path / "other")}
+    known_late = any(words in expected for words in ("target_modules", "modules_to_save"))
+    with pytest.raises(ValueError, match=expected) as error:
+        if early and not known_late:
+            monkeypatch.setattr("trl.GRPOTrainer.__init__", lambda *args, **kwargs: pytest.fail("too late"))
+            start("again", resume_from_checkpoint=checkpoint, **now)
+        resumed = start("again", **now)
+        monkeypatch.setattr(resumed, "_load_from_checkpoint", lambda *args: pytest.fail("too late"))
+        resumed.train(resume_from_checkpoint=checkpoint)
+    assert f"model_name_or_path='{checkpoint}'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (adapter(), adapter(lora_dropout=0.1)),
+        (adapter(), {**adapter(), "model": "moved"}),
+        ({}, {"model": "other"}),  # of which nothing is left
+        ({"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}),
+    ],
+)
+def test_what_a_resumed_run_may_change(start, tiny_policy, tmp_path, then, now):
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(Qwen2Config(**TINY)).save_pretrained(tmp_path / "other")
+    start("run", max_steps=1, **then).train()
+    if "model" in now:
+        shutil.copytree(tiny_policy, tmp_path / "moved")
+        shutil.copy(tmp_path / "moved" / "tokenizer.json", tmp_path / "other")
+        shutil.copy(tmp_path / "moved" / "tokenizer_config.json", tmp_path / "other")
+        now = {**now, "model": str(tmp_path / now["model"])}
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    resumed = start("again", max_steps=2, resume_from_checkpoint=checkpoint, **now)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_says_nothing_of_its_form(start, tmp_path):
+    start("run", max_steps=1).train()
+    path = tmp_path / "run" / "checkpoint-1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["form"]
+    path.write_text(json.dumps(manifest))
+    resumed = start("run", max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
 def test_a_checkpoint_of_the_model_alone(start, tmp_path):
     start("run", max_steps=1, save_only_model=True).train()
     with pytest.raises(ValueError, match="was saved with save_only_model=True, without the optimizer"):
@@ -421,3 +505,31 @@ def test_the_checkpoint_is_looked_for_before_anything_is_loaded(start, monkeypat
     monkeypatch.setattr("trl.GRPOTrainer.__init__", lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(ValueError, match="must be a checkpoint's folder"):
         start("run", resume_from_checkpoint="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "expected"),
+    [
+        ({"sharding": None}, {"sharding": "fsdp"}, ["sharding was None, now 'fsdp'"]),
+        ({"bits": 4}, {"bits": None}, ["bits was 4, now None"]),
+        ({"base": "a"}, {"base": "b"}, ["base was 'a', now 'b'"]),  # on a hub, whose weights are not at hand
+        ({"base": "a", "base_weights": "1"}, {"base": "b", "base_weights": "1"}, []),
+        ({"base": "a", "base_weights": "1"}, {"base": "a", "base_weights": None}, []),
+        ({"adapter": {"r": 1}}, {}, []),
+    ],
+)
+def test_differences_of_forms(then, now, expected):
+    assert differences(then, now) == expected
+
+
+@pytest.mark.parametrize("place", [0, 12_345, -1])
+def test_a_fingerprint_is_that_of_the_weights(tmp_path, place):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        weights = bytearray(100_000)
+        if name == "c":
+            weights[place] = 1
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    a, b, c = (fingerprint(str(tmp_path / name)) for name in ("a", "b", "c"))
+    assert a == b != c
+    assert fingerprint("org/on-the-hub") is fingerprint("") is None

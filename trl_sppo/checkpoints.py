@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .forms import differences
+
 
 logger = logging.get_logger(__name__)
 
@@ -219,7 +221,7 @@ def layout_of(args: Any) -> dict[str, int]:
     return {"num_processes": args.world_size, **{name: getattr(args, name) for name in LAYOUT}}
 
 
-def check_fits(checkpoint: str, args: Any) -> None:
+def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -> None:
     """
     Check that a run with these arguments can go on from a whole checkpoint.
 
@@ -228,11 +230,15 @@ def check_fits(checkpoint: str, args: Any) -> None:
             Its path.
         args ([`SPPOConfig`]):
             Configuration of the run.
+        form (`dict`, *optional*):
+            What the run trains, as far as it is known: see [`~forms.form_of`].
 
     Raises:
-        `ValueError`: if the checkpoint has no optimizer, or its rollouts and its place in the data do not fit.
+        `ValueError`: if the checkpoint has no optimizer, or it belongs to a run with other batches, or with another
+        form of policy or optimizer.
     """
     manifest = read_manifest(Path(checkpoint))
+    new_run = f"or begin a new run from its weights with model_name_or_path={checkpoint!r}."
     if not manifest["can_be_resumed"]:
         raise ValueError(
             f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
@@ -243,8 +249,13 @@ def check_fits(checkpoint: str, args: Any) -> None:
     if changed:
         raise ValueError(
             f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts and "
-            "a place in the data. Set these options back, or begin a new run from its weights with "
-            f"model_name_or_path={checkpoint!r}."
+            f"a place in the data. Set these options back, {new_run}"
+        )
+    changed = differences(manifest.get("form", {}), form or {})  # earlier versions wrote none
+    if changed:
+        raise ValueError(
+            f"{checkpoint} belongs to a run of another kind ({'; '.join(changed)}), whose weights and optimizer it "
+            f"holds. Set these options back, {new_run}"
         )
 
 

@@ -30,13 +30,13 @@ POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-def check_resume(args: SPPOConfig) -> None:
-    """Raise `ValueError` if the checkpoint to resume from is not there, or belongs to another kind of run."""
+def check_resume(args: SPPOConfig, form: dict[str, Any] | None = None) -> None:
+    """Raise `ValueError` if the checkpoint to resume from is not there, or belongs to a run of another form."""
     resume: Any = args.resume_from_checkpoint
     if resume and str(resume).lower() != "false":
         checkpoint = find_checkpoint(resume, str(args.output_dir))
         if checkpoint is not None:
-            check_fits(checkpoint, args)
+            check_fits(checkpoint, args, form)
 
 
 def check_vllm(args: SPPOConfig) -> None:
@@ -142,7 +142,7 @@ def check_adapter(args: ModelConfig) -> None:
             raise ValueError(f"{name}=True needs use_peft=True: what is quantized cannot be trained, an adapter can.")
 
 
-def _quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any) -> int | None:
+def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any = None) -> int | None:
     """4 or 8, if the policy is, or would be, in bitsandbytes' format. An unknown path is no matter of this check."""
     kwargs: Any = args.model_init_kwargs or {}
     config = quantization_config or kwargs.get("quantization_config")
@@ -179,7 +179,7 @@ def check_quantization(
     Raises:
         `ValueError`: for vLLM, and for evaluations during a training on the CPU in 4 bit.
     """
-    bits = _quantized_bits(model, args, quantization_config)
+    bits = quantized_bits(model, args, quantization_config)
     if bits is None:
         return
     if args.use_vllm:

@@ -31,6 +31,7 @@ from .checks import (
     check_sources,
 )
 from .config import SPPOConfig
+from .forms import form_of
 from .memory import ModelSize, Placement, budget, size_of
 from .prompts import check_prompts
 from .rewards import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
@@ -98,7 +99,8 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
         sharding = _sharding_of(args)
     plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
     check_output_dir(args.output_dir)
-    check_resume(args)
+    form = form_of(args, model_args.model_name_or_path or "", get_peft_config(model_args))
+    check_resume(args, {name: form[name] for name in form if name not in ("bits", "sharding")})
     check_activation_checkpointing(args)
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only

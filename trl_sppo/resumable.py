@@ -4,6 +4,7 @@ import copy
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +17,12 @@ from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from .alone import alone_in
 from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_beginning, write_manifest
+from .checks import quantized_bits
 from .config import SPPOConfig
 from .faults import how_to_go_on
+from .forms import form_of
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 from .opponents import Opponents
@@ -54,6 +58,8 @@ class ResumableTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        policy = cast(torch.nn.Module, self.model)
+        self._form = form_of(self.args, policy, None, self.optimizer, quantized_bits(policy, self.args))
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
         self._last_saved_step: int | None = None
         self._resumed = False
@@ -83,8 +89,29 @@ class ResumableTrainer(GRPOTrainer):
         Raises:
             `SystemExit` or `KeyboardInterrupt`: after a checkpoint, if SIGTERM or SIGINT has come meanwhile, or
             `args.time_budget` is used up.
-            `ValueError`: if the checkpoint does not fit.
+            `ValueError`: if the checkpoint does not fit, or another run uses `args.output_dir`.
         """
+        with self.alone():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, no other run may write to the output directory."""
+        with ExitStack() as stack:
+
+            def hold() -> str | None:
+                try:
+                    stack.enter_context(alone_in(self._output_dir))
+                except ValueError as error:
+                    return str(error)
+                return None
+
+            problem = self._from_main_process(hold)
+            if problem is not None:
+                raise ValueError(problem)
+            yield
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
         if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() == "false":
             resume_from_checkpoint = None
         checkpoint = None
@@ -92,7 +119,7 @@ class ResumableTrainer(GRPOTrainer):
         if resume_from_checkpoint:
             checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self._output_dir))
             if checkpoint is not None:
-                check_fits(checkpoint, self.args)
+                check_fits(checkpoint, self.args, self._form)
         self._forget_earlier_training()
         if checkpoint is not None:
             self._opponents.resume_from(checkpoint)
@@ -278,7 +305,11 @@ class ResumableTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if main:
                 write_manifest(
-                    folder, step=step, can_be_resumed=not self.args.save_only_model, layout=layout_of(self.args)
+                    folder,
+                    step=step,
+                    can_be_resumed=not self.args.save_only_model,
+                    layout=layout_of(self.args),
+                    form=self._form,
                 )
         except BaseException:
             if main:

@@ -1,7 +1,7 @@
 """Who judges in a training: reward sources, pairwise oracles, and judges for evaluations only."""
 
 import math
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from typing import Any, cast
 
 import torch
@@ -94,7 +94,7 @@ class ScoringTrainer(ResumableTrainer):
             if isinstance(source, nn.Module)
             else source
             if isinstance(source, Endpoint)
-            else on_own_copies(source)
+            else on_own_copies(cast(Callable, source))
             for source in self.reward_funcs
         ]
         rewards = self.reward_func_names[num_hidden:]
@@ -302,7 +302,7 @@ class ScoringTrainer(ResumableTrainer):
         if not self.model.training or self.preference_funcs:
             return
         voters = self.reward_weights.to(scored.device) > 0
-        prompts = scored[:, voters].view(-1, self.num_generations * int(voters.sum())).any(dim=1)
+        prompts = scored[:, voters].any(dim=1).view(-1, cast(int, self.num_generations)).any(dim=1)
         is_model = [isinstance(source, (nn.Module, Endpoint)) for source in self.reward_funcs]
         num_silent = self._silent_prompts("reward sources", prompts, may_pass=not any(is_model))
         if num_silent:

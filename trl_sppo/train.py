@@ -358,6 +358,7 @@ def build_trainer(argv: list[str]):
     """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
     from trl import get_peft_config, get_quantization_config
 
+    from .alone import alone_in
     from .checks import check_activation_checkpointing, check_adapter, check_optimizer, check_resume, check_vllm
     from .trainer import SPPOTrainer
 
@@ -372,6 +373,9 @@ def build_trainer(argv: list[str]):
         **init_kwargs,
     }
     check_vllm(training_args)
+    if training_args.process_index == 0 and os.path.isdir(str(training_args.output_dir)):
+        with alone_in(str(training_args.output_dir)):
+            pass  # the trainer holds it once it runs: this is to fail before anything is loaded
     check_resume(training_args)
     check_optimizer(training_args)
     check_activation_checkpointing(training_args)

@@ -22,10 +22,12 @@ from .checks import (
     check_sources,
     check_trainable,
     check_vllm,
+    quantized_bits,
 )
 from .comparisons import PreferenceFunc
 from .config import SPPOConfig
 from .faults import RunError, is_of_another_process
+from .forms import form_of
 from .generation import only_requested_generation
 from .make_rollouts import make_rollouts
 from .model_card import add_to_card
@@ -152,7 +154,10 @@ class SPPOTrainer(ScoringTrainer):
             args = SPPOConfig(f"{name.rstrip('/').split('/')[-1]}-SPPO")
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
-        check_resume(args)
+        if args.resume_from_checkpoint:
+            bits = quantized_bits(model, args, kwargs.get("quantization_config"))
+            form = form_of(args, model, kwargs.get("peft_config"), kwargs.get("optimizers", (None,))[0], bits)
+            check_resume(args, form)
         if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
             check_trainable(model)
         reward_funcs = _without_slash(_as_list(reward_funcs))
@@ -225,11 +230,12 @@ class SPPOTrainer(ScoringTrainer):
             `str`: the folder.
 
         Raises:
-            `ValueError`: if models are sharded, or nothing would be written.
+            `ValueError`: if models are sharded, or nothing would be written, or another run uses the folder.
         """
         self._only_samples = True
         try:
-            return make_rollouts(self)
+            with self.alone():
+                return make_rollouts(self)
         finally:
             self._only_samples = False
 

@@ -1,0 +1,101 @@
+"""What a run trains: its base model, its adapter, its optimizer. A checkpoint fits only a run of the same form."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.training_args import OptimizerNames
+
+
+# Of an adapter's configuration: what may differ between a checkpoint and the run that resumes it
+_FREE = {
+    "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
+    "lora_dropout",
+}  # fmt: skip
+_BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, of so many bytes
+
+
+def form_of(
+    args: Any, model: str | nn.Module, peft_config: Any = None, optimizer: Any = None, bits: int | None = None
+) -> dict[str, Any]:
+    """
+    Describe what a run trains.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration of the run.
+        model (`str` or `nn.Module`):
+            The policy, before or after its adapter is added.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter that is to be added.
+        optimizer ([`~torch.optim.Optimizer`], *optional*):
+            The one that takes the place of `args.optim`.
+        bits (`int`, *optional*):
+            8 or 4, if the base model is quantized to these.
+
+    Returns:
+        `dict`, of what JSON can hold.
+    """
+    unknown = _FREE
+    if peft_config is not None:
+        unknown = {*_FREE, "target_modules", "modules_to_save", "target_parameters"}  # settled when it is added
+    elif hasattr(model, "peft_config"):
+        peft_config = next(iter(model.peft_config.values()))
+    path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    adapter = None
+    if peft_config is not None:
+        adapter = {name: value for name, value in peft_config.to_dict().items() if name not in unknown}
+    form: dict[str, Any] = {"adapter": adapter, "bits": bits, "optim_args": args.optim_args}
+    if adapter is not None or args.beta > 0:  # otherwise nothing of it is left
+        form |= {"base": path, "base_weights": fingerprint(path)}
+    # Both forms of torch's AdamW have the same state
+    name = OptimizerNames(args.optim).value.removesuffix("_fused")
+    form["optim"] = name if optimizer is None else type(optimizer).__name__
+    sharding = [
+        name for name in ("fsdp", "deepspeed") if _is_on(f"ACCELERATE_USE_{name.upper()}") or getattr(args, name)
+    ]
+    form["sharding"] = sharding[0] if sharding else None
+    return json.loads(json.dumps(form, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def fingerprint(folder: str) -> str | None:
+    """The same for the same weights, wherever they are: of blocks of each file. `None` where there are no files."""
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for i in range(_BLOCKS):
+                file.seek(max(size - _BLOCK, 0) * i // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16] if files else None
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what is known of two forms and differs."""
+    then, now = dict(then), dict(now)
+    found = []
+    weights = then.pop("base_weights", None), now.pop("base_weights", None)
+    if None not in weights:
+        if weights[0] != weights[1]:
+            found.append(f"the base model was {then['base']!r}, now {now['base']!r} with other weights")
+        then.pop("base", None)  # it may have been moved
+    adapters = [form.pop("adapter") for form in (then, now) if "adapter" in form]
+    if len(adapters) == 2 and (adapters[0] is None) != (adapters[1] is None):
+        words = ["the whole policy" if each is None else f"an adapter ({each['peft_type']})" for each in adapters]
+        found.append(f"{words[0]} was trained, now {words[1]}")
+    elif len(adapters) == 2 and adapters[0] is not None:
+        for name in adapters[0].keys() & adapters[1].keys():
+            old, new = adapters[0][name], adapters[1][name]
+            if old != new:
+                found.append(f"the adapter's {name} was {old!r}, now {new!r}")
+    return found + [
+        f"{name} was {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now.get(name, then[name])
+    ]
