@@ -1,6 +1,7 @@
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,8 +14,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers.integrations import deepspeed  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 
 NOT_RUN = pytest.StashKey[list]()
@@ -35,6 +39,27 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.stash.get(NOT_RUN, []):
         terminalreporter.section("not run: there is no CUDA device")
         terminalreporter.write_line("\n".join(config.stash[NOT_RUN]))
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind():
+    """What a test changes about the process is changed back, so that no other test can fail on it."""
+    environment, path, folder = dict(os.environ), list(sys.path), os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    deepspeed_config = deepspeed._hf_deepspeed_config_weak_ref
+    verbosity, dtype = logging.get_verbosity(), torch.get_default_dtype()
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    sys.path[:] = path
+    os.chdir(folder)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    deepspeed._hf_deepspeed_config_weak_ref = deepspeed_config
+    logging.set_verbosity(verbosity)
+    torch.set_default_dtype(dtype)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 CHAT_TEMPLATE = (

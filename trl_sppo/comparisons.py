@@ -210,16 +210,14 @@ def own_copy(value: Any) -> Any:
 
 def on_own_copies(function: Callable[..., Any]) -> Callable[..., Any]:
     """A reward function that gets copies of its arguments, so that each source scores what was sampled."""
-    if is_async_callable(function):
 
-        async def call(**kwargs: Any) -> Any:
-            return await function(**own_copy(kwargs))
-    else:
+    async def call_async(**kwargs: Any) -> Any:
+        return await function(**own_copy(kwargs))
 
-        def call(**kwargs: Any) -> Any:
-            return function(**own_copy(kwargs))
+    def call(**kwargs: Any) -> Any:
+        return function(**own_copy(kwargs))
 
-    return update_wrapper(call, function)
+    return update_wrapper(call_async if is_async_callable(function) else call, function)
 
 
 def ask(oracle: PreferenceFunc, **kwargs) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.training_args import OptimizerNames
@@ -43,7 +43,7 @@ def form_of(
     if peft_config is not None:
         unknown = {*_FREE, "target_modules", "modules_to_save", "target_parameters"}  # settled when it is added
     elif hasattr(model, "peft_config"):
-        peft_config = next(iter(model.peft_config.values()))
+        peft_config = next(iter(cast(Any, model).peft_config.values()))
     path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     adapter = None
     if peft_config is not None:
