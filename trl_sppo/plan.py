@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from .adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from .arguments import check_output_dir
 from .checks import (
     check_activation_checkpointing,
@@ -100,6 +101,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     check_output_dir(args.output_dir)
     check_resume(args)
     check_activation_checkpointing(args)
+    adopt_options(model_args)
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
         check_optimizer(args)
@@ -204,13 +206,15 @@ def _look_at_models(plan: Plan) -> None:
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision", model_args.model_revision)
     config, tokenizer = _files(plan, "model", policy, args.trust_remote_code, revision)
+    peft_config = check_policy(policy) if is_adapter(policy) else get_peft_config(model_args)
+    policy = base_of(policy)
     quantization = get_quantization_config(model_args)
     if config is not None or quantization is not None:
         check_quantization(args, policy, quantization, on_cpu=args.use_cpu)
     if config is not None:
         check_policy_weights(policy, config, args)
         attention = init_kwargs.get("attn_implementation", model_args.attn_implementation)
-        plan.policy = _size(plan, policy, config, get_peft_config(model_args), attention)
+        plan.policy = _size(plan, policy, config, peft_config, attention)
     if tokenizer is not None and plan.conversational and tokenizer.chat_template is None:
         raise ValueError(
             f"the prompts are conversational, but the tokenizer of model {policy!r} has no chat template. Use an "
@@ -274,18 +278,17 @@ def _files(
     plan: Plan, what: str, name: str, trusted: bool, revision: str | None = None
 ) -> tuple[PreTrainedConfig | None, Any]:
     """Configuration and tokenizer, or None for what cannot be had from the hub, which `plan.unknown` then says."""
-    if plan.hub_is_away and not os.path.isdir(name):
-        plan.unknown.append(f"Anything about {what} {name}: the hub cannot be reached.")
+    base = base_of(name)
+    if plan.hub_is_away and not os.path.isdir(base):
+        plan.unknown.append(f"Anything about {what} {base}: the hub cannot be reached.")
         return None, None
     kwargs = {"trust_remote_code": trusted} | ({"revision": revision} if revision else {})
     try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
-        return config, AutoTokenizer.from_pretrained(name, **kwargs)
+        config = AutoConfig.from_pretrained(base, **kwargs)
+        return config, AutoTokenizer.from_pretrained(tokenizer_of(name), **kwargs)
     except OSError as error:
-        if os.path.isdir(name) or "connect" not in str(error):
-            raise ValueError(
-                f"{what} {name!r} is neither a folder with its files nor a model that can be had from the hub: {error}"
-            ) from error
+        if os.path.isdir(base) or "connect" not in str(error):
+            raise not_found(what, name, error) from error
         plan.hub_is_away = True
         return _files(plan, what, name, trusted)
 

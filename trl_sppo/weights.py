@@ -1,7 +1,7 @@
 """Checkpoints that lack some of their model's weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def whole_and_silent() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
+def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = (), **kwargs: Any) -> None:
     """
     Check that a checkpoint has all weights of its model. For those that it lacks, transformers takes random numbers.
 
@@ -42,6 +42,8 @@ def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
             Folder of the checkpoint.
         kind:
             Class of the model, as `AutoModelForCausalLM`.
+        brought (collection of `str`, *optional*):
+            Weights that an adapter brings.
         kwargs:
             Further arguments of its `from_pretrained`.
 
@@ -57,7 +59,7 @@ def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
         model, info = kind.from_pretrained(
             path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
         )
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - set(brought))
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
