@@ -183,7 +183,7 @@ def continue_adapter(
         path (`str`):
             Folder of the adapter.
         args ([`SPPOConfig`]):
-            Configuration. Its `model_init_kwargs` are about the base model, and get its revision if the adapter says it.
+            Configuration. Its `model_init_kwargs` are about the base model, and its revision if it is said there.
         peft_config ([`~peft.PeftConfig`], *optional*), processing_class (*optional*):
             What the trainer was given.
 
