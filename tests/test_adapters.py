@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, make_tokenizer
 from datasets import Dataset
 from fixed import weights
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +22,10 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from trl_sppo import SPPOTrainer, check, train
-from trl_sppo.adapters import adopt_options, base_of, is_adapter, tokenizer_of
+from trl_sppo import check, train
+from trl_sppo.adapters import adopt_options, base_of, tokenizer_of
 from trl_sppo.checkpoints import last_whole_checkpoint, read_beginning
-from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
+from trl_sppo.rewards import load_reward_models
 
 
 KINDS = {
@@ -212,9 +212,9 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda a: spoil(a, lambda t: t.pop(FIRST)), "safetensors lacks .*layers.0.self_attn.q_proj.lora_A.default.weigh"),
-        (lambda a: spoil(a, lambda t: t.update({"base_model.model.x.lora_A.weight": t[FIRST].clone()})), "has .*x.lora_A.*no pl"),
-        (lambda a: spoil(a, lambda t: t.update({FIRST: torch.zeros(2, 8)})), "does not fit its base .*size mismatch .*q_p"),
+        (lambda a: spoil(a, lambda t: t.pop(FIRST)), "safetensors lacks .*layers.0.self_attn.q_proj.lora_A"),
+        (lambda a: spoil(a, lambda t: t.update({"x.lora_A.weight": t[FIRST].clone()})), "has x.lora_A.*has no place"),
+        (lambda a: spoil(a, lambda t: t.update({FIRST: torch.zeros(2, 8)})), "does not fit its .*size mismatch .*q_proj"),
         (lambda a: configure(a, base_model_name_or_path="./gone"), "is an adapter of './gone', which is neither a fold"),
         (lambda a: configure(a, base_model_name_or_path=None), "does not say which model it belongs to. Write the mod"),
         (lambda a: configure(a, peft_type="NEW"), "adapter_config.json that PEFT cannot read: 'NEW'"),
@@ -375,3 +375,231 @@ def test_check_says_what_is_continued(recipe, adapter, rewards, tmp_path, capsys
     with pytest.raises(SystemExit):
         check.main(["recipe.yaml"])
     assert "its adapter_model.safetensors cannot be read" in capsys.readouterr().err
+
+
+# ---- Reward models
+
+
+TEXTS = ["a", "hello world", "abc def ghi jkl mno", "zz", "x" * 30]
+LORA_OF_SCORES = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
+
+
+def one_by_one(model) -> list[float]:
+    model.eval()
+    with torch.no_grad():
+        return [model(**make_tokenizer()([text], return_tensors="pt")).logits.item() for text in TEXTS]
+
+
+def save_reward_adapter(base: str, folder: Path, seed=1, dtype="float32", **values) -> str:
+    """As TRL's RewardTrainer does: on a base of any kind, with the head, and with the tokenizer."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+    moved(get_peft_model(model, LoraConfig(**{**LORA_OF_SCORES, **values})), seed).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def as_peft_scores(adapter: str, dtype="float32") -> list[float]:
+    model = AutoModelForSequenceClassification.from_pretrained(base_of(adapter), num_labels=1, dtype=dtype)
+    return one_by_one(PeftModel.from_pretrained(model, adapter))
+
+
+def scores_of(trainer, i=0) -> list[float]:
+    prompts = ["ab"] * len(TEXTS)
+    scores = trainer._calculate_rewards([{"prompt": p} for p in prompts], ["" for _ in prompts], TEXTS, None)
+    return scores[:, i].tolist()
+
+
+@pytest.fixture
+def reward_adapter(tiny_policy, tmp_path):
+    return save_reward_adapter(tiny_policy, tmp_path / "scorer")
+
+
+@pytest.mark.parametrize("base", ["a policy", "a reward model", "without a padding token", "in bfloat16"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_adapter_scores_as_it_was_saved(make_trainer, tiny_model, tiny_policy, tmp_path, base, batch_size):
+    if base == "a reward model":
+        Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained(tiny_policy)
+    if base == "without a padding token":  # as many policies have it; the tokenizer beside the adapter says which
+        Qwen2ForCausalLM(Qwen2Config(**{**TINY, "pad_token_id": None})).save_pretrained(tiny_policy)
+    dtype = "bfloat16" if base == "in bfloat16" else "float32"
+    adapter = save_reward_adapter(tiny_policy, tmp_path / "scorer", dtype=dtype)
+    expected = as_peft_scores(adapter, dtype)
+    assert torch.tensor(expected).std() > 0.01
+    trainer = make_trainer(reward_funcs=adapter, reward_batch_size=batch_size)
+    tolerance = 0.02 if dtype == "bfloat16" else 1e-5  # padding changes the order of sums
+    assert scores_of(trainer) == pytest.approx(expected, abs=tolerance)
+    assert trainer.reward_source_names == ["scorer"]
+    (model,), (tokenizer,) = load_reward_models([adapter], [None], conversational=True)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    assert one_by_one(model) == pytest.approx(expected, abs=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    saved = load_file(Path(adapter, "adapter_model.safetensors"))["base_model.model.score.weight"]
+    assert torch.equal(model.score.weight, saved)
+
+
+def test_two_adapters_of_one_base(make_trainer, tiny_policy, tmp_path):
+    one, two = (save_reward_adapter(tiny_policy, tmp_path / name, seed=i) for i, name in enumerate(("one", "two")))
+    trainer = make_trainer(
+        reward_funcs=[one, two], eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4,
+        trainer_kwargs={
+            "eval_dataset": Dataset.from_dict({"prompt": ["ab"]}),
+            "eval_reward_funcs": save_reward_adapter(tiny_policy, tmp_path / "judge", seed=7),
+        },
+    )  # fmt: skip
+    assert trainer.reward_source_names == ["one", "two"]
+    assert scores_of(trainer, 0) == pytest.approx(as_peft_scores(one), abs=1e-5)
+    assert scores_of(trainer, 1) == pytest.approx(as_peft_scores(two), abs=1e-5)
+    assert trainer.describe()["judges"] == ["judge"]
+    trainer.train()
+    (row, *_) = [row for row in trainer.state.log_history if "loss" in row]
+    assert row["rewards/one/mean"] != row["rewards/two/mean"]
+
+
+def test_what_trls_reward_trainer_saves(tiny_policy, tmp_path):
+    from trl import RewardConfig, RewardTrainer
+
+    texts = {"chosen": "abc", "rejected": "xyz zz"}
+    rows = [{side: [{"role": "assistant", "content": text}] for side, text in texts.items()}] * 4
+    args = RewardConfig(
+        str(tmp_path / "scorer"), max_steps=1, use_cpu=True, bf16=False, report_to="none", learning_rate=0.1,
+        gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    config = LoraConfig(r=2, task_type="SEQ_CLS")
+    trainer = RewardTrainer(tiny_policy, args=args, train_dataset=Dataset.from_list(rows), peft_config=config)
+    trainer.train()
+    trainer.save_model()
+    (model,), (tokenizer,) = load_reward_models([str(tmp_path / "scorer")], [None], conversational=True)
+    assert one_by_one(model) == one_by_one(trainer.model)
+    assert model.config.pad_token_id == trainer.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_an_encoder(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = BertConfig(**sizes, num_attention_heads=2, num_labels=1, pad_token_id=0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    adapter = save_reward_adapter(str(tmp_path / "base"), tmp_path / "scorer", target_modules=["query"])
+    (model,), _ = load_reward_models([adapter], [None], conversational=False)
+    assert one_by_one(model) == pytest.approx(as_peft_scores(adapter), abs=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "noise"), [("8bit", 0.2), ("4bit", 0.6)])
+def test_quantized(make_trainer, tmp_path, bits, noise):
+    torch.manual_seed(0)
+    config = Qwen2Config(**{**TINY, "hidden_size": 64, "intermediate_size": 128}, initializer_range=0.1)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    adapter = save_reward_adapter(str(tmp_path / "base"), tmp_path / "scorer")
+    scores = torch.tensor(scores_of(make_trainer(reward_funcs=adapter, reward_quantization=bits)))
+    expected = torch.tensor(as_peft_scores(adapter))
+    assert 0 < (scores - expected).std() < noise * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda a: spoil(a, lambda t: t.pop("base_model.model.score.weight")), "has no scoring head: the adapter has no"),
+        (
+            lambda a: spoil(a, lambda t: t.update({"base_model.model.score.weight": torch.zeros(2, 16)})),
+            "has 2 labels, but a reward is one number",
+        ),
+        (lambda a: spoil(a, lambda t: t.pop(FIRST)), "reward model .* is an adapter that does not fit its base .* lacks"),
+        (lambda a: configure(a, base_model_name_or_path="./gone"), "is an adapter of './gone', which is neither a fold"),
+        (lambda a: Path(a, "adapter_model.safetensors").unlink(), "its adapter_model.safetensors cannot be read"),
+        (
+            lambda a: Path(a, "adapter_model.safetensors").rename(Path(a, "adapter_model.bin")),
+            "has adapter_model.bin, a pickle",
+        ),
+        (lambda a: shutil.copy(Path(base_of(a), "config.json"), a), "has a config.json of a whole model, and also an ad"),
+        (lambda a: spoil(base_of(a), lambda t: None), "lacks the weights model.norm.weight of a Qwen2ForSequenceClassif"),
+    ],
+)  # fmt: skip
+def test_a_reward_adapter_that_is_refused(make_trainer, reward_adapter, harm, message):
+    if "norm.weight" in message:
+        file = Path(base_of(reward_adapter), "model.safetensors")
+        save_file({k: v for k, v in load_file(file).items() if k != "model.norm.weight"}, file, {"format": "pt"})
+    else:
+        harm(reward_adapter)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(reward_funcs=reward_adapter)
+
+
+def test_a_policys_adapter_is_no_reward_model(make_trainer, adapter):
+    make_tokenizer().save_pretrained(adapter)
+    with pytest.raises(ValueError, match="has no scoring head: .* that was trained with lora_task_type SEQ_CLS"):
+        make_trainer(reward_funcs=adapter)
+
+
+def test_an_adapter_on_a_trained_head(tiny_policy, tmp_path):
+    """Of the body alone: the head is that of the base, and needs to be there."""
+    Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained(tiny_policy)
+    adapter = save_reward_adapter(tiny_policy, tmp_path / "scorer", task_type=None)
+    (model,), _ = load_reward_models([adapter], [None], conversational=True)
+    assert one_by_one(model) == pytest.approx(as_peft_scores(adapter), abs=1e-6)
+
+
+def test_eval_and_check_take_a_reward_adapter(recipe, rewards, tiny_policy, reward_adapter, tmp_path, capsys):
+    from trl_sppo.panel import Panel
+
+    panel = Panel([reward_adapter], [], conversational=False)
+    groups = [{"prompt": "", "completions": TEXTS}]
+    panel.score(groups)
+    assert groups[0]["scores"]["scorer"] == pytest.approx(as_peft_scores(reward_adapter), abs=1e-5)
+    argv = recipe(tiny_policy, "out")
+    values = dict(zip((name[2:] for name in argv[::2]), argv[1::2], strict=True))
+    values["eval_reward_model_name_or_path"] = values.pop("reward_funcs") and reward_adapter
+    values |= {"reward_model_name_or_path": reward_adapter, "eval_strategy": "steps", "dataset_test_split": "train"}
+    (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {value}" for name, value in values.items()))
+    check.main(["recipe.yaml"])
+    assert f"Win rates in each group of 4 come from {reward_adapter}." in capsys.readouterr().out
+
+
+# ---- Nothing to train
+
+
+@pytest.mark.parametrize("options", [{}, {"lr_scheduler_type": "constant"}])
+def test_a_learning_rate_of_zero(make_trainer, options):
+    with pytest.raises(ValueError, match=r"learning_rate must be above 0, and at most 1, got 0\.0"):
+        make_trainer(learning_rate=0, **options)
+
+
+def test_an_adapter_of_which_the_active_one_is_frozen(make_trainer, tiny_policy, adapter):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy), adapter)
+    model.add_adapter("other", copy.deepcopy(KINDS["lora"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".other." in name)
+    with pytest.raises(
+        ValueError, match=r"no parameter of the policy .* \['other'\] are inactive; `model.set_adapter`"
+    ):
+        make_trainer(model)
+    model.set_adapter("other")
+    make_trainer(model)
+
+
+def test_the_configuration_of_a_saved_adapter(make_trainer, adapter):
+    config = LoraConfig.from_pretrained(adapter)
+    with pytest.raises(ValueError, match="peft_config has inference_mode=True, so nothing would be trained"):
+        make_trainer(trainer_kwargs={"peft_config": config})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["nowhere"]},
+        {"target_modules": []},
+        {"target_modules": ["q_proj"], "layers_to_transform": [9]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+    ],
+)
+def test_an_adapter_that_matches_no_module(make_trainer, config):
+    with pytest.raises(ValueError, match="target"):
+        make_trainer(trainer_kwargs={"peft_config": LoraConfig(**config, task_type="CAUSAL_LM")})
+
+
+def test_an_adapter_without_a_parameter_to_train(make_trainer, monkeypatch):
+    """Whatever the kind, it is found before training."""
+    from peft.tuners.lora import LoraModel
+
+    monkeypatch.setattr(LoraModel, "_mark_only_adapters_as_trainable", lambda self, model: model.requires_grad_(False))
+    with pytest.raises(ValueError, match="no parameter of the policy .* requires a gradient"):
+        make_trainer(trainer_kwargs={"peft_config": copy.deepcopy(KINDS["lora"])})

@@ -2,7 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ from .adapters import (
 )
 from .served import ServedRewardModel
 from .trust import check_safetensors, is_url, own_code_error, own_code_is_refused
-from .weights import check_weights
+from .weights import check_weights, silent
 
 
 logger = logging.get_logger(__name__)
@@ -180,33 +181,36 @@ def load_reward_models(
     for source in reward_funcs:
         if isinstance(source, str):
             check_reward_weights(source, source in trust_remote_code)
-    models = [
-        _load(source, source in trust_remote_code, quantization) if isinstance(source, str) else source
-        for source in reward_funcs
-    ]
+    models: list[Any] = []
+    for source, tokenizer in zip(reward_funcs, tokenizers, strict=True):
+        if isinstance(source, str):
+            source = _load(source, source in trust_remote_code, quantization)
+            # By which a classifier finds the last token of a text. An adapter's base has another one, or none
+            source.config.get_text_config().pad_token_id = cast(Any, tokenizer).pad_token_id
+        models.append(source)
     return models, tokenizers
 
 
 def _load(path: str, trusted: bool, quantization: str | None) -> PreTrainedModel:
-    kwargs: dict[str, Any] = {}
     head = _head_of(path)
-    if head:  # what was saved is rounded by no other dtype
-        kwargs["dtype"] = DTYPES[next(iter(head.values()))[1]]
+    # The dtype that it was trained in: no weight of the head is rounded
+    dtype = {"dtype": DTYPES[next(iter(head.values()))[1]]} if head else {}
     # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
     # fills the policy's, but not those of reward models
-    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), own_code_is_refused(*_own_code(path)):
+    environment = patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+    with environment, own_code_is_refused(*_own_code(path)), silent() if head else nullcontext():
         model = AutoModelForSequenceClassification.from_pretrained(
             base_of(path),
             num_labels=1,
             trust_remote_code=trusted,
             use_safetensors=True,
             quantization_config=_quantization_config(quantization),
-            **kwargs,
+            **dtype,
         )
     if is_adapter(path):
         config = config_of(path)
         config.inference_mode = True
-        load_weights("reward model", get_peft_model(model.eval(), config), path)
+        load_weights("reward model", get_peft_model(model.eval(), config), path)  # in place, and not merged: exact
         model.config._name_or_path = path  # TRL's name of this reward source
     return model
 

@@ -12,20 +12,28 @@ from transformers.utils import logging
 
 
 @contextmanager
-def whole_and_silent() -> Iterator[None]:
-    """Within it transformers divides no model among processes, and does not advise to train what it has made up."""
+def silent() -> Iterator[None]:
+    """Within it transformers does not advise to train what it has made up, and shows no progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    reference = deepspeed._hf_deepspeed_config_weak_ref
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    deepspeed.unset_hf_deepspeed_config()
     try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def whole_and_silent() -> Iterator[None]:
+    """Within it transformers divides no model among processes either."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with silent(), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
