@@ -65,6 +65,11 @@ def config_of(path: str) -> PeftConfig:
     return config
 
 
+def kind_of(config: PeftConfig) -> str:
+    """The name of an adapter's kind, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def base_of(path: str) -> str:
     """The base model of an adapter. A path of anything else is returned as it is."""
     return str(config_of(path).base_model_name_or_path) if is_adapter(path) else path
@@ -229,10 +234,9 @@ def adopt_options(args: ModelConfig) -> None:
     for option, name in OPTIONS.items():
         asked, given = getattr(args, option), getattr(config, name, None)
         if asked != getattr(defaults, option) and asked != "all-linear" and _plain(asked) != _plain(given):
-            kind = config.peft_type.value
             raise ValueError(
-                f"{option}={asked!r}, but model_name_or_path={path!r} is an adapter ({kind}) with {name}={given!r}, "
-                f"and is continued as it is. Leave out {option}; for another adapter, merge this one first "
+                f"{option}={asked!r}, but model_name_or_path={path!r} is an adapter ({kind_of(config)}) with "
+                f"{name}={given!r}, and is continued as it is. Leave out {option}; for another adapter, merge this one first "
                 "(docs/reliability.md)."
             )
         if hasattr(config, name):

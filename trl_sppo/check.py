@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 
 import torch
 
-from .adapters import base_of, config_of, is_adapter
+from .adapters import base_of, config_of, is_adapter, kind_of
 from .config import SPPOConfig
 from .memory import BYTES, dtype_of, peak
 from .objectives import select_completions
@@ -93,7 +93,7 @@ def describe(plan: Plan) -> list[str]:
         trained = f", {plan.policy.adapter:,} parameters" if plan.policy is not None else ""
         train, kind = "Train an adapter", "LoRA"
         if is_adapter(policy):
-            train, kind = f"Continue the adapter {policy}", config_of(policy).peft_type.value.replace("LORA", "LoRA")
+            train, kind = f"Continue the adapter {policy}", kind_of(config_of(policy)).replace("LORA", "LoRA")
         rank = f", r = {model_args.lora_r}" if kind == "LoRA" else ""
         how = f"{train} ({kind}{rank}{trained}) on {what}, frozen {bits}in {_dtype(plan)}"
     else:

@@ -26,6 +26,7 @@ from .adapters import (
     check_whole_model,
     config_of,
     is_adapter,
+    kind_of,
     load_weights,
     not_found,
     tokenizer_of,
@@ -278,7 +279,7 @@ def check_config(path: str, trusted: bool) -> None:
         check_safetensors("reward model", base_of(path))
         if config_of(path).is_prompt_learning:
             raise ValueError(
-                f"reward model {path!r} is an adapter of learned prompts ({config_of(path).peft_type.value}), which "
+                f"reward model {path!r} is an adapter of learned prompts ({kind_of(config_of(path))}), which "
                 "is not supported here. Use LoRA, or wrap the model in a reward function."
             )
         head = _head_of(path)
