@@ -23,7 +23,7 @@ from transformers import (
 from trl import ModelConfig
 
 from trl_sppo import check, train
-from trl_sppo.adapters import adopt_options, base_of, tokenizer_of
+from trl_sppo.adapters import adopt_options, base_of, is_adapter, tokenizer_of
 from trl_sppo.checkpoints import last_whole_checkpoint, read_beginning
 from trl_sppo.rewards import load_reward_models
 
@@ -284,6 +284,21 @@ def test_another_adapter_of_the_same_base_is_another_policy(make_trainer, tiny_p
     trainers = [make_trainer(each) for each in (adapter, other, tiny_policy)]
     assert len({trainer._recorder._run() for trainer in trainers}) == 3
     assert [trainer.describe()["policy"] for trainer in trainers] == [adapter, other, tiny_policy]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_a_checkpoint_is_not_written_over_by_the_run_that_begins_from_it(make_trainer, tiny_policy, tmp_path, kind):
+    config = copy.deepcopy(KINDS["lora"]) if kind == "adapter" else None
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    first = make_trainer(tiny_policy, **options, trainer_kwargs={"peft_config": config})
+    first.train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    assert is_adapter(checkpoint) == (kind == "adapter")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1' is a checkpoint in output_dir=.*out', .* Give another output"
+    ):
+        make_trainer(checkpoint, **options)
+    make_trainer(checkpoint, output_dir=str(tmp_path / "more"))  # as our own messages say
 
 
 # ---- On the command line

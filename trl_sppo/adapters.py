@@ -236,8 +236,8 @@ def adopt_options(args: ModelConfig) -> None:
         if asked != getattr(defaults, option) and asked != "all-linear" and _plain(asked) != _plain(given):
             raise ValueError(
                 f"{option}={asked!r}, but model_name_or_path={path!r} is an adapter ({kind_of(config)}) with "
-                f"{name}={given!r}, and is continued as it is. Leave out {option}; for another adapter, merge this one first "
-                "(docs/reliability.md)."
+                f"{name}={given!r}, and is continued as it is. Leave out {option}; for another adapter, merge this "
+                "one first (docs/reliability.md)."
             )
         if hasattr(config, name):
             setattr(args, option, given)

@@ -236,7 +236,7 @@ def check_fits(checkpoint: str, args: Any) -> None:
     if not manifest["can_be_resumed"]:
         raise ValueError(
             f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
-            f"a new run from its weights, set model_name_or_path={checkpoint!r}."
+            f"a new run from its weights, set model_name_or_path={checkpoint!r} and another output_dir."
         )
     now, then = layout_of(args), manifest["layout"]
     changed = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
@@ -244,7 +244,7 @@ def check_fits(checkpoint: str, args: Any) -> None:
         raise ValueError(
             f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts and "
             "a place in the data. Set these options back, or begin a new run from its weights with "
-            f"model_name_or_path={checkpoint!r}."
+            f"model_name_or_path={checkpoint!r} and another output_dir."
         )
 
 

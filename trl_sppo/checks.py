@@ -437,6 +437,16 @@ def check_model(
             AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
 
 
+def check_not_replaced(model: str, output_dir: str) -> None:
+    """Raise `ValueError` if the run would write its own checkpoints over the one that it begins from."""
+    path = Path(model).resolve()
+    if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
+        raise ValueError(
+            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run writes its own over it. Give "
+            "another output_dir; to go on with the run that saved it, set resume_from_checkpoint=true."
+        )
+
+
 def check_datasets(
     args: SPPOConfig,
     train_dataset: AnyDataset | None,

@@ -24,6 +24,7 @@ from .checks import (
     check_adapter,
     check_datasets,
     check_judges,
+    check_not_replaced,
     check_optimizer,
     check_policy_weights,
     check_quantization,
@@ -202,6 +203,7 @@ def _look_at_models(plan: Plan) -> None:
     policy = model_args.model_name_or_path
     if not policy:
         raise ValueError("no model: give model_name_or_path, a folder or an id on the hub.")
+    check_not_replaced(policy, str(args.output_dir))
     _check_sources(plan)
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision", model_args.model_revision)

@@ -18,6 +18,7 @@ from .checks import (
     check_judges,
     check_model,
     check_new_adapter,
+    check_not_replaced,
     check_quantization,
     check_resume,
     check_sharding,
@@ -158,6 +159,8 @@ class SPPOTrainer(ScoringTrainer):
         check_new_adapter(kwargs.get("peft_config"))
         if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
             check_trainable(model)
+        if isinstance(model, str):
+            check_not_replaced(model, str(args.output_dir))
         if isinstance(model, str) and is_adapter(model):
             self._adapter = model.rstrip("/")
             model, kwargs["peft_config"], processing_class = continue_adapter(
