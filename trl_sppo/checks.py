@@ -442,8 +442,8 @@ def check_not_replaced(model: str, output_dir: str) -> None:
     path = Path(model).resolve()
     if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
         raise ValueError(
-            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run writes its own over it. Give "
-            "another output_dir; to go on with the run that saved it, set resume_from_checkpoint=true."
+            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run writes its own over it. "
+            "Give another output_dir; to go on with the run that saved it, set resume_from_checkpoint=true."
         )
 
 

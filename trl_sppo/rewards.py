@@ -163,7 +163,8 @@ def load_reward_models(
         elif isinstance(source, nn.Module) and tokenizer is None:
             raise ValueError(
                 f"reward model {type(source).__name__} is no PreTrainedModel, so no tokenizer is known for it: pass "
-                "one in `reward_processing_classes`. An adapter is loaded by its path."
+                "one in `reward_processing_classes` (of an adapter give the path, or merge it first, with "
+                "`merge_and_unload`)."
             )
         if isinstance(source, (str, PreTrainedModel)):
             name = source if isinstance(source, str) else source.config._name_or_path
