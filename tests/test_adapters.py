@@ -225,7 +225,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda a: configure(a, base_model_name_or_path="./gone"),
-            "is an adapter of './gone', which is neither a fold",
+            r"_path\) is an adapter of './gone', which is neither a",
         ),
         (
             lambda a: configure(a, base_model_name_or_path=None),
@@ -547,7 +547,7 @@ def test_quantized(make_trainer, tmp_path, bits, noise):
         ),
         (
             lambda a: configure(a, base_model_name_or_path="./gone"),
-            "is an adapter of './gone', which is neither a fold",
+            r"_path\) is an adapter of './gone', which is neither a",
         ),
         (lambda a: Path(a, "adapter_model.safetensors").unlink(), "its adapter_model.safetensors cannot be read"),
         (

@@ -82,15 +82,15 @@ def tokenizer_of(path: str) -> str:
 
 def not_found(what: str, path: str, error: Exception) -> ValueError:
     """The error for a model, or the base model of an adapter, that is nowhere."""
-    base = base_of(path)
+    base, option = base_of(path), f"--{what.replace(' ', '_')}_name_or_path"
     if base == path:
         return ValueError(
             f"{what} {path!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
-            f"Face hub. Check the path. ({error})"
+            f"Face hub. Check the path ({option}). ({error})"
         )
     return ValueError(
-        f"{what} {path!r} is an adapter of {base!r}, which is neither a folder with a config.json nor a model that "
-        "can be had from the Hugging Face hub. Start from the folder where that path leads to it, or correct "
+        f"{what} {path!r} ({option}) is an adapter of {base!r}, which is neither a folder with a config.json nor a "
+        "model that can be had from the Hugging Face hub. Start from the folder where that path leads to it, or correct "
         f"base_model_name_or_path in {path}/{CONFIG}. ({error})"
     )
 

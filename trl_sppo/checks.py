@@ -376,8 +376,8 @@ def check_new_adapter(peft_config: Any) -> None:
 def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
     kwargs: Any = args.model_init_kwargs or {}
-    check_whole_model("model", model)
     check_safetensors("model", model, kwargs.get("subfolder") or "")
+    check_whole_model("model", model)
     kind = getattr(
         transformers, (config.architectures or [""])[0], None
     )  # as TRL: the class that the checkpoint names
