@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 
 import torch
 
+from .adapters import base_of, config_of, is_adapter, kind_of
 from .config import SPPOConfig
 from .memory import BYTES, dtype_of, peak
 from .objectives import select_completions
@@ -82,14 +83,19 @@ def describe(plan: Plan) -> list[str]:
     prompts = batch // group
     lines = ["What it will do"]
 
-    what = f"{model_args.model_name_or_path}"
+    policy = str(model_args.model_name_or_path)
+    what = base_of(policy)
     if plan.policy is not None:
         what += f" ({plan.policy.parameters:,} parameters)"
     if model_args.use_peft:
         bits = "in 4 bit, the rest " if model_args.load_in_4bit else ""
         bits = "in 8 bit, the rest " if model_args.load_in_8bit else bits
         trained = f", {plan.policy.adapter:,} parameters" if plan.policy is not None else ""
-        how = f"Train an adapter (LoRA, r = {model_args.lora_r}{trained}) on {what}, frozen {bits}in {_dtype(plan)}"
+        train, kind = "Train an adapter", "LoRA"
+        if is_adapter(policy):
+            train, kind = f"Continue the adapter {policy}", kind_of(config_of(policy)).replace("LORA", "LoRA")
+        rank = f", r = {model_args.lora_r}" if kind == "LoRA" else ""
+        how = f"{train} ({kind}{rank}{trained}) on {what}, frozen {bits}in {_dtype(plan)}"
     else:
         how = f"Train all of {what} in {_dtype(plan)}"
     where = f"{place.processes} process{'es' * (place.processes > 1)}"

@@ -238,11 +238,11 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         form of policy or optimizer.
     """
     manifest = read_manifest(Path(checkpoint))
-    new_run = f"or begin a new run from its weights with model_name_or_path={checkpoint!r}."
+    new_run = f"or begin a new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."
     if not manifest["can_be_resumed"]:
         raise ValueError(
             f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
-            f"a new run from its weights, set model_name_or_path={checkpoint!r}."
+            f"a new run from its weights, set model_name_or_path={checkpoint!r} and another output_dir."
         )
     now, then = layout_of(args), manifest["layout"]
     changed = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]

@@ -9,6 +9,7 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
+from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, SchedulerType, Trainer, get_scheduler
@@ -18,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 from trl.data_utils import is_conversational
 
+from .adapters import check_whole_model, not_found
 from .checkpoints import check_fits, find_checkpoint
 from .comparisons import check_oracle
 from .config import SPPOConfig
@@ -349,12 +351,25 @@ def check_judges(
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise `ValueError` if no parameter of a policy requires a gradient: it would be saved as it came."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    """Raise `ValueError` if no parameter that a policy uses requires a gradient: it would be saved as it came."""
+    idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if not any(idle.isdisjoint(name.split(".")) for name in trained):
         raise ValueError(
             f"no parameter of the policy ({type(model).__name__}) requires a gradient, so nothing would be trained. "
             "Load an adapter with `PeftModel.from_pretrained(model, path, is_trainable=True)`. Call "
             "`model.requires_grad_(True)` on a frozen model, or pass `peft_config` for a new adapter."
+            + f" Of its adapters, {sorted(idle)} are inactive; `model.set_adapter` activates one."
+            * bool(idle)
+        )
+
+
+def check_new_adapter(peft_config: Any) -> None:
+    """Raise `ValueError` if the adapter that it describes would be frozen."""
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError(
+            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
+            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
         )
 
 
@@ -362,6 +377,7 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
+    check_whole_model("model", model)
     kind = getattr(
         transformers, (config.architectures or [""])[0], None
     )  # as TRL: the class that the checkpoint names
@@ -369,8 +385,31 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
         check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 
 
-def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, needs_tokenizer: bool = True) -> None:
-    """Raise `ValueError` if the policy cannot be had from safetensors, or the initial policy that `beta` needs."""
+def check_model(
+    model: str | nn.Module,
+    args: SPPOConfig,
+    has_adapter: bool,
+    needs_tokenizer: bool = True,
+    adapter: str | None = None,
+) -> None:
+    """
+    Check the policy, without loading it.
+
+    Args:
+        model (`str` or `nn.Module`):
+            The policy, or the base model of the adapter.
+        args ([`SPPOConfig`]):
+            Configuration.
+        has_adapter (`bool`):
+            Whether an adapter is trained, and not the whole policy.
+        needs_tokenizer (`bool`, *optional*, defaults to `True`):
+            Whether the tokenizer is the one beside the model.
+        adapter (`str`, *optional*):
+            Folder of the adapter that is continued.
+
+    Raises:
+        `ValueError`: if the policy cannot be had from safetensors, or the initial policy that `beta` needs.
+    """
     if not isinstance(model, str):
         # An adapter is switched off for that
         path = getattr(model.config, "_name_or_path", "")
@@ -386,10 +425,7 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, nee
     try:
         config = policy_config(model, args)
     except OSError as error:
-        raise ValueError(
-            f"model {model!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
-            f"Face hub. Check the path (--model_name_or_path). ({error})"
-        ) from error
+        raise not_found("model", adapter or model, error) from error
     kwargs: Any = args.model_init_kwargs or {}
     check_policy_weights(model, config, args)
     revision = {"revision": kwargs.get("revision")}
@@ -399,6 +435,16 @@ def check_model(model: str | nn.Module, args: SPPOConfig, has_adapter: bool, nee
     ):  # of which transformers' AutoProcessor says nothing
         with own_code_is_refused(f"the tokenizer of model {model!r}", POLICYS_OWN_CODE):
             AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
+
+
+def check_not_replaced(model: str, output_dir: str) -> None:
+    """Raise `ValueError` if the run would write its own checkpoints over the one that it begins from."""
+    path = Path(model).resolve()
+    if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
+        raise ValueError(
+            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run writes its own over it. "
+            "Give another output_dir; to go on with the run that saved it, set resume_from_checkpoint=true."
+        )
 
 
 def check_datasets(

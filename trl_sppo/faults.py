@@ -59,7 +59,7 @@ def how_to_go_on(output_dir: str) -> str:
     if checkpoint is not None and not read_manifest(checkpoint)["can_be_resumed"]:
         return (
             f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with "
-            f"model_name_or_path={str(checkpoint)!r}."
+            f"model_name_or_path={str(checkpoint)!r} and another output_dir."
         )
     if checkpoint is None:
         place = "There is no checkpoint yet"

@@ -50,10 +50,16 @@ def _training(trainer: Any) -> str:
         "optimizer steps": trainer.state.global_step,
         "learning rate": f"{args.learning_rate:g}",
         "seed": args.seed,
-        "adapter": "none" if adapter is None else f"{adapter.peft_type.value}, r = {getattr(adapter, 'r', '?')}",
+        "adapter": "none" if adapter is None else _adapter(adapter, trainer),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"### How\n\n| | |\n|---|---|\n{table}"
+
+
+def _adapter(config: Any, trainer: Any) -> str:
+    rank = f", r = {config.r}" if hasattr(config, "r") else ""
+    continued = f", continued from {trainer.policy_name}" if trainer._adapter else ""
+    return f"{config.peft_type.value}{rank}{continued}"
 
 
 def _win_rates(trainer: Any) -> str:

@@ -147,7 +147,7 @@ class Opponents:
                 "lengths": lengths[g].int().tolist(),
                 # Parquet has no place for an empty table
                 **({"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}),
-                "policy": self.trainer.model.config._name_or_path,
+                "policy": self.trainer.policy_name,
                 "versions": installed_versions(self.args.use_vllm),
             })  # fmt: skip
 

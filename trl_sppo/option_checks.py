@@ -48,10 +48,14 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
     (
         "in [0, 1]",
         lambda value: 0 <= value <= 1,
-        ["learning_rate", "weight_decay", "min_p", "label_smoothing_factor", "ref_model_mixup_alpha"],
+        ["weight_decay", "min_p", "label_smoothing_factor", "ref_model_mixup_alpha"],
     ),
     ("in [0, 1), as a decay", lambda value: 0 <= value < 1, ["adam_beta1", "adam_beta2"]),
-    ("above 0, and at most 1", lambda value: 0 < value <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
+    (
+        "above 0, and at most 1",
+        lambda value: 0 < value <= 1,
+        ["learning_rate", "top_p", "vllm_gpu_memory_utilization"],
+    ),
 ]  # fmt: skip
 
 # What TRL gives to a chat template

@@ -17,12 +17,14 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from .adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from .arguments import check_output_dir
 from .checks import (
     check_activation_checkpointing,
     check_adapter,
     check_datasets,
     check_judges,
+    check_not_replaced,
     check_optimizer,
     check_policy_weights,
     check_quantization,
@@ -99,9 +101,10 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
         sharding = _sharding_of(args)
     plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
     check_output_dir(args.output_dir)
-    form = form_of(args, model_args.model_name_or_path or "", get_peft_config(model_args))
-    check_resume(args, {name: form[name] for name in form if name not in ("bits", "sharding")})
     check_activation_checkpointing(args)
+    adopt_options(model_args)
+    form = form_of(args, base_of(str(model_args.model_name_or_path)), _adapter_of(model_args))
+    check_resume(args, {name: form[name] for name in form if name not in ("bits", "sharding")})
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
         check_optimizer(args)
@@ -202,17 +205,19 @@ def _look_at_models(plan: Plan) -> None:
     policy = model_args.model_name_or_path
     if not policy:
         raise ValueError("no model: give model_name_or_path, a folder or an id on the hub.")
+    check_not_replaced(policy, str(args.output_dir))
     _check_sources(plan)
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision", model_args.model_revision)
     config, tokenizer = _files(plan, "model", policy, args.trust_remote_code, revision)
+    policy, peft_config = base_of(policy), _adapter_of(model_args)
     quantization = get_quantization_config(model_args)
     if config is not None or quantization is not None:
         check_quantization(args, policy, quantization, on_cpu=args.use_cpu)
     if config is not None:
         check_policy_weights(policy, config, args)
         attention = init_kwargs.get("attn_implementation", model_args.attn_implementation)
-        plan.policy = _size(plan, policy, config, get_peft_config(model_args), attention)
+        plan.policy = _size(plan, policy, config, peft_config, attention)
     if tokenizer is not None and plan.conversational and tokenizer.chat_template is None:
         raise ValueError(
             f"the prompts are conversational, but the tokenizer of model {policy!r} has no chat template. Use an "
@@ -234,6 +239,12 @@ def _look_at_models(plan: Plan) -> None:
     sizes = [size for size in rewards if size is not None]
     if plan.policy is not None and len(sizes) == len(loaded) and not args.use_cpu:
         plan.rows = budget(args, model_args, plan.policy, sizes, plan.place)
+
+
+def _adapter_of(model_args: ModelConfig) -> Any:
+    """The configuration of the adapter that is continued, or of the one that is added, if any."""
+    path = str(model_args.model_name_or_path)
+    return check_policy(path) if is_adapter(path) else get_peft_config(model_args)
 
 
 def _check_sources(plan: Plan) -> None:
@@ -276,18 +287,17 @@ def _files(
     plan: Plan, what: str, name: str, trusted: bool, revision: str | None = None
 ) -> tuple[PreTrainedConfig | None, Any]:
     """Configuration and tokenizer, or None for what cannot be had from the hub, which `plan.unknown` then says."""
-    if plan.hub_is_away and not os.path.isdir(name):
-        plan.unknown.append(f"Anything about {what} {name}: the hub cannot be reached.")
+    base = base_of(name)
+    if plan.hub_is_away and not os.path.isdir(base):
+        plan.unknown.append(f"Anything about {what} {base}: the hub cannot be reached.")
         return None, None
     kwargs = {"trust_remote_code": trusted} | ({"revision": revision} if revision else {})
     try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
-        return config, AutoTokenizer.from_pretrained(name, **kwargs)
+        config = AutoConfig.from_pretrained(base, **kwargs)
+        return config, AutoTokenizer.from_pretrained(tokenizer_of(name), **kwargs)
     except OSError as error:
-        if os.path.isdir(name) or "connect" not in str(error):
-            raise ValueError(
-                f"{what} {name!r} is neither a folder with its files nor a model that can be had from the hub: {error}"
-            ) from error
+        if os.path.isdir(base) or "connect" not in str(error):
+            raise not_found(what, name, error) from error
         plan.hub_is_away = True
         return _files(plan, what, name, trusted)
 

@@ -112,7 +112,7 @@ class RolloutRecorder:
         """The same for runs whose options would sample the same."""
         trainer = self.trainer
         options = {name: value for name, value in self.args.to_dict().items() if not name.startswith(NEUTRAL)}
-        options["policy"] = trainer.model.config._name_or_path
+        options["policy"] = trainer.policy_name
         options["sources"] = [trainer.reward_source_names, trainer.preference_func_names]
         options["num_processes"] = self.accelerator.num_processes
         return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -237,7 +237,7 @@ class RolloutRecorder:
                     "completion_ids": tokens,
                     "tool_mask": None if tool_mask is None else masks,
                     "sampling_logps": None if sampling_logps is None else logps,
-                    "policy": trainer.model.config._name_or_path,
+                    "policy": trainer.policy_name,
                     "run": run,
                     "versions": versions,
                 })  # fmt: skip

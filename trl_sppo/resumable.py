@@ -51,6 +51,8 @@ class ResumableTrainer(GRPOTrainer):
 
     args: SPPOConfig
 
+    _adapter: str | None = None  # folder of the adapter that is continued
+
     # Attributes that a resumed run needs, besides what transformers saves: numbers, tensors, and containers of them
     _saved = [
         "_step", "_tr_loss", "_globalstep_last_logged", "_skipped_steps", "_skipped_in_a_row", "_evaluated",
@@ -148,7 +150,7 @@ class ResumableTrainer(GRPOTrainer):
         """What readers of the run will want to know."""
         config = self.args.to_dict()
         return {
-            "policy": cast(Any, self.model).config._name_or_path,
+            "policy": self.policy_name,
             "versions": installed_versions(self.args.use_vllm),
             "config": {name: value for name, value in config.items() if value is not None},
         }
@@ -176,6 +178,11 @@ class ResumableTrainer(GRPOTrainer):
     @property
     def _is_sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
+    def policy_name(self) -> str:
+        """Where the policy came from: the path or id of its model, or the folder of the adapter that is continued."""
+        return self._adapter or cast(Any, self.model).config._name_or_path
 
     @property
     def _output_dir(self) -> str:

@@ -2,11 +2,13 @@
 
 import importlib.util
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 import transformers
 from accelerate.utils import patch_environment
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,9 +21,20 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
+from .adapters import (
+    base_of,
+    check_whole_model,
+    config_of,
+    is_adapter,
+    kind_of,
+    load_weights,
+    not_found,
+    tokenizer_of,
+    weights_of,
+)
 from .served import ServedRewardModel
 from .trust import check_safetensors, is_url, own_code_error, own_code_is_refused
-from .weights import check_weights
+from .weights import check_weights, silent
 
 
 logger = logging.get_logger(__name__)
@@ -31,6 +44,8 @@ RewardSource = str | PreTrainedModel | Callable[..., Scores | Coroutine[Any, Any
 
 # Names of the scoring head in transformers' sequence classifiers. It is small, and what it rounds is the score itself
 HEADS = ["score", "classifier", "classification_head", "logits_proj"]
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class MicroBatchedRewardModel(nn.Module):
@@ -96,8 +111,8 @@ def load_reward_models(
 
     Args:
         reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
-            Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are. Checkpoints are loaded from
-            safetensors only, in their own dtype. A URL becomes a [`ServedRewardModel`].
+            Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are. Checkpoints and adapters are
+            loaded from safetensors only, in their own dtype. A URL becomes a [`ServedRewardModel`].
         processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
             Tokenizer of each reward model; `None` takes the one saved beside it.
         conversational (`bool`):
@@ -148,7 +163,8 @@ def load_reward_models(
         elif isinstance(source, nn.Module) and tokenizer is None:
             raise ValueError(
                 f"reward model {type(source).__name__} is no PreTrainedModel, so no tokenizer is known for it: pass "
-                "one in `reward_processing_classes` (and merge an adapter first, with `merge_and_unload`)."
+                "one in `reward_processing_classes` (of an adapter give the path, or merge it first, with "
+                "`merge_and_unload`)."
             )
         if isinstance(source, (str, PreTrainedModel)):
             name = source if isinstance(source, str) else source.config._name_or_path
@@ -159,34 +175,66 @@ def load_reward_models(
                 )
             if tokenizer is None:
                 with own_code_is_refused(*_own_code(name)):
-                    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=source in trust_remote_code)
+                    tokenizer = AutoTokenizer.from_pretrained(
+                        tokenizer_of(name), trust_remote_code=source in trust_remote_code
+                    )
             check_tokenizer(name, tokenizer, conversational)
         tokenizers.append(tokenizer)
     for source in reward_funcs:
         if isinstance(source, str):
             check_reward_weights(source, source in trust_remote_code)
-    # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
-    # fills the policy's, but not those of reward models
-    models = []
-    for source in reward_funcs:
+    models: list[Any] = []
+    for source, tokenizer in zip(reward_funcs, tokenizers, strict=True):
         if isinstance(source, str):
-            with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), own_code_is_refused(*_own_code(source)):
-                source = AutoModelForSequenceClassification.from_pretrained(
-                    source,
-                    num_labels=1,
-                    trust_remote_code=source in trust_remote_code,
-                    use_safetensors=True,
-                    quantization_config=_quantization_config(quantization),
-                )
+            source = _load(source, source in trust_remote_code, quantization)
+            # By which a classifier finds the last token of a text. An adapter's base has another one, or none
+            source.config.get_text_config().pad_token_id = cast(Any, tokenizer).pad_token_id
         models.append(source)
     return models, tokenizers
+
+
+def _load(path: str, trusted: bool, quantization: str | None) -> PreTrainedModel:
+    head = _head_of(path)
+    # The dtype that it was trained in: no weight of the head is rounded
+    dtype = {"dtype": DTYPES[next(iter(head.values()))[1]]} if head else {}
+    # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
+    # fills the policy's, but not those of reward models
+    environment = patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+    with environment, own_code_is_refused(*_own_code(path)), silent() if head else nullcontext():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base_of(path),
+            num_labels=1,
+            trust_remote_code=trusted,
+            use_safetensors=True,
+            quantization_config=_quantization_config(quantization),
+            **dtype,
+        )
+    if is_adapter(path):
+        config = config_of(path)
+        config.inference_mode = True
+        load_weights("reward model", get_peft_model(model.eval(), config), path)  # in place, and not merged: exact
+        model.config._name_or_path = path  # TRL's name of this reward source
+    return model
+
+
+def _head_of(path: str) -> dict[str, tuple[list[int], str]]:
+    """The weights of the scoring head that an adapter brings, with shapes and dtypes."""
+    if not is_adapter(path):
+        return {}
+    weights = weights_of("reward model", path)
+    return {name: value for name, value in weights.items() if name.split(".")[0] in HEADS and "lora_" not in name}
 
 
 def check_reward_weights(path: str, trust_remote_code: bool = False) -> None:
     """Raise `ValueError` if a reward model lacks weights."""
     with own_code_is_refused(*_own_code(path)):
         check_weights(
-            "reward model", path, AutoModelForSequenceClassification, num_labels=1, trust_remote_code=trust_remote_code
+            "reward model",
+            base_of(path),
+            AutoModelForSequenceClassification,
+            brought=_head_of(path),
+            num_labels=1,
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -223,13 +271,22 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
 
 def check_config(path: str, trusted: bool) -> None:
     """Read a checkpoint's config.json only: would it load as a classifier with a trained, single-valued head?"""
+    check_whole_model("reward model", path)
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path)
+        config, _ = PreTrainedConfig.get_config_dict(base_of(path))
     except OSError as error:
-        raise ValueError(
-            f"reward model {path!r} is neither a folder with a config.json nor a model that can be had from the "
-            f"Hugging Face hub. Check the path. ({error})"
-        ) from error
+        raise not_found("reward model", path, error) from error
+    if is_adapter(path):
+        check_safetensors("reward model", base_of(path))
+        if config_of(path).is_prompt_learning:
+            raise ValueError(
+                f"reward model {path!r} is an adapter of learned prompts ({kind_of(config_of(path))}), which "
+                "is not supported here. Use LoRA, or wrap the model in a reward function."
+            )
+        head = _head_of(path)
+        if head:
+            _check_labels(path, min(shape[0] for shape, _ in head.values()))
+            return
     architectures = config.get("architectures") or []
     heads = [name for name in architectures if name.endswith("ForSequenceClassification")]
     own_code = "AutoModelForSequenceClassification" in config.get("auto_map", {})
@@ -237,13 +294,18 @@ def check_config(path: str, trusted: bool) -> None:
         raise own_code_error(*_own_code(path))
     if not heads and not own_code:
         raise ValueError(
-            f"reward model {path!r} has no scoring head: its config.json names {architectures or 'no architecture'}, "
-            "and a head made now would give random scores. Use a checkpoint of a `...ForSequenceClassification` model "
-            "with one label, such as those that TRL's RewardTrainer saves."
+            f"reward model {path!r} has no scoring head: {_base(path)}its config.json names "
+            f"{architectures or 'no architecture'}, and a head made now would give random scores. Use a checkpoint of "
+            "a `...ForSequenceClassification` model with one label, such as those that TRL's RewardTrainer saves"
+            + (", or an adapter that was trained with lora_task_type SEQ_CLS." if is_adapter(path) else ".")
         )
     # Two labels are the default, and then not written to config.json
     labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})
     _check_labels(path, labels.num_labels)
+
+
+def _base(path: str) -> str:
+    return f"the adapter has no weights of one, and of its base model {base_of(path)!r} " if is_adapter(path) else ""
 
 
 def _check_labels(name: str, labels: int | None) -> None:

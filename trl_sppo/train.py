@@ -358,6 +358,7 @@ def build_trainer(argv: list[str]):
     """Parse arguments and build the trainer. Raises `ValueError` and the like for what a user can mend."""
     from trl import get_peft_config, get_quantization_config
 
+    from .adapters import adopt_options, is_adapter
     from .alone import alone_in
     from .checks import check_activation_checkpointing, check_adapter, check_optimizer, check_resume, check_vllm
     from .trainer import SPPOTrainer
@@ -379,6 +380,7 @@ def build_trainer(argv: list[str]):
     check_resume(training_args)
     check_optimizer(training_args)
     check_activation_checkpointing(training_args)
+    adopt_options(model_args)
     check_adapter(model_args)
     evaluate = training_args.eval_strategy != "no"
     train_dataset = eval_dataset = None
@@ -405,7 +407,7 @@ def build_trainer(argv: list[str]):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
+            peft_config=None if is_adapter(model_args.model_name_or_path) else get_peft_config(model_args),
         )
 
 

@@ -12,10 +12,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .adapters import continue_adapter, is_adapter, keep_reference, load_weights
 from .checks import (
     check_datasets,
     check_judges,
     check_model,
+    check_new_adapter,
+    check_not_replaced,
     check_quantization,
     check_resume,
     check_sharding,
@@ -68,7 +71,8 @@ class SPPOTrainer(ScoringTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Policy to train, as in [`~trl.GRPOTrainer`].
+            Policy to train, as in [`~trl.GRPOTrainer`]. Also the folder of an adapter, whose training goes on. Its own
+            configuration is then used, and `peft_config` must be left out.
         reward_funcs (`str`, [`~transformers.PreTrainedModel`], callable, or a list of them):
             Reward models (sequence classifiers with one label: a path, a loaded one, or the URL of one behind a vLLM
             server, see [`ServedRewardModel`]) or reward functions, as in [`~trl.GRPOTrainer`]. Each is an oracle of
@@ -154,12 +158,20 @@ class SPPOTrainer(ScoringTrainer):
             args = SPPOConfig(f"{name.rstrip('/').split('/')[-1]}-SPPO")
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
+        check_new_adapter(kwargs.get("peft_config"))
+        if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
+            check_trainable(model)
+        if isinstance(model, str):
+            check_not_replaced(model, str(args.output_dir))
+        if isinstance(model, str) and is_adapter(model):
+            self._adapter = model.rstrip("/")
+            model, kwargs["peft_config"], processing_class = continue_adapter(
+                self._adapter, args, kwargs.get("peft_config"), processing_class
+            )
         if args.resume_from_checkpoint:
             bits = quantized_bits(model, args, kwargs.get("quantization_config"))
             form = form_of(args, model, kwargs.get("peft_config"), kwargs.get("optimizers", (None,))[0], bits)
             check_resume(args, form)
-        if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
-            check_trainable(model)
         reward_funcs = _without_slash(_as_list(reward_funcs))
         preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
@@ -187,7 +199,7 @@ class SPPOTrainer(ScoringTrainer):
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
-        check_model(model, args, has_adapter, needs_tokenizer=processing_class is None)
+        check_model(model, args, has_adapter, needs_tokenizer=processing_class is None, adapter=self._adapter)
         if not has_environment:
             check_prompts(args, model, processing_class, train_dataset, eval_dataset)
         if isinstance(model, str):  # TRL would fall back to pickled weights
@@ -214,6 +226,12 @@ class SPPOTrainer(ScoringTrainer):
             conversational=conversational,
             **kwargs,
         )
+        policy = cast(Any, self.model)
+        if self._adapter is not None:
+            load_weights("model", policy, self._adapter)
+        if args.beta > 0 and (self._adapter is not None or "ref" in getattr(policy, "peft_config", {})):
+            keep_reference(policy, args.disable_dropout)
+        check_trainable(policy)
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
 

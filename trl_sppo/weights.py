@@ -1,7 +1,7 @@
 """Checkpoints that lack some of their model's weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,32 @@ from transformers.utils import logging
 
 
 @contextmanager
-def whole_and_silent() -> Iterator[None]:
-    """Within it transformers divides no model among processes, and does not advise to train what it has made up."""
+def silent() -> Iterator[None]:
+    """Within it transformers does not advise to train what it has made up, and shows no progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    reference = deepspeed._hf_deepspeed_config_weak_ref
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    deepspeed.unset_hf_deepspeed_config()
     try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def whole_and_silent() -> Iterator[None]:
+    """Within it transformers divides no model among processes either."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with silent(), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
+def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = (), **kwargs: Any) -> None:
     """
     Check that a checkpoint has all weights of its model. For those that it lacks, transformers takes random numbers.
 
@@ -42,6 +50,8 @@ def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
             Folder of the checkpoint.
         kind:
             Class of the model, as `AutoModelForCausalLM`.
+        brought (collection of `str`, *optional*):
+            Weights that an adapter brings.
         kwargs:
             Further arguments of its `from_pretrained`.
 
@@ -57,7 +67,7 @@ def check_weights(what: str, path: str, kind: Any, **kwargs: Any) -> None:
         model, info = kind.from_pretrained(
             path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
         )
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - set(brought))
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
