@@ -21,8 +21,8 @@ logger = logging.get_logger(__name__)
 
 LEAVE_OUT = "Leave out such rows, with `dataset.filter`, or complete them."
 OTHER_TOKENIZER = (
-    "Use the tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))` and save the "
-    "model."
+    "Use the tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))` and save "
+    "the model."
 )
 DROP_LAST = (
     "`dataset.map(lambda row: {'prompt': row['prompt'][:-1] if row['prompt'][-1]['role'] == 'assistant' else "

@@ -185,7 +185,10 @@ class SPPOTrainer(ScoringTrainer):
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         train_dataset = without_empty_images("train_dataset", train_dataset)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: without_empty_images(name, dataset) for name, dataset in eval_dataset.items()}
+            eval_dataset = {
+                name: without_empty_images(f"eval_dataset[{name!r}]", dataset)
+                for name, dataset in eval_dataset.items()
+            }
         else:
             eval_dataset = without_empty_images("eval_dataset", eval_dataset)
         check_columns(
