@@ -130,7 +130,7 @@ def test_texts_mixed_with_messages(make, rows, words):
 def test_the_line_that_drops_completions(make):
     """The message has it, and what it makes is accepted."""
     rows = [[USER], [USER, ASSISTANT, OTHER, ASSISTANT], [OTHER], [SYSTEM, USER, ASSISTANT]]
-    with pytest.raises(ValueError, match="^row 1 of train_dataset ends with an assistant message") as error:
+    with pytest.raises(ValueError, match=r"^row 1 of train_dataset ends with an assistant message") as error:
         make(rows)
     dataset = eval(re.search("`(.*)`", str(error.value))[1], {"dataset": Dataset.from_dict({"prompt": rows})})
     expected = [[USER], [USER, ASSISTANT, OTHER], [OTHER], [SYSTEM, USER]]
@@ -140,7 +140,7 @@ def test_the_line_that_drops_completions(make):
 
 def test_an_empty_text(make, tmp_path):
     """It is no prompt, except for a tokenizer that begins each with a token of its own."""
-    with pytest.raises(ValueError, match="^row 1 of train_dataset has a prompt without tokens.* Leave out such rows"):
+    with pytest.raises(ValueError, match=r"^row 1 of train_dataset has a prompt without tokens.* Leave out such rows"):
         make(["ab", "", "c", "d"])
     trainer = make(["ab", "", "c", "d"], stream=True, load=True)
     with pytest.raises(RunError, match="a row of the dataset has a prompt without tokens"):
@@ -289,9 +289,9 @@ def test_equal_prompts_are_rendered_once(make, monkeypatch):
 def test_the_first_row_of_several_is_named_and_batches_are_counted(make, monkeypatch):
     monkeypatch.setattr("trl_sppo.prompts.BATCH", 3)
     rows = [[{"role": "user", "content": letter}] for letter in "abcdefgh"]
-    with pytest.raises(ValueError, match="^row 7 of train_dataset has no prompt"):
+    with pytest.raises(ValueError, match=r"^row 7 of train_dataset has no prompt"):
         make([*rows[:7], None, rows[7], None])
-    with pytest.raises(ValueError, match="^row 4 of train_dataset ends with an assistant"):
+    with pytest.raises(ValueError, match=r"^row 4 of train_dataset ends with an assistant"):
         make([*rows[:4], [USER, ASSISTANT], *rows[:3], [USER, ASSISTANT]])
 
 
@@ -332,7 +332,7 @@ def test_special_tokens_outside_the_vocabulary(make, tmp_path):
     ):
         make(["ab", "cd"], policy)
     reward = save(tmp_path / "added-reward", tokenizer, reward=True, vocab_size=31, pad_token_id=0)
-    with pytest.raises(ValueError, match="tokenizer of reward model .* has the pad token '<more>' with the id 31"):
+    with pytest.raises(ValueError, match=r"tokenizer of reward model .* has the pad token '<more>' with the id 31"):
         make(["ab", "cd"], reward=reward)
 
 
@@ -343,7 +343,7 @@ def test_the_embedding_of_a_loaded_model_counts(make_trainer, tiny_model):
     tiny_model.resize_token_embeddings(31)
     tiny_model.config.vocab_size = 99
     with pytest.raises(
-        ValueError, match="row 1 .* '<image>' with the id 31, but the embedding of the policy has 31 rows"
+        ValueError, match=r"row 1 .* '<image>' with the id 31, but the embedding of the policy has 31 rows"
     ):
         make_trainer(model=tiny_model, trainer_kwargs=kwargs)
     tiny_model.resize_token_embeddings(32)
@@ -496,7 +496,7 @@ LAYOUTS = {
 def test_how_to_make_prompts_of_other_layouts(make, row, expected):
     """The message has lines of Python, and these do it."""
     dataset = Dataset.from_list([row] * 8)
-    with pytest.raises(ValueError, match="^train_dataset has no 'prompt' column, but ") as error:
+    with pytest.raises(ValueError, match=r"^train_dataset has no 'prompt' column, but ") as error:
         make(dataset)
     lines = re.findall("`(dataset.*?)`", str(error.value))
     assert [eval(line, {"dataset": dataset, "trl": trl})[3]["prompt"] for line in lines] == expected

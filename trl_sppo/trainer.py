@@ -76,7 +76,7 @@ class SPPOTrainer(ScoringTrainer):
         args ([`SPPOConfig`], *optional*):
             Configuration. If `None`, the defaults.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset with a `"prompt"` column: text, or a list of messages.
+            Dataset with a `"prompt"` column: text, or a list of messages that ends before the assistant's next one.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Dataset to evaluate on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
