@@ -52,7 +52,7 @@ def make(make_trainer, tmp_path, monkeypatch):
             else:
                 rows = as_json(rows, tmp_path)
         options = {"max_steps": 1, "shuffle_dataset": False, **kwargs.pop("options", {})}
-        rewards = reward or count_abc
+        rewards = count_abc if reward is None else reward
         trainer_kwargs = {"processing_class": None, "train_dataset": rows, **kwargs}
         with monkeypatch.context() as patch:
             for loader in () if load else LOADERS:
