@@ -432,12 +432,6 @@ def test_a_row_without_a_prompt(run_until, prompt, problem, streaming):
         assert status == 2 and trainer is None and f"row 3 of train_dataset {problem}" in words
 
 
-def test_a_prompt_without_tokens(make_trainer):
-    trainer = make_trainer(prompts=["", "ab"], max_steps=1)
-    with pytest.raises(RunError, match="a prompt has no tokens: there is nothing to begin a completion with"):
-        trainer.train()
-
-
 UNICODE = {
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳", "right to left": "שלום مرحبا \u202ebackwards\u202c", "combining": "e\u0301 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L",
     "control": "\x00\x01\x07\x1b[31m\x7f", "zero width": "a\u200b\u200d\ufeffb",

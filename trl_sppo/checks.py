@@ -16,20 +16,151 @@ from transformers import AutoConfig, AutoTokenizer, SchedulerType, Trainer, get_
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 from trl import ModelConfig
 from trl.data_utils import is_conversational
 
 from .adapters import check_whole_model, not_found
 from .checkpoints import check_fits, find_checkpoint
-from .comparisons import check_oracle
+from .comparisons import NO_COLUMNS, check_oracle
 from .config import SPPOConfig
 from .trust import check_safetensors, is_url, own_code_is_refused
 from .weights import check_weights
 
 
+logger = logging.get_logger(__name__)
+
 POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about this model alone."
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+
+# Columns that have prompts as texts, in datasets of many makers
+TEXTS = ("question", "problem", "query", "instruction", "input", "text")
+
+# What reward functions and pairwise oracles are called with besides the dataset's columns. TRL and `comparisons` leave
+# out some columns with these names, overwrite others, and fail on the rest
+ARGUMENTS_OF_FUNCTIONS = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+NOT_FOR_FUNCTIONS = {"completion", "completion_ids"}
+
+
+def named_datasets(
+    train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+) -> dict[str, AnyDataset]:
+    """Datasets by the names that messages give them."""
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        datasets["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in datasets.items() if dataset is not None}
+
+
+def columns_of(dataset: AnyDataset) -> list[str]:
+    """Names of its columns. A stream may have to be asked for a row."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def from_sharegpt(column: str, turns: str = "") -> str:
+    """A line of Python that makes prompts of messages with "from" and "value", or of a slice of them."""
+    return (
+        "`dataset.map(lambda row: {'prompt': [{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], "
+        f"turn['from']), 'content': turn['value']}} for turn in row[{column!r}]{turns}]}})`"
+    )
+
+
+def how_to_make_prompts(row: dict[str, Any]) -> str:
+    """
+    How a dataset without prompts gets them.
+
+    Args:
+        row (`dict`):
+            Its first row.
+
+    Returns:
+        `str`: the rule, with a line of Python for `dataset`.
+    """
+    for name in ("messages", "conversations", "conversation"):
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            last = turns[-1].get("role") or turns[-1].get("from")
+            before = "[:-1]" if last in ("assistant", "gpt") else ""
+            line = f"`dataset.map(lambda row: {{'prompt': row[{name!r}]{before}}})`"
+            line = from_sharegpt(name, before) if "from" in turns[-1] else line
+            return f"A prompt is the conversation before the assistant's last message: {line}."
+    if "chosen" in row and "rejected" in row:
+        line = "`dataset.map(trl.extract_prompt)`"
+        if isinstance(row["chosen"], str) and "Assistant:" in row["chosen"]:
+            line = "`dataset.map(lambda row: {'prompt': row['chosen'].rpartition('Assistant:')[0] + 'Assistant:'})`"
+        return f"A prompt is what 'chosen' and 'rejected' both begin with: {line}."
+    for name in TEXTS:
+        if isinstance(row.get(name), str):
+            content = f"row[{name!r}]"
+            if name == "instruction" and isinstance(row.get("input"), str):
+                content = r"(row['instruction'] + '\n\n' + (row['input'] or '')).strip()"
+            return (
+                "A prompt has no completion in it. For a model with a chat template: `dataset.map(lambda row: "
+                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: "
+                + (
+                    f"`dataset.rename_column({name!r}, 'prompt')`."
+                    if content == f"row[{name!r}]"
+                    else f"`dataset.map(lambda row: {{'prompt': {content}}})`."
+                )
+            )
+    return "Rename the column that holds prompts without completions: `dataset.rename_column('...', 'prompt')`."
+
+
+def check_columns(
+    args: SPPOConfig,
+    datasets: dict[str, AnyDataset],
+    functions: list,
+    eval_functions: list,
+    oracles: list,
+    has_environment: bool = False,
+) -> None:
+    """
+    Check that no column has the name of an argument of those who get the columns.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        datasets (`dict`):
+            Datasets by the names that messages give them.
+        functions, eval_functions (`list`):
+            Reward sources, and those that judge in evaluations only. Models get no columns.
+        oracles (`list`):
+            Pairwise oracles.
+        has_environment (`bool`, *optional*, defaults to `False`):
+            Whether there is an environment, which may bring a reward function.
+
+    Raises:
+        `ValueError`: if a reward function could not be called, or would not get the column.
+    """
+    if args.remove_unused_columns:
+        return
+    for name, dataset in datasets.items():
+        sources = functions if name == "train_dataset" else [*functions, *eval_functions]
+        called = has_environment or any(_is_called(source) for source in sources)
+        columns = set(columns_of(dataset))
+        taken = sorted(columns & (ARGUMENTS_OF_FUNCTIONS | ({"environments"} if has_environment else set())))
+        if called and taken:
+            raise ValueError(
+                f"{name} has columns {taken}, but reward functions get something else under these names. Rename them "
+                f"(`dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')`), or remove them with "
+                f"`dataset.remove_columns({taken})`."
+            )
+        kept_back = columns & NOT_FOR_FUNCTIONS if called or oracles else set()
+        if oracles:
+            kept_back |= columns & (NO_COLUMNS - {"prompt"})
+        if kept_back:
+            logger.warning(
+                f"reward functions and preference_funcs do not get the columns {sorted(kept_back)} of {name}, whose "
+                "names are those of their arguments. Rename the columns if they are needed."
+            )
+
+
+def _is_called(source: Any) -> bool:
+    """Whether a reward source gets the dataset's columns: a function, or a model behind a server."""
+    return is_url(source) if isinstance(source, str) else not isinstance(source, nn.Module)
 
 
 def check_resume(args: SPPOConfig, form: dict[str, Any] | None = None) -> None:
@@ -477,20 +608,12 @@ def check_datasets(
             f"train_dataset must be a datasets.Dataset or IterableDataset, got {type(train_dataset).__name__}. "
             "`Dataset.from_list` makes one of a list of rows."
         )
-    datasets: dict[str, AnyDataset] = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
-        datasets["eval_dataset"] = eval_dataset
-    for name, dataset in datasets.items():
+    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
         row = next(iter(dataset), None)
         if row is None:
             raise ValueError(f"{name} is empty. It needs rows with a 'prompt' column.")
         if "prompt" not in row:
-            raise ValueError(
-                f"{name} has no 'prompt' column, but {list(row)}. Rename the column that holds the prompts: "
-                "`dataset.rename_column('...', 'prompt')`."
-            )
+            raise ValueError(f"{name} has no 'prompt' column, but {list(row)}. {how_to_make_prompts(row)}")
     assert args.generation_batch_size is not None and args.num_generations is not None  # GRPOConfig has set them
     num_prompts = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
@@ -501,4 +624,5 @@ def check_datasets(
             "gradient_accumulation_steps), or add prompts."
         )
     # Of the prompt alone: other columns may have another format
-    return is_conversational({"prompt": next(iter(train_dataset))["prompt"]})
+    prompt = next(iter(train_dataset))["prompt"]
+    return bool(prompt) and is_conversational({"prompt": prompt})

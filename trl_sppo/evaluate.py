@@ -11,6 +11,7 @@ from trl.data_utils import is_conversational
 
 from .arguments import check_output_dir
 from .checkpoints import write_atomically
+from .checks import how_to_make_prompts
 from .evaluation import WinRate
 from .opponents import LEFT_OUT, Groups, play_stored
 from .panel import Panel
@@ -136,7 +137,15 @@ class JudgeArguments:
                 "--dataset_test_split train."
             ) from error
         if "prompt" not in prompts.column_names:
-            raise ValueError(f"dataset_name={self.dataset_name!r} has no column 'prompt', but {prompts.column_names}.")
+            raise ValueError(
+                f"dataset_name={self.dataset_name!r} has no column 'prompt', but {prompts.column_names}. "
+                f"{how_to_make_prompts(next(iter(prompts), {}))}"
+            )
+        if "prompts" in prompts.column_names and self.reward_funcs:
+            raise ValueError(
+                f"dataset_name={self.dataset_name!r} has a column 'prompts', but reward functions get all prompts "
+                "under this name. Rename or remove the column."
+            )
         prompts = prompts.remove_columns([name for name in prompts.column_names if name in LEFT_OUT])
         return prompts.select(range(min(len(prompts), self.max_prompts or len(prompts))))
 

@@ -22,6 +22,7 @@ from .arguments import check_output_dir
 from .checks import (
     check_activation_checkpointing,
     check_adapter,
+    check_columns,
     check_datasets,
     check_judges,
     check_not_replaced,
@@ -31,13 +32,15 @@ from .checks import (
     check_resume,
     check_sharding,
     check_sources,
+    named_datasets,
 )
 from .config import SPPOConfig
 from .forms import form_of
 from .memory import ModelSize, Placement, budget, size_of
-from .prompts import check_prompts
+from .prompts import check_prompts, without_empty_images
+from .readers import policy_reader, reward_readers
 from .rewards import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
-from .stored_rollouts import is_judged, load_rollouts
+from .stored_rollouts import is_judged, load_rollouts, prompts_of
 from .train import (
     SPPOScriptArguments,
     check_one_dataset,
@@ -184,6 +187,7 @@ def _look_at_data(plan: Plan) -> None:
         assert args.num_generations is not None
         plan.train_dataset = load_rollouts(args.rollouts, args.num_generations)
         plan.num_prompts = len(plan.train_dataset)
+        plan.conversational = check_datasets(args, prompts_of(plan.train_dataset), None)
         return
     check_one_dataset(script, plan.dataset_args)
     if plan.dataset_args.datasets:
@@ -218,24 +222,24 @@ def _look_at_models(plan: Plan) -> None:
         check_policy_weights(policy, config, args)
         attention = init_kwargs.get("attn_implementation", model_args.attn_implementation)
         plan.policy = _size(plan, policy, config, peft_config, attention)
-    if tokenizer is not None and plan.conversational and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the prompts are conversational, but the tokenizer of model {policy!r} has no chat template. Use an "
-            "instruction-tuned model, or prompts that are text."
-        )
-    if tokenizer is not None and plan.conversational is not None:
-        check_prompts(args, policy, tokenizer, plan.train_dataset, plan.eval_dataset)
+    args.model_init_kwargs = {"revision": revision, **init_kwargs}
+    own_tokenizer = tokenizer if policy != model_args.model_name_or_path else None  # of an adapter
+    readers = [policy_reader(args, policy, own_tokenizer)] if tokenizer is not None else []
     models = script.reward_model_name_or_path or []
     trusted = args.reward_trust_remote_code or []
     rewards = []
+    num_voters = sum(not is_url(model) for model in models)
     loaded = [model for model in [*models, *(script.eval_reward_model_name_or_path or [])] if not is_url(model)]
-    for model in loaded:
+    for i, model in enumerate(loaded):
         config, tokenizer = _files(plan, "reward model", model, model in trusted)
         if config is not None:
             check_config(model, model in trusted)
             check_reward_weights(model, model in trusted)
             check_tokenizer(model, tokenizer, bool(plan.conversational))
+            readers += reward_readers(args, [model], [tokenizer], num_judges=i >= num_voters)
             rewards.append(_size(plan, model, config, is_reward_model=True))
+    if plan.conversational is not None:
+        check_prompts(readers, _datasets(plan))
     sizes = [size for size in rewards if size is not None]
     if plan.policy is not None and len(sizes) == len(loaded) and not args.use_cpu:
         plan.rows = budget(args, model_args, plan.policy, sizes, plan.place)
@@ -263,8 +267,16 @@ def _check_sources(plan: Plan) -> None:
     judged = args.rollouts is not None and is_judged(plan.train_dataset)
     check_sources(args, sources, [None] * len(sources), oracles[0], has_environment=False, judged=judged)
     check_judges(args, sources, judges, [None] * len(judges), oracles[1])
+    check_columns(args, _datasets(plan), sources, judges, [oracle for each in oracles for oracle in each])
     if args.reward_quantization is not None:
         check_reward_quantization(args.reward_quantization, [*sources, *judges])
+
+
+def _datasets(plan: Plan) -> dict[str, Any]:
+    """Those that were loaded, by the names of the trainer's arguments."""
+    train_dataset = plan.train_dataset if plan.args.rollouts is None else prompts_of(plan.train_dataset)
+    datasets = named_datasets(train_dataset, plan.eval_dataset)
+    return {name: without_empty_images(name, dataset) for name, dataset in datasets.items()}
 
 
 def _size(

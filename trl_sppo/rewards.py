@@ -105,6 +105,7 @@ def load_reward_models(
     trust_remote_code: Sequence[str] = (),
     chat_template_kwargs: dict[str, Any] | None = None,
     quantization: str | None = None,
+    check: Callable[[list[Any], list[Any]], None] | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """
     Check all reward models, and only then load those given by path.
@@ -123,6 +124,8 @@ def load_reward_models(
             Further arguments of the chat template, for reward models given by URL. TRL passes them to the others.
         quantization (`str`, *optional*):
             `"8bit"` or `"4bit"`: how to load those given by path.
+        check (callable, *optional*):
+            Called with the reward sources and their tokenizers before any weights are loaded.
 
     Returns:
         The reward sources with paths and URLs replaced by models, and their tokenizers.
@@ -183,6 +186,8 @@ def load_reward_models(
     for source in reward_funcs:
         if isinstance(source, str):
             check_reward_weights(source, source in trust_remote_code)
+    if check is not None:
+        check(reward_funcs, tokenizers)
     models: list[Any] = []
     for source, tokenizer in zip(reward_funcs, tokenizers, strict=True):
         if isinstance(source, str):

@@ -10,11 +10,14 @@ from torch import nn
 from transformers import SchedulerType
 from transformers.utils import logging
 
+from .checks import named_datasets
 from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle, on_own_copies, oracle_name
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
 from .faults import RunError, is_of_another_process
 from .judges.endpoint import Endpoint
+from .prompts import check_prompts
+from .readers import policy_reader, reward_readers
 from .resumable import ResumableTrainer
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
 from .rollouts import preferences_of_sources
@@ -78,6 +81,7 @@ class ScoringTrainer(ResumableTrainer):
             [name.rstrip("/") for name in args.reward_trust_remote_code or ()],
             cast(Any, args.chat_template_kwargs),
             args.reward_quantization,
+            check=lambda sources, tokenizers: self._check_prompts(args, sources, tokenizers, len(judges), kwargs),
         )
         # TRL prepares judges like reward sources. It insists on one, but if there is none there is nothing to log or
         # to warn about
@@ -129,6 +133,15 @@ class ScoringTrainer(ResumableTrainer):
         if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
             args.lr_scheduler_kwargs = {"mode": "max", **cast(dict, args.lr_scheduler_kwargs or {})}
         logger.warning(f"metric_for_best_model is {args.metric_for_best_model!r}, by default the first judge's.")
+
+    def _check_prompts(self, args: SPPOConfig, sources: list, tokenizers: list, num_judges: int, kwargs: dict) -> None:
+        """Through the templates of the policy and of reward models, of which none is loaded yet."""
+        policy = policy_reader(args, kwargs["model"], kwargs["processing_class"], kwargs.get("tools"))
+        self._readers = reward_readers(args, sources, tokenizers, num_judges)
+        if kwargs.get("rollout_func") is None:  # which renders prompts itself
+            self._readers.insert(0, policy)
+        if kwargs.get("environment_factory") is None:  # environments may bring or change the prompts
+            check_prompts(self._readers, named_datasets(kwargs["train_dataset"], kwargs["eval_dataset"]))
 
     @property
     def reward_source_names(self) -> list[str]:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .adapters import continue_adapter, is_adapter, keep_reference, load_weights
 from .checks import (
+    check_columns,
     check_datasets,
     check_judges,
     check_model,
@@ -25,6 +26,7 @@ from .checks import (
     check_sources,
     check_trainable,
     check_vllm,
+    named_datasets,
     quantized_bits,
 )
 from .comparisons import PreferenceFunc
@@ -35,7 +37,7 @@ from .generation import only_requested_generation
 from .make_rollouts import make_rollouts
 from .model_card import add_to_card
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
-from .prompts import check_prompt_ids, check_prompts, check_rows
+from .prompts import check_prompt_ids, check_rows, without_empty_images
 from .rewards import RewardSource
 from .rollouts import (
     IMAGE_FIELDS,
@@ -81,7 +83,7 @@ class SPPOTrainer(ScoringTrainer):
         args ([`SPPOConfig`], *optional*):
             Configuration. If `None`, the defaults.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset with a `"prompt"` column: text, or a list of messages.
+            Dataset with a `"prompt"` column: text, or a list of messages that ends before the assistant's next one.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             Dataset to evaluate on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -199,9 +201,23 @@ class SPPOTrainer(ScoringTrainer):
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
+        train_dataset = without_empty_images("train_dataset", train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: without_empty_images(f"eval_dataset[{name!r}]", dataset)
+                for name, dataset in eval_dataset.items()
+            }
+        else:
+            eval_dataset = without_empty_images("eval_dataset", eval_dataset)
+        check_columns(
+            args,
+            named_datasets(train_dataset, eval_dataset),
+            reward_funcs,
+            judges,
+            [*preference_funcs, *eval_preference_funcs],
+            has_environment,
+        )
         check_model(model, args, has_adapter, needs_tokenizer=processing_class is None, adapter=self._adapter)
-        if not has_environment:
-            check_prompts(args, model, processing_class, train_dataset, eval_dataset)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         self._verdict: Verdict | None = None  # set while a rollout is being made
@@ -274,7 +290,7 @@ class SPPOTrainer(ScoringTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         if not self.environment_factories:  # these may bring the prompts
-            check_rows(inputs)
+            check_rows(inputs, self._readers, self.model.training)
         self._rollout_inputs = inputs
         # Of an earlier iteration, if that one was interrupted
         self._verdict, self._sums = None, {}
