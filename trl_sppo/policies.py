@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ import datasets
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -23,11 +26,18 @@ from trl.data_utils import is_conversational
 
 from .stored_rollouts import key_of, without_nulls
 from .trust import check_safetensors, own_code_is_refused
-from .weights import check_weights
+from .weights import check_weights, whole_and_silent
 
 
 ADAPTER = "adapter_config.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapters that vLLM makes room for
+# Options of an adapter that vLLM reads, or that say nothing about its forward pass. It ignores most others in silence
+VLLM_READS = {
+    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "fan_in_fan_out", "lora_dropout", "init_lora_weights", "eva_config", "peft_type", "peft_version", "task_type",
+    "inference_mode", "auto_mapping", "base_model_name_or_path", "runtime_config",
+}  # fmt: skip
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin an adapter that leave the base as it is
 OWN_CODE = "If you trust it, set trust_remote_code=True."
 
 
@@ -70,40 +80,160 @@ def is_file(policy: str) -> bool:
     return Path(policy).is_file()
 
 
-def check_policy(policy: str, trust_remote_code: bool = False) -> None:
+def is_adapter(path: str) -> bool:
+    """Whether a policy is given as the folder of an adapter."""
+    return (Path(path) / ADAPTER).is_file()
+
+
+def base_of(adapter: str) -> str:
+    """The path or id of an adapter's base model. Raises `ValueError` if it names none."""
+    base = json.loads((Path(adapter) / ADAPTER).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"adapter {adapter!r} names no base model: base_model_name_or_path is {base!r} in its {ADAPTER}. Write the "
+            "path or the id of the model that it was trained on there."
+        )
+    return str(base)
+
+
+def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = False) -> None:
     """
-    Check, without loading it, that a policy can be had.
+    Check, without loading its weights, that a policy can be had.
 
     Args:
         policy (`str`):
             Model, adapter, or file of completions.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether it may run Python code of its own.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM is to sample it.
 
     Raises:
         `ValueError`: if not.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if is_file(policy):
         return
     check_safetensors("policy", policy)
-    if (Path(policy) / ADAPTER).is_file():
-        check_policy(_base_of(policy), trust_remote_code)
+    if not is_adapter(policy):
+        _check_model(f"policy {policy!r}", policy, trust_remote_code, f"nor a folder with a config.json or {ADAPTER}")
         return
+    base = base_of(policy)
+    if is_adapter(base):
+        raise ValueError(
+            f"the base of adapter {policy!r} is itself an adapter, {base!r}. Merge that one into its own base "
+            "(`merge_and_unload`), save the result, and name it as base_model_name_or_path in the adapter's "
+            f"{ADAPTER}."
+        )
+    check_safetensors(f"the base of adapter {policy!r}, model", base)
+    _check_model(
+        f"the base model {base!r} of adapter {policy!r}",
+        base,
+        trust_remote_code,
+        "nor a folder with a config.json",
+        f"Its path is relative to the current directory: run this where the adapter was trained, or set "
+        f"base_model_name_or_path in {Path(policy) / ADAPTER}.",
+    )
+    if PeftConfig.from_pretrained(policy).peft_type == PeftType.PREFIX_TUNING:
+        raise ValueError(
+            f"adapter {policy!r} is of prefix tuning, whose prefix `generate` of PEFT and transformers leaves out: "
+            "completions would be those of the base model. Sample it elsewhere, and give the file of its completions."
+        )
+    if use_vllm:
+        _check_vllm_serves(policy)
+    with whole_and_silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_policy(policy, trust_remote_code=trust_remote_code, device_map="meta")
+
+
+def _check_model(what: str, path: str, trust_remote_code: bool, nor: str, cure: str = "Check the path.") -> None:
     try:
-        with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
-            AutoConfig.from_pretrained(policy, trust_remote_code=trust_remote_code)
-            check_weights("policy", policy, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
+        with own_code_is_refused(what, OWN_CODE):
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            check_weights(what, path, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"policy {policy!r} is neither a file of completions, nor a folder with a config.json or {ADAPTER}, nor "
-            f"a model that can be had from the Hugging Face hub. Check the path. ({error})"
+            f"{what} is neither a file of completions, {nor}, nor a model that can be had from the Hugging Face hub. "
+            f"{cure} ({error})"
         ) from error
 
 
-def _base_of(adapter: str) -> str:
-    return str(json.loads((Path(adapter) / ADAPTER).read_text())["base_model_name_or_path"])
+def _check_vllm_serves(adapter: str) -> None:
+    """Raise `ValueError` if vLLM would refuse an adapter, or sample from another policy than the one trained."""
+    config = PeftConfig.from_pretrained(adapter).to_dict()
+    defaults, kind = LoraConfig().to_dict(), getattr(config["peft_type"], "value", config["peft_type"])
+    problem = ""
+    if kind != "LORA":
+        problem = f"peft_type={kind}"
+    elif config["r"] > VLLM_RANKS[-1]:
+        problem = f"r={config['r']}, of at most {VLLM_RANKS[-1]}"
+    elif config["init_lora_weights"] not in KEEPS_BASE:
+        problem = f"init_lora_weights={config['init_lora_weights']!r}, which changes the base model"
+    else:
+        changed = [name for name in config.keys() - VLLM_READS if config[name] and config[name] != defaults.get(name)]
+        problem = ", ".join(f"{name}={config[name]!r}" for name in sorted(changed))
+    if problem:
+        raise ValueError(
+            f"use_vllm=True with adapter {adapter!r}, which has {problem}: vLLM samples with plain LoRA only. Set "
+            "use_vllm=False, or merge the adapter into its base (`merge_and_unload`) and save the result."
+        )
+
+
+def load_policy(
+    policy: str, trust_remote_code: bool = False, is_trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """
+    Load a policy as it was trained.
+
+    An adapter is loaded by PEFT onto its base model. `AutoModelForCausalLM.from_pretrained(adapter)` would leave out
+    what it does not know of some kinds of adapters, such as DoRA's magnitudes, without a word.
+
+    Args:
+        policy (`str`):
+            Model or adapter. The base model of an adapter is what `base_model_name_or_path` says in its
+            `adapter_config.json`; a relative path is relative to the current directory, as in PEFT.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether it may run Python code of its own.
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether an adapter's weights are to require gradients.
+        kwargs:
+            Further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`].
+
+    Raises:
+        `ValueError`: if weights of an adapter are missing, or there are some that it has no place for.
+    """
+    kwargs = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
+    if not is_adapter(policy):
+        return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
+    config = PeftConfig.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
+    options: dict[str, Any] = {"is_trainable": is_trainable}
+    if model.device.type == "meta":
+        options |= {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    fit = f"its base model {base_of(policy)!r} and its own {ADAPTER}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            model = PeftModel.from_pretrained(model, policy, **options)
+        unexpected = set(model.load_adapter(policy, "default", **options).unexpected_keys)
+    except (UserWarning, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"the weights of adapter {policy!r} do not fit {fit}: {type(error).__name__}: {error}. Save it again with "
+            "all of its weights, or give another one."
+        ) from error
+    # PEFT warns of LoRA's own weights, whose names it may convert, but not of all others
+    expected = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if ".lora_" not in name}
+    missing = expected - set(load_peft_weights(policy, "cpu"))
+    for problem, names in (("lacks", missing), ("has more than", unexpected - expected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"adapter {policy!r} {problem} the weights that {fit} ask for: {', '.join(sorted(names)[:5])}{more}. "
+                "Save it again with all of its weights, or give another one."
+            )
+    return model
 
 
 def load_completions(path: str) -> list[dict[str, Any]]:
@@ -166,7 +296,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
     Returns:
         `list[dict]`: P rows, with S `"completions"` and their `"lengths"` in tokens.
     """
-    base = _base_of(policy) if (Path(policy) / ADAPTER).is_file() else policy
+    base = base_of(policy) if is_adapter(policy) else policy
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
         # An adapter is saved with the tokenizer of its training
         has_tokenizer = (Path(policy) / "tokenizer_config.json").is_file()
@@ -179,9 +309,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
     if sampling.use_vllm:
         ids = _sample_with_vllm(policy, base, prompt_ids, sampling)
     else:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            policy, dtype="auto", trust_remote_code=sampling.trust_remote_code, use_safetensors=True
-        )
+        model: Any = load_policy(policy, sampling.trust_remote_code)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         ids = sample_ids(model, tokenizer, prompt_ids, sampling, description=policy)
         del model
