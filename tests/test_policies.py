@@ -113,7 +113,7 @@ def test_an_adapter_with_weights_that_have_no_place_is_refused(make_adapter, kin
     weights = load_file("adapter/adapter_model.safetensors")
     extra = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
     save_file({**weights, extra: torch.ones(2, 16)}, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="layers.7.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=r"layers\.7\.self_attn\.q_proj"):
         load_policy("adapter")
 
 
@@ -132,7 +132,7 @@ def test_an_adapter_that_lacks_biases_is_refused(make_adapter, kind):
 def test_an_adapter_of_another_base_is_refused(make_adapter):
     make_adapter(KINDS["LoRA"])
     Qwen2ForCausalLM(Qwen2Config(**{**TINY, "hidden_size": 32})).save_pretrained("base")
-    with pytest.raises(ValueError, match="do not fit its base model 'base' and its own adapter_config.json"):
+    with pytest.raises(ValueError, match="do not fit its base model 'base' and its own"):
         check_policy("adapter")
 
 
@@ -143,7 +143,7 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapte
     if kind in SERVED_BY_VLLM:
         check_policy("adapter", use_vllm=True)
     else:
-        with pytest.raises(ValueError, match="use_vllm=True with adapter 'adapter', which has .*plain LoRA only"):
+        with pytest.raises(ValueError, match=r"use_vllm=True with adapter 'adapter', which has .*plain LoRA only"):
             check_policy("adapter", use_vllm=True)
 
 
@@ -179,7 +179,7 @@ def test_a_base_is_relative_to_the_current_directory(make_adapter, monkeypatch):
     make_adapter(KINDS["LoRA"])
     check_policy("adapter")
     monkeypatch.chdir("adapter")
-    with pytest.raises(ValueError, match="the base model 'base' of adapter '.'"):
+    with pytest.raises(ValueError, match="the base model 'base' of adapter"):
         check_policy(".")
 
 

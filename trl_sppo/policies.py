@@ -90,8 +90,8 @@ def base_of(adapter: str) -> str:
     base = json.loads((Path(adapter) / ADAPTER).read_text()).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"adapter {adapter!r} names no base model: base_model_name_or_path is {base!r} in its {ADAPTER}. Write the "
-            "path or the id of the model that it was trained on there."
+            f"adapter {adapter!r} names no base model: base_model_name_or_path is {base!r} in its {ADAPTER}. Write "
+            "there the path or the id of the model that it was trained on."
         )
     return str(base)
 
@@ -220,8 +220,8 @@ def load_policy(
         unexpected = set(model.load_adapter(policy, "default", **options).unexpected_keys)
     except (UserWarning, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"the weights of adapter {policy!r} do not fit {fit}: {type(error).__name__}: {error}. Save it again with "
-            "all of its weights, or give another one."
+            f"the weights of adapter {policy!r} do not fit {fit}: {' '.join(str(error).split())[:500]}. Save it again "
+            "with all of its weights, or give another one."
         ) from error
     # PEFT warns of LoRA's own weights, whose names it may convert, but not of all others
     expected = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if ".lora_" not in name}
