@@ -22,12 +22,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from .stored_rollouts import key_of, without_nulls
+from .checkpoints import read_beginning
+from .opponents import Groups, group_of, row_of
+from .stored_rollouts import COLUMNS, without_nulls
 from .trust import check_safetensors, own_code_is_refused
 from .weights import check_weights, whole_and_silent
 
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_config.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapters that vLLM makes room for
@@ -63,6 +68,8 @@ class Sampling:
             Share of the GPU's memory that vLLM takes.
         trust_remote_code (`bool`):
             Whether policies may run Python code of their own.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the policy's chat template.
     """
 
     num_generations: int = 4
@@ -73,11 +80,18 @@ class Sampling:
     use_vllm: bool = False
     vllm_gpu_memory_utilization: float = 0.5
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def is_file(policy: str) -> bool:
     """Whether a policy is given as a file of its completions."""
     return Path(policy).is_file()
+
+
+def run_of(policy: str) -> dict[str, Any]:
+    """What was written down when the run began whose folder, or whose checkpoint, a policy is; empty if of none."""
+    folder = Path(policy).resolve()
+    return (read_beginning(str(folder)) or read_beginning(str(folder.parent))) if Path(policy).is_dir() else {}
 
 
 def is_adapter(path: str) -> bool:
@@ -236,20 +250,21 @@ def load_policy(
     return model
 
 
-def load_completions(path: str) -> list[dict[str, Any]]:
+def load_completions(path: str) -> Groups:
     """
     Read a file of completions.
 
     Args:
         path (`str`):
             Parquet, JSON lines or CSV with a column `"prompt"`, and `"completions"` (a list) or `"completion"` (one).
-            Rows of the same prompt are put together. Files of rollouts and evaluations are such files.
+            Of the latter, rows are put together that are equal in all other columns. Files of rollouts and evaluations
+            are such files.
 
     Returns:
-        `list[dict]`: a row for each prompt, with `"completions"`.
+        `list[dict]`: groups, with `"completions"`, and `"lengths"` and `"scores"` if the file has them.
 
     Raises:
-        `ValueError`: if it cannot be read, lacks a column, or has more completions of one prompt than of another.
+        `ValueError`: if it cannot be read, lacks a column, or has more completions in one group than in another.
     """
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
     try:
@@ -262,26 +277,45 @@ def load_completions(path: str) -> list[dict[str, Any]]:
     if "prompt" not in columns or not {"completions", "completion"} & set(columns):
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")
     groups: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        missing = {name for name in ("completions", "completion", "scores", "lengths") if row.get(name) is None}
-        row = {name: value for name, value in row.items() if name not in {"answers", *missing}}
-        if not isinstance(row.get("scores", {}), dict):  # of nobody by name
-            del row["scores"]
-        completions = row.pop("completions", None) or [row.pop("completion", None)]
-        if row.get("prompt") is None or None in completions:
+    for i, row in enumerate(rows):
+        group = _group_in_file(row)
+        if group.get("prompt") is None or None in group["completions"]:
             raise ValueError(f"{path!r} has a row without a prompt or without a completion: {row}. Leave it out.")
-        group = groups.setdefault(key_of(row["prompt"]), {**row, "completions": []})
-        group["completions"] += completions
-        for name in {"scores", "lengths"} & group.keys():  # of one row, or no longer those of all completions
-            if len(group["completions"]) > len(completions):
-                del group[name]
+        key = str(i) if row.get("completions") is not None else json.dumps(row_of(group), sort_keys=True, default=str)
+        if key not in groups:
+            groups[key] = group
+        else:
+            groups[key]["completions"] += group["completions"]
+            for name in {"scores", "lengths"} & groups[key].keys():  # of the first completion only
+                del groups[key][name]
     sizes = {len(group["completions"]) for group in groups.values()}
     if len(sizes) > 1:
-        raise ValueError(f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts.")
+        raise ValueError(
+            f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts. Rows with "
+            f"one completion each are put together if they are equal in all other columns, of {columns}: leave out those "
+            "that say something of the completion."
+        )
     return list(groups.values())
 
 
-def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, Any]]:
+def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a file as a group. What is a column of the dataset, and what one of a group's own?"""
+    row = dict(row)
+    own: dict[str, Any] = {"completions": row.pop("completions", None) or [row.pop("completion", None)]}
+    scores, lengths = row.get("scores"), row.get("lengths")
+    if scores is None or isinstance(scores, dict):
+        row.pop("scores", None)
+        own |= {} if scores is None else {"scores": scores}
+    if lengths is None or (isinstance(lengths, list) and len(lengths) == len(own["completions"])):
+        row.pop("lengths", None)
+        own |= {} if lengths is None else {"lengths": lengths}
+    stored = row.pop("dataset_columns", None)
+    if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # of a run: so are these names
+        row = {name: value for name, value in row.items() if name not in COLUMNS}
+    return group_of({**row, **(stored or {})}, **own)
+
+
+def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     """
     Sample a policy's completions.
 
@@ -294,8 +328,14 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
             How.
 
     Returns:
-        `list[dict]`: P rows, with S `"completions"` and their `"lengths"` in tokens.
+        `list[dict]`: P groups, with S `"completions"` and their `"lengths"` in tokens.
     """
+    tools = run_of(policy).get("tools")
+    if tools:
+        logger.warning(
+            f"{policy!r} was trained with tools ({', '.join(tools)}), which it does not have here: its prompts differ "
+            "from those of its training."
+        )
     base = base_of(policy) if is_adapter(policy) else policy
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
         # An adapter is saved with the tokenizer of its training
@@ -305,7 +345,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts["prompt"]]
+    prompt_ids = [tokenize_prompt(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts["prompt"]]
     if sampling.use_vllm:
         ids = _sample_with_vllm(policy, base, prompt_ids, sampling)
     else:
@@ -319,16 +359,16 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
     flat = tokenizer.batch_decode([each for group in ids for each in group], skip_special_tokens=True)
     size = sampling.num_generations
     return [
-        {
-            **row,
-            "completions": [_as_completion(row["prompt"], text) for text in flat[p * size : (p + 1) * size]],
-            "lengths": [len(each) for each in ids[p]],
-        }
-        for p, row in enumerate(prompts.to_list())
+        group_of(
+            row,
+            completions=[_as_completion(row["prompt"], text) for text in flat[p * size : (p + 1) * size]],
+            lengths=[len(each) for each in ids[p]],
+        )
+        for p, row in enumerate(prompts)
     ]
 
 
-def tokenize_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
     """What the policy reads, as in TRL. Raises `ValueError` if it would need a chat template and has none."""
     if not is_conversational({"prompt": prompt}):
         return list(tokenizer(prompt)["input_ids"])
@@ -338,7 +378,10 @@ def tokenize_prompt(tokenizer: Any, prompt: Any) -> list[int]:
             "one beside the policy, or give prompts as texts."
         )
     messages = [without_nulls(message) for message in prompt]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    kwargs: Any = chat_template_kwargs or {}
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
+    )
 
 
 def _as_completion(prompt: Any, text: str) -> Any:
