@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args.command, argv[1:])
     except KeyboardInterrupt as interrupt:
-        print(f"\ntrl-sppo: {interrupt or 'interrupted.'}", file=sys.stderr)
+        print(f"\ntrl-sppo: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

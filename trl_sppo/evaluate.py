@@ -319,7 +319,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
         unit = _unit_of_lengths(players)
         results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted. {_kept(sampled)}") from None
+        raise KeyboardInterrupt(f"interrupted. {_kept(sampled)}".strip()) from None
     except ValueError as error:
         raise ValueError(f"{error} {_kept(sampled)}".strip()) from error
     for side, groups in players.items():

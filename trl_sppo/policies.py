@@ -292,8 +292,8 @@ def load_completions(path: str) -> Groups:
     if len(sizes) > 1:
         raise ValueError(
             f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts. Rows with "
-            f"one completion each are put together if they are equal in all other columns, of {columns}: leave out those "
-            "that say something of the completion."
+            f"one completion each are put together if they are equal in all other columns, of {columns}: leave "
+            "out those that say something of the completion."
         )
     return list(groups.values())
 
@@ -309,7 +309,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
     if lengths is None or (isinstance(lengths, list) and len(lengths) == len(own["completions"])):
         row.pop("lengths", None)
         own |= {} if lengths is None else {"lengths": lengths}
-    stored = row.pop("dataset_columns", None)
+    stored = row.pop("dataset_columns", None) if isinstance(row.get("dataset_columns"), dict | None) else None
     if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # of a run: so are these names
         row = {name: value for name, value in row.items() if name not in COLUMNS}
     return group_of({**row, **(stored or {})}, **own)
