@@ -91,7 +91,7 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     else:
         return 0
     for rank, code in codes.items():
-        if code < 0:  # it could not say so itself
+        if code < 0 and code != -signal.SIGINT:  # it could not say so itself
             print(
                 f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name} (if nobody sent it, the "
                 "machine's memory may not have sufficed), and so were the others, if any. The same command with "
