@@ -222,7 +222,7 @@ def load_policy(
     if not is_adapter(policy):
         return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
     config = PeftConfig.from_pretrained(policy)
-    model = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
     options: dict[str, Any] = {"is_trainable": is_trainable}
     if model.device.type == "meta":
         options |= {"low_cpu_mem_usage": True, "torch_device": "cpu"}
