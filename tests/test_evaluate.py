@@ -410,10 +410,14 @@ def test_more_eval_messages(folder, capsys):
     sides = ("eval", "--model_name_or_path", "a.jsonl", "--opponent_name_or_path", "a.jsonl")
     assert run(*sides, *JUDGES[:2], "--output_dir", ".") == 2
     assert "lies in output_dir" in capsys.readouterr().err
-    assert run(*sides, "--reward_funcs", "json.dumps") == 2
-    assert "judge 'dumps' failed: TypeError" in capsys.readouterr().err
+    assert run(*sides, "--reward_funcs", "test_evaluate.broken") == 2
+    assert "judge 'broken' failed: ZeroDivisionError" in capsys.readouterr().err
     assert run(*sides, "--reward_funcs", "conftest.count_abc", "--preference_funcs", "test_evaluate.namesake") == 2
     assert "two judges have the same name" in capsys.readouterr().err
+
+
+def broken(prompts, **kwargs):
+    return 1 / 0
 
 
 def namesake(prompts, first, second, **kwargs):

@@ -277,7 +277,7 @@ def test_chats_with_further_columns(evaluated, tmp_path):
     assert "eval_win_rate_vs_previous/judge" in evaluations(trainer)[-1]
     stored = EvaluationFiles(str(tmp_path / "out")).read("", 4)
     assert sorted(group["meta"]["a"][0] for group in stored) == [0, 1, 2]
-    assert {group["step"] for group in stored} == {4} and "left_out" not in stored[0]
+    assert {group["step"] for group in stored} == {4}
 
 
 def test_oracles_get_all_columns_also_between_policies(evaluated, caplog):
@@ -295,7 +295,11 @@ def test_oracles_get_all_columns_also_between_policies(evaluated, caplog):
     )
     assert evaluations(trainer)[-1]["eval_win_rate_vs_previous/oracle"] == 0.5 and seen == {"a", "b"}
     assert "lost" not in caplog.text
-    assert all("left_out" not in group for groups in trainer._opponents._memory.values() for group in groups)
+    assert all(
+        "image" not in group.get("dataset_columns", {})
+        for groups in trainer._opponents._memory.values()
+        for group in groups
+    )
 
 
 def test_sources_and_oracles_of_one_name_are_told_apart(evaluated):

@@ -192,6 +192,11 @@ def check_vllm(args: SPPOConfig) -> None:
             f"process computes on {args.device.type!r}. Use vllm_mode='colocate', which runs on a CPU too, or "
             "use_vllm=False."
         )
+    check_vllm_is_installed()
+
+
+def check_vllm_is_installed() -> None:
+    """Raise `ImportError` if it is not."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]` (on a "

@@ -41,10 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
+    try:
+        return _run(args.command, argv[1:])
+    except KeyboardInterrupt as interrupt:
+        print(f"\ntrl-sppo: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(command: str, argv: list[str]) -> int:
     own_modules = {"check": "check", "eval": "evaluate", "ladder": "ladder", "report": "report"}
-    if args.command in own_modules:
-        return import_module(f"trl_sppo.{own_modules[args.command]}").main(argv[1:])
-    return {"train": train, "rollout": rollout, "quickstart": quickstart}[args.command](argv[1:])
+    if command in own_modules:
+        return import_module(f"trl_sppo.{own_modules[command]}").main(argv)
+    return {"train": train, "rollout": rollout, "quickstart": quickstart}[command](argv)
 
 
 def rollout(argv: list[str]) -> int:
@@ -83,7 +91,7 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     else:
         return 0
     for rank, code in codes.items():
-        if code < 0:  # it could not say so itself
+        if code < 0 and code != -signal.SIGINT:  # it could not say so itself
             print(
                 f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name} (if nobody sent it, the "
                 "machine's memory may not have sufficed), and so were the others, if any. The same command with "

@@ -2,21 +2,23 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, load_dataset
 from trl.data_utils import is_conversational
 
 from .arguments import check_output_dir
 from .checkpoints import write_atomically
-from .checks import how_to_make_prompts
+from .checks import check_vllm_is_installed, how_to_make_prompts
 from .evaluation import WinRate
-from .opponents import LEFT_OUT, Groups, play_stored
+from .opponents import Groups, matched, play_stored, row_of, without_images
+from .option_checks import check_chat_template_kwargs
 from .panel import Panel
-from .policies import Sampling, check_policy, is_file, load_completions, sample
-from .stored_rollouts import key_of, write_parquet
+from .policies import Sampling, check_policy, is_file, load_completions, run_of, sample
+from .stored_rollouts import IMAGES, write_parquet
 from .train import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
 
 
@@ -56,6 +58,9 @@ class JudgeArguments:
             Share of the GPU's memory that it takes.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the policies may run Python code of their own.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat templates of policies and reward models. By default those of the run that a
+            policy is of.
     """
 
     reward_model_name_or_path: list[str] | None = field(default=None, metadata={"help": "Reward models that judge."})
@@ -82,8 +87,26 @@ class JudgeArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether the policies may run Python code of their own."}
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of chat templates, as JSON on the command line. By default those of the run "
+            "that a policy is of."
+        },
+    )
 
     def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except ValueError:
+                pass  # said below
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                f"chat_template_kwargs must be a mapping, got {self.chat_template_kwargs!r}: on the command line "
+                "it is JSON, such as '{\"enable_thinking\": false}'."
+            )
+        check_chat_template_kwargs(self.chat_template_kwargs)
         for name in ("num_generations", "max_completion_length", "batch_size", "reward_batch_size", "max_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,10 +129,27 @@ class JudgeArguments:
             use_vllm=self.use_vllm,
             vllm_gpu_memory_utilization=self.vllm_gpu_memory_utilization,
             trust_remote_code=self.trust_remote_code,
+            chat_template_kwargs=cast(Any, self.chat_template_kwargs),
         )
 
-    def load_panel(self, prompts: list[Any]) -> Panel:
-        """The judges, for these prompts. Raises `ValueError` if there are none, or one could not be asked."""
+    def load_panel(self, prompt: Any, columns: Iterable[str], chat_template_kwargs: dict[str, Any] | None) -> Panel:
+        """
+        The judges.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                One of the prompts.
+            columns (iterable of `str`):
+                Columns of the prompts.
+            chat_template_kwargs (`dict`, *optional*):
+                Further arguments of the chat templates of reward models.
+
+        Returns:
+            [`Panel`].
+
+        Raises:
+            `ValueError`: if there are none, or one could not be asked.
+        """
         if not self.has_judges:
             raise ValueError(
                 "nobody judges: give --reward_model_name_or_path, --reward_funcs or --preference_funcs; at best one "
@@ -118,10 +158,12 @@ class JudgeArguments:
         return Panel(
             [*(self.reward_model_name_or_path or []), *load_reward_funcs(self.reward_funcs or [])],
             load_preference_funcs(self.preference_funcs or []),
-            conversational=is_conversational({"prompt": prompts[0]}),
+            conversational=is_conversational({"prompt": prompt}),
             trust_remote_code=self.reward_trust_remote_code or (),
             both_orders=self.both_orders,
             batch_size=self.reward_batch_size,
+            columns=list(columns),
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     def load_prompts(self) -> Dataset:
@@ -146,7 +188,12 @@ class JudgeArguments:
                 f"dataset_name={self.dataset_name!r} has a column 'prompts', but reward functions get all prompts "
                 "under this name. Rename or remove the column."
             )
-        prompts = prompts.remove_columns([name for name in prompts.column_names if name in LEFT_OUT])
+        images = [name for name in prompts.column_names if name in IMAGES]
+        if images:
+            raise ValueError(
+                f"dataset_name={self.dataset_name!r} has images (column {images[0]!r}), and policies are sampled here "
+                "from texts only. Evaluate during the training (eval_strategy), or give files of completions."
+            )
         return prompts.select(range(min(len(prompts), self.max_prompts or len(prompts))))
 
 
@@ -239,10 +286,12 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     Raises:
         `ValueError`: for what could not be compared, before a model is loaded if that can be known.
     """
+    if args.use_vllm:
+        check_vllm_is_installed()
     for name in ("model_name_or_path", "opponent_name_or_path"):
         if not getattr(args, name):
             raise ValueError(f"{name} is missing: give a model, an adapter, or a file of completions.")
-        check_policy(getattr(args, name), args.trust_remote_code)
+        check_policy(getattr(args, name), args.trust_remote_code, args.use_vllm)
     check_output_dir(args.output_dir)
     for name in ("model_name_or_path", "opponent_name_or_path"):
         if Path(getattr(args, name)).resolve().parent == Path(args.output_dir).resolve():
@@ -251,35 +300,38 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
                 "over. Give another output_dir."
             )
     sides = {"model": args.model_name_or_path, "opponent": args.opponent_name_or_path}
-    files = {side: load_completions(policy) for side, policy in sides.items() if is_file(policy)}
-    if files:
-        prompts = _shared_prompts(files, args.max_prompts)
-    else:
-        prompts = args.load_prompts()
-    panel = args.load_panel(prompts["prompt"]) if args.has_judges else None
-    if panel is None and not (len(files) == 2 and all("scores" in g for groups in files.values() for g in groups)):
-        args.load_panel(prompts["prompt"])  # says what is missing
-    keys = [key_of(prompt) for prompt in prompts["prompt"]]
+    players = _read(sides)
+    first = next(iter(players.values()), None)
+    prompts = args.load_prompts() if first is None else prompts_of(first[: args.max_prompts])
+    players = {side: groups[: len(prompts)] for side, groups in players.items()}
+    templates = _chat_template_kwargs(args, sides, prompts["prompt"][0])
+    panel = None
+    if args.has_judges or not (len(players) == 2 and all("scores" in g for each in players.values() for g in each)):
+        columns = [set(prompts.column_names), *(set(row_of(groups[0])) for groups in players.values())]
+        template = next((each for each in templates.values() if each), None)
+        panel = args.load_panel(prompts["prompt"][0], set.intersection(*columns), template)
     folder = Path(args.output_dir)
-    players: dict[str, Groups] = {}
-    for side, policy in sides.items():
-        if side in files:
-            by_key = {key_of(group["prompt"]): group for group in files[side]}
-            groups = [by_key[key] for key in keys]
-        else:
-            # Other random numbers for each: a sample must not meet its twin
-            groups = sample(policy, prompts, replace(args.sampling, seed=args.seed + len(players)))
-        if panel is not None:
-            panel.score(groups)
-        players[side] = groups
-    unit = "tokens"
-    if any("lengths" not in group for groups in players.values() for group in groups):
-        unit = "words"  # on both sides: tokens of one and words of the other would be no comparison
-        for group in (group for groups in players.values() for group in groups):
-            group["lengths"] = [_words(completion) for completion in group["completions"]]
+    sampled: dict[str, Path] = {}
+    try:
+        for number, (side, policy) in enumerate(sides.items()):
+            if side not in players:
+                # Other random numbers for each: a sample must not meet its twin
+                sampling = replace(args.sampling, seed=args.seed + number, chat_template_kwargs=templates[side])
+                players[side] = sample(policy, prompts, sampling)
+                (folder / "win_rates.json").unlink(missing_ok=True)  # of other completions
+                _write(folder / f"{side}.parquet", players[side])
+                sampled[side] = folder / f"{side}.parquet"
+            if panel is not None:
+                panel.score(players[side])
+        players = {side: players[side] for side in sides}
+        unit = _unit_of_lengths(players)
+        results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted. {_kept(sampled)}".strip()) from None
+    except ValueError as error:
+        raise ValueError(f"{error} {_kept(sampled)}".strip()) from error
     for side, groups in players.items():
-        write_parquet(folder / f"{side}.parquet", groups, None)
-    results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
+        _write(folder / f"{side}.parquet", groups)
     if not results:
         raise ValueError("no judge has given both policies a score: there is nothing to compare.")
     lengths = {side: _mean_length(groups) for side, groups in players.items()}
@@ -308,22 +360,74 @@ def print_table(results: dict[str, tuple[WinRate, WinRate]]) -> None:
     print()
 
 
-def _shared_prompts(files: dict[str, Groups], limit: int | None) -> Dataset:
-    """The prompts that all files have, in the order of the first."""
-    first, *others = files.values()
-    keys = [{key_of(group["prompt"]) for group in groups} for groups in others]
-    rows = [group for group in first if all(key_of(group["prompt"]) in each for each in keys)]
-    if not rows:
+def _read(sides: dict[str, str]) -> dict[str, Groups]:
+    """The completions of the sides that are files, of the rows that both have if both are."""
+    files = {side: load_completions(policy) for side, policy in sides.items() if is_file(policy)}
+    if len(files) < 2:
+        return files
+    found = matched(*files.values())
+    if not found[0]:
         raise ValueError("the two files of completions have no prompt in common.")
-    left_out = sum(len(groups) - len(rows) for groups in files.values())
+    left_out = sum(map(len, files.values())) - sum(map(len, found))
     if left_out:
         print(f"{left_out} rows are left out: their prompts are in one file only.", file=sys.stderr)
-    return prompts_of(rows[:limit])
+    return dict(zip(files, found, strict=True))
+
+
+def _chat_template_kwargs(args: EvalArguments, sides: dict[str, str], prompt: Any) -> dict[str, Any]:
+    """
+    How each side's prompts are rendered: as the option says, or else as in the side's training, or else as in that of
+    the other side.
+    """
+    given: Any = args.chat_template_kwargs
+    if given is not None:
+        return dict.fromkeys(sides, given)
+    runs = {side: run_of(policy) for side, policy in sides.items() if not is_file(policy)}
+    known = {side: run["config"].get("chat_template_kwargs") for side, run in runs.items() if run}
+    found = {side: known.get(side, next(iter(known.values()), None)) for side in runs}
+    if is_conversational({"prompt": prompt}):
+        texts = [f"{json.dumps(value)} for {side}" for side, value in found.items()]
+        if len({json.dumps(value, sort_keys=True) for value in found.values()}) > 1:
+            print(
+                f"The two policies were trained with different chat_template_kwargs: {' and '.join(texts)}. Each is "
+                "prompted as it was trained, and reward models as the first. Give --chat_template_kwargs for the same "
+                "prompts.",
+                file=sys.stderr,
+            )
+        elif len(known) == 1 < len(found) and any(found.values()):
+            print(
+                f"No training of {next(side for side in found if side not in known)} is known: it is prompted with "
+                f"chat_template_kwargs={texts[0].split(' for ')[0]}, as the other policy was in its training. Give "
+                "--chat_template_kwargs for other prompts.",
+                file=sys.stderr,
+            )
+    return found
+
+
+def _unit_of_lengths(players: dict[str, Groups]) -> str:
+    """Tokens; or words on both sides, which are counted here, if a side does not say."""
+    groups = [group for each in players.values() for group in each]
+    if all("lengths" in group for group in groups):
+        return "tokens"
+    for group in groups:
+        group["lengths"] = [_words(completion) for completion in group["completions"]]
+    return "words"
+
+
+def _write(path: Path, groups: Groups) -> None:
+    write_parquet(path, [without_images(group) for group in groups], None)
+
+
+def _kept(sampled: dict[str, Path]) -> str:
+    if not sampled:
+        return ""
+    options = " and ".join(f"--{side}_name_or_path {path}" for side, path in sampled.items())
+    return f"The completions are kept: {options}, with another --output_dir, goes on from them."
 
 
 def prompts_of(groups: Groups) -> Dataset:
-    """The prompts of completions, with the other columns of the dataset that they came from."""
-    return Dataset.from_list([{name: value for name, value in g.items() if name not in LEFT_OUT} for g in groups])
+    """The rows of the dataset that completions are of."""
+    return Dataset.from_list([row_of(group) for group in groups])
 
 
 def _words(completion: Any) -> int:

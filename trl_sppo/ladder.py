@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
+from .checks import check_vllm_is_installed
 from .evaluate import JudgeArguments, parse, prompts_of
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
-from .policies import sample
+from .policies import check_policy, sample
 from .train import fail
 
 
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
                 "no reward source has scored these evaluations, and what pairwise oracles say of two policies is not "
                 "kept: give --preference_funcs, or another judge."
             )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted. {run} is as it was.") from None
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     for judge, matrix in ladders.items():
@@ -103,7 +106,11 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     missing = sorted(checkpoints.keys() - players.keys())
     if args.has_judges:
         prompts = _prompts(players, args)
-        panel = args.load_panel(prompts["prompt"])
+        panel = args.load_panel(prompts["prompt"][0], prompts.column_names, cast(Any, args.chat_template_kwargs))
+        if missing and args.use_vllm:
+            check_vllm_is_installed()
+        for step in missing:
+            check_policy(str(checkpoints[step]), args.trust_remote_code, args.use_vllm)
         for number, step in enumerate(missing):
             sampling = replace(args.sampling, seed=args.seed + number)
             players[step] = sample(str(checkpoints[step]), prompts, sampling)
@@ -163,7 +170,7 @@ def _prompts(players: dict[int, Groups], args: LadderArguments) -> Dataset:
 def _sampling_of(run: Path) -> dict[str, Any]:
     """How a run has sampled for its evaluations, as far as it says so."""
     config = read_beginning(str(run)).get("config", {})
-    found = {name: config.get(name) for name in ("max_completion_length", "temperature")}
+    found = {name: config.get(name) for name in ("max_completion_length", "temperature", "chat_template_kwargs")}
     found["num_generations"] = config.get("num_generations_eval") or config.get("num_generations")
     return {name: value for name, value in found.items() if value is not None}
 

@@ -4,6 +4,12 @@ from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
 
+from .quiet import say_interrupts
+
+
+if __name__ == "__main__":
+    say_interrupts()
+
 from datasets import Dataset
 from tqdm.auto import tqdm
 

@@ -18,7 +18,6 @@ from .stored_rollouts import (
     IMAGES,
     installed_versions,
     key_of,
-    same_prompts,
     to_lists,
     to_tensor,
     unused,
@@ -28,11 +27,33 @@ from .stored_rollouts import (
 
 logger = logging.get_logger(__name__)
 
-# Columns of the dataset that are not written: they have no place, or their names are taken
-LEFT_OUT = (*COLUMNS, *IMAGES, "lengths", "left_out")
+# Columns of the dataset with these names are in a group's "dataset_columns": its own have them, or files no place
+TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
 FOLDER = "evaluations"  # in the output directory
 
 Groups = list[dict[str, Any]]
+
+
+def group_of(row: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """A row of the dataset as a group, with columns of the group's own."""
+    taken = {name: value for name, value in row.items() if name in TAKEN}
+    free = {name: value for name, value in row.items() if name not in TAKEN}
+    return {**free, **({"dataset_columns": taken} if taken else {}), **own}
+
+
+def row_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The row of the dataset that a group is of, which judges get."""
+    free = {name: value for name, value in group.items() if name not in TAKEN}
+    return {**free, **(group.get("dataset_columns") or {})}
+
+
+def without_images(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as it is written. Images are large."""
+    kept = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
+    return {
+        **{name: value for name, value in group.items() if name != "dataset_columns"},
+        **({"dataset_columns": kept} if kept else {}),  # Parquet has no place for an empty table
+    }
 
 
 class EvaluationFiles:
@@ -133,23 +154,23 @@ class Opponents:
                 By reward source.
         """
         size = lengths.size(1)
-        # Oracles may want what is not written; it is gathered only if there are any: images are large
+        # Images are for oracles, and gathered only if there are any: they are large
         has_oracles = bool(self.trainer.preference_funcs or self.trainer.eval_preference_funcs)
-        names = [name for name in rows[0] if has_oracles or name not in LEFT_OUT]
+        names = [name for name in rows[0] if has_oracles or name not in IMAGES]
         prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
         texts = gather_object(list(completions))
         for g, prompt in enumerate(prompts):
-            self._groups.append({
-                "step": self.trainer.state.global_step,
-                **{name: value for name, value in prompt.items() if name not in LEFT_OUT},
-                "left_out": {name: value for name, value in prompt.items() if name in LEFT_OUT},
-                "completions": texts[g * size : (g + 1) * size],
-                "lengths": lengths[g].int().tolist(),
-                # Parquet has no place for an empty table
-                **({"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}),
-                "policy": self.trainer.policy_name,
-                "versions": installed_versions(self.args.use_vllm),
-            })  # fmt: skip
+            # Parquet has no place for an empty table
+            judged = {"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}
+            self._groups.append(group_of(
+                prompt,
+                step=self.trainer.state.global_step,
+                completions=texts[g * size : (g + 1) * size],
+                lengths=lengths[g].int().tolist(),
+                **judged,
+                policy=self.trainer.policy_name,
+                versions=installed_versions(self.args.use_vllm),
+            ))  # fmt: skip
 
     @property
     def _as_json(self) -> bool:
@@ -185,7 +206,7 @@ class Opponents:
 
     def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
         name = self._name
-        groups = [{column: value for column, value in group.items() if column != "left_out"} for group in groups]
+        groups = [without_images(group) for group in groups]
         self.trainer._evaluated[name] = [*(each for each in steps if each < step), step]
         kept = {(name, steps[0] if steps else step)}
         self._memory = {key: value for key, value in self._memory.items() if key[0] != name or key in kept}
@@ -194,7 +215,10 @@ class Opponents:
             dataset = self.trainer.eval_dataset
             dataset = dataset.get(name) if isinstance(dataset, dict) else dataset
             features = getattr(dataset, "features", None) or {}
-            features = Features({column: kind for column, kind in features.items() if column not in LEFT_OUT})
+            taken = {column: kind for column, kind in features.items() if column in TAKEN and column not in IMAGES}
+            features = Features({column: kind for column, kind in features.items() if column not in TAKEN})
+            if taken:
+                features["dataset_columns"] = taken
             if self._as_json:
                 groups = [
                     {**group, "completions": [json.dumps(each, default=str) for each in group["completions"]]}
@@ -265,16 +289,51 @@ def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, W
 
 
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """The rows of the prompts that both have, in the order of the first, if the prompts are not the same already."""
-    if same_prompts(opponents, [group["prompt"] for group in groups]):
-        return groups, opponents
-    theirs = {key_of(group["prompt"]): group for group in opponents}
-    shared = [group for group in groups if key_of(group["prompt"]) in theirs]
-    if not shared:
+    """
+    The rows of two policies that play against each other, in the order of the first.
+
+    Rows play against each other if they have the same prompt, each with one. Of several rows of a prompt, those play
+    against each other that are equal in the other columns of the dataset, as far as both sides have them; what is left
+    does so in its order.
+
+    Args:
+        groups, opponents (`list[dict]`):
+            Rows with `"prompt"`.
+
+    Returns:
+        Two lists of rows of the same length.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
+    ours, theirs = matched(groups, opponents)
+    if not ours:
         raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
-    if len(shared) < max(len(groups), len(opponents)):
-        logger.warning(f"two policies play on the {len(shared)} prompts that both have answered.")
-    return shared, [theirs[key_of(group["prompt"])] for group in shared]
+    if len(ours) < max(len(groups), len(opponents)):
+        logger.warning(f"two policies play on the {len(ours)} prompts that both have answered.")
+    return ours, theirs
+
+
+def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
+    """See [`aligned`]: possibly no rows, and nothing is said of those left out."""
+    waiting: dict[str, Groups] = {}
+    for group in opponents:
+        waiting.setdefault(key_of(group["prompt"]), []).append(group)
+    found: dict[int, dict[str, Any]] = {}
+    for strictly in (True, False):
+        for i, group in enumerate(groups):
+            rivals = waiting.get(key_of(group["prompt"]), []) if i not in found else []
+            place = next((k for k, each in enumerate(rivals) if not strictly or _same_columns(group, each)), None)
+            if place is not None:
+                found[i] = rivals.pop(place)
+    return [groups[i] for i in sorted(found)], [found[i] for i in sorted(found)]
+
+
+def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
+    ours, theirs = row_of(group), row_of(other)
+    return all(
+        key_of(ours[name]) == key_of(theirs[name]) for name in ours.keys() & theirs.keys() - {"prompt", *IMAGES}
+    )
 
 
 def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
@@ -326,10 +385,7 @@ def play(
     outcomes = _outcomes(groups, opponents)
     size = len(groups[0]["completions"])
     total = size + len(opponents[0]["completions"])
-    rows = [
-        {**{name: value for name, value in group.items() if name not in LEFT_OUT}, **group.get("left_out", {})}
-        for group in groups
-    ]
+    rows = [row_of(group) for group in groups]
     for name, oracle in oracles.items():
         answers = ask_oracle(
             oracle,

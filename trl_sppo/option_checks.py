@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from transformers import GenerationConfig
 from transformers.utils import is_liger_kernel_available
@@ -145,7 +145,12 @@ def check_keywords(args: GRPOConfig) -> None:
         GenerationConfig(**generation)
     except Exception as error:
         raise ValueError(f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}") from error
-    for name in args.chat_template_kwargs or {}:
+    check_chat_template_kwargs(cast(Any, args.chat_template_kwargs))
+
+
+def check_chat_template_kwargs(kwargs: dict[str, Any] | None) -> None:
+    """Raise `ValueError` if these hold what is said elsewhere."""
+    for name in kwargs or {}:
         if name in SET_BY_TRL:
             raise ValueError(f"chat_template_kwargs: {name} is set by TRL itself. Remove it.")
 

@@ -1,6 +1,7 @@
 """Judges of stored completions, outside a training: reward models, reward functions and pairwise oracles."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,10 +11,14 @@ from tqdm.auto import tqdm
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .comparisons import PreferenceFunc, ask, check_oracle, oracle_name
+from .comparisons import NO_COLUMNS, PreferenceFunc, ask, check_oracle, oracle_name
 from .evaluation import WinRate
-from .opponents import LEFT_OUT, play
+from .opponents import play, row_of
 from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
+
+
+# Of the dataset's columns, reward functions do not get those that their own arguments have the names of
+NOT_FOR_REWARDS = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 
 
 class Panel:
@@ -33,6 +38,10 @@ class Panel:
             Whether oracles are asked for each pair in both orders.
         batch_size (`int`, *optional*, defaults to `16`):
             Completions per forward pass of a reward model.
+        columns (sequence of `str`, *optional*):
+            Columns of the prompts, if they are known: then functions that need others are refused.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat templates of reward models.
 
     Raises:
         `ValueError`: if a judge could not be asked.
@@ -46,13 +55,25 @@ class Panel:
         trust_remote_code: Sequence[str] = (),
         both_orders: bool = True,
         batch_size: int = 16,
+        columns: Sequence[str] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ):
         for oracle in preference_funcs:
             check_oracle(oracle)
+        if columns is not None:
+            for source in reward_funcs:
+                if callable(source) and not isinstance(source, nn.Module):
+                    given = [name for name in columns if name not in NOT_FOR_REWARDS]
+                    _check_call(source, "prompts and completions", ["prompts", "completions"], given)
+            for oracle in preference_funcs:
+                given = [name for name in columns if name not in NO_COLUMNS]
+                own = ["prompts", "first", "second", "log_metric"]
+                _check_call(oracle, "prompts, first, second and log_metric", own, given)
         self.both_orders = both_orders
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.accelerator = Accelerator()
         sources, tokenizers = load_reward_models(
-            reward_funcs, [None] * len(reward_funcs), conversational, trust_remote_code
+            reward_funcs, [None] * len(reward_funcs), conversational, trust_remote_code, chat_template_kwargs
         )
         self.oracles = {oracle_name(oracle): oracle for oracle in preference_funcs}
         self.sources: dict[str, tuple[Any, Any]] = {}
@@ -74,10 +95,10 @@ class Panel:
             if self.sources:
                 group["scores"] = {}
         completions = [completion for group in groups for completion in group["completions"]]
-        rows = [group for group in groups for _ in group["completions"]]
+        rows = [row for group in groups for row in [row_of(group)] * len(group["completions"])]
         for name, (source, tokenizer) in self.sources.items():
             if tokenizer is None:
-                columns = [column for column in groups[0] if column not in (*LEFT_OUT, "prompt")]
+                columns = [column for column in rows[0] if column not in NOT_FOR_REWARDS]
                 try:
                     scores = ask(
                         source,
@@ -103,7 +124,9 @@ class Panel:
         # The texts that TRL's trainer gives a reward model
         if is_conversational({"prompt": prompts[0]}):
             texts = [
-                apply_chat_template({"messages": [*prompt, *completion]}, tokenizer)["text"]
+                apply_chat_template({"messages": [*prompt, *completion]}, tokenizer, **self.chat_template_kwargs)[
+                    "text"
+                ]
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
         else:
@@ -129,6 +152,21 @@ class Panel:
             log_metric=lambda name, value: None,
             disable_tqdm=False,
         )
+
+
+def _check_call(judge: Callable[..., Any], what: str, own: list[str], columns: list[str]) -> None:
+    """Raise `ValueError` if a judge could not be called with its own arguments and these columns of the prompts."""
+    try:
+        signature = inspect.signature(judge)
+    except (TypeError, ValueError):  # of some built-in functions
+        return
+    try:
+        signature.bind(**dict.fromkeys([*own, *columns]))
+    except TypeError as error:
+        raise ValueError(
+            f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {what}, and the columns {columns} of "
+            "the prompts. Add what is missing to the prompts, or let the judge take `**kwargs`."
+        ) from error
 
 
 def _number(score: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +12,37 @@ import datasets
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from .stored_rollouts import key_of, without_nulls
+from .checkpoints import read_beginning
+from .opponents import Groups, group_of, row_of
+from .stored_rollouts import COLUMNS, without_nulls
 from .trust import check_safetensors, own_code_is_refused
-from .weights import check_weights
+from .weights import check_weights, whole_and_silent
 
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_config.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapters that vLLM makes room for
+# Options of an adapter that vLLM reads, or that say nothing about its forward pass. It ignores most others in silence
+VLLM_READS = {
+    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "fan_in_fan_out", "lora_dropout", "init_lora_weights", "eva_config", "peft_type", "peft_version", "task_type",
+    "inference_mode", "auto_mapping", "base_model_name_or_path", "runtime_config",
+}  # fmt: skip
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin an adapter that leave the base as it is
 OWN_CODE = "If you trust it, set trust_remote_code=True."
 
 
@@ -53,6 +68,8 @@ class Sampling:
             Share of the GPU's memory that vLLM takes.
         trust_remote_code (`bool`):
             Whether policies may run Python code of their own.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the policy's chat template.
     """
 
     num_generations: int = 4
@@ -63,6 +80,7 @@ class Sampling:
     use_vllm: bool = False
     vllm_gpu_memory_utilization: float = 0.5
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def is_file(policy: str) -> bool:
@@ -70,56 +88,183 @@ def is_file(policy: str) -> bool:
     return Path(policy).is_file()
 
 
-def check_policy(policy: str, trust_remote_code: bool = False) -> None:
+def run_of(policy: str) -> dict[str, Any]:
+    """What was written down when the run began whose folder, or whose checkpoint, a policy is; empty if of none."""
+    folder = Path(policy).resolve()
+    return (read_beginning(str(folder)) or read_beginning(str(folder.parent))) if Path(policy).is_dir() else {}
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a policy is given as the folder of an adapter."""
+    return (Path(path) / ADAPTER).is_file()
+
+
+def base_of(adapter: str) -> str:
+    """The path or id of an adapter's base model. Raises `ValueError` if it names none."""
+    base = json.loads((Path(adapter) / ADAPTER).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"adapter {adapter!r} names no base model: base_model_name_or_path is {base!r} in its {ADAPTER}. Write "
+            "there the path or the id of the model that it was trained on."
+        )
+    return str(base)
+
+
+def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = False) -> None:
     """
-    Check, without loading it, that a policy can be had.
+    Check, without loading its weights, that a policy can be had.
 
     Args:
         policy (`str`):
             Model, adapter, or file of completions.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether it may run Python code of its own.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM is to sample it.
 
     Raises:
         `ValueError`: if not.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if is_file(policy):
         return
     check_safetensors("policy", policy)
-    if (Path(policy) / ADAPTER).is_file():
-        check_policy(_base_of(policy), trust_remote_code)
+    if not is_adapter(policy):
+        _check_model(f"policy {policy!r}", policy, trust_remote_code, f"nor a folder with a config.json or {ADAPTER}")
         return
+    base = base_of(policy)
+    if is_adapter(base):
+        raise ValueError(
+            f"the base of adapter {policy!r} is itself an adapter, {base!r}. Merge that one into its own base "
+            "(`merge_and_unload`), save the result, and name it as base_model_name_or_path in the adapter's "
+            f"{ADAPTER}."
+        )
+    check_safetensors(f"the base of adapter {policy!r}, model", base)
+    _check_model(
+        f"the base model {base!r} of adapter {policy!r}",
+        base,
+        trust_remote_code,
+        "nor a folder with a config.json",
+        f"Its path is relative to the current directory: run this where the adapter was trained, or set "
+        f"base_model_name_or_path in {Path(policy) / ADAPTER}.",
+    )
+    if PeftConfig.from_pretrained(policy).peft_type == PeftType.PREFIX_TUNING:
+        raise ValueError(
+            f"adapter {policy!r} is of prefix tuning, whose prefix `generate` of PEFT and transformers leaves out: "
+            "completions would be those of the base model. Sample it elsewhere, and give the file of its completions."
+        )
+    if use_vllm:
+        _check_vllm_serves(policy)
+    with whole_and_silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_policy(policy, trust_remote_code=trust_remote_code, device_map="meta")
+
+
+def _check_model(what: str, path: str, trust_remote_code: bool, nor: str, cure: str = "Check the path.") -> None:
     try:
-        with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
-            AutoConfig.from_pretrained(policy, trust_remote_code=trust_remote_code)
-            check_weights("policy", policy, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
+        with own_code_is_refused(what, OWN_CODE):
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            check_weights(what, path, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"policy {policy!r} is neither a file of completions, nor a folder with a config.json or {ADAPTER}, nor "
-            f"a model that can be had from the Hugging Face hub. Check the path. ({error})"
+            f"{what} is neither a file of completions, {nor}, nor a model that can be had from the Hugging Face hub. "
+            f"{cure} ({error})"
         ) from error
 
 
-def _base_of(adapter: str) -> str:
-    return str(json.loads((Path(adapter) / ADAPTER).read_text())["base_model_name_or_path"])
+def _check_vllm_serves(adapter: str) -> None:
+    """Raise `ValueError` if vLLM would refuse an adapter, or sample from another policy than the one trained."""
+    config = PeftConfig.from_pretrained(adapter).to_dict()
+    defaults, kind = LoraConfig().to_dict(), getattr(config["peft_type"], "value", config["peft_type"])
+    problem = ""
+    if kind != "LORA":
+        problem = f"peft_type={kind}"
+    elif config["r"] > VLLM_RANKS[-1]:
+        problem = f"r={config['r']}, of at most {VLLM_RANKS[-1]}"
+    elif config["init_lora_weights"] not in KEEPS_BASE:
+        problem = f"init_lora_weights={config['init_lora_weights']!r}, which changes the base model"
+    else:
+        changed = [name for name in config.keys() - VLLM_READS if config[name] and config[name] != defaults.get(name)]
+        problem = ", ".join(f"{name}={config[name]!r}" for name in sorted(changed))
+    if problem:
+        raise ValueError(
+            f"use_vllm=True with adapter {adapter!r}, which has {problem}: vLLM samples with plain LoRA only. Set "
+            "use_vllm=False, or merge the adapter into its base (`merge_and_unload`) and save the result."
+        )
 
 
-def load_completions(path: str) -> list[dict[str, Any]]:
+def load_policy(
+    policy: str, trust_remote_code: bool = False, is_trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """
+    Load a policy as it was trained.
+
+    An adapter is loaded by PEFT onto its base model. `AutoModelForCausalLM.from_pretrained(adapter)` would leave out
+    what it does not know of some kinds of adapters, such as DoRA's magnitudes, without a word.
+
+    Args:
+        policy (`str`):
+            Model or adapter. The base model of an adapter is what `base_model_name_or_path` says in its
+            `adapter_config.json`; a relative path is relative to the current directory, as in PEFT.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether it may run Python code of its own.
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether an adapter's weights are to require gradients.
+        kwargs:
+            Further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`].
+
+    Raises:
+        `ValueError`: if weights of an adapter are missing, or there are some that it has no place for.
+    """
+    kwargs = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
+    if not is_adapter(policy):
+        return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
+    config = PeftConfig.from_pretrained(policy)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
+    options: dict[str, Any] = {"is_trainable": is_trainable}
+    if model.device.type == "meta":
+        options |= {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    fit = f"its base model {base_of(policy)!r} and its own {ADAPTER}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            model = PeftModel.from_pretrained(model, policy, **options)
+        unexpected = set(model.load_adapter(policy, "default", **options).unexpected_keys)
+    except (UserWarning, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"the weights of adapter {policy!r} do not fit {fit}: {' '.join(str(error).split())[:500]}. Save it again "
+            "with all of its weights, or give another one."
+        ) from error
+    # PEFT warns of LoRA's own weights, whose names it may convert, but not of all others
+    expected = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if ".lora_" not in name}
+    missing = expected - set(load_peft_weights(policy, "cpu"))
+    for problem, names in (("lacks", missing), ("has more than", unexpected - expected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"adapter {policy!r} {problem} the weights that {fit} ask for: {', '.join(sorted(names)[:5])}{more}. "
+                "Save it again with all of its weights, or give another one."
+            )
+    return model
+
+
+def load_completions(path: str) -> Groups:
     """
     Read a file of completions.
 
     Args:
         path (`str`):
             Parquet, JSON lines or CSV with a column `"prompt"`, and `"completions"` (a list) or `"completion"` (one).
-            Rows of the same prompt are put together. Files of rollouts and evaluations are such files.
+            Of the latter, rows are put together that are equal in all other columns. Files of rollouts and evaluations
+            are such files.
 
     Returns:
-        `list[dict]`: a row for each prompt, with `"completions"`.
+        `list[dict]`: groups, with `"completions"`, and `"lengths"` and `"scores"` if the file has them.
 
     Raises:
-        `ValueError`: if it cannot be read, lacks a column, or has more completions of one prompt than of another.
+        `ValueError`: if it cannot be read, lacks a column, or has more completions in one group than in another.
     """
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
     try:
@@ -132,26 +277,45 @@ def load_completions(path: str) -> list[dict[str, Any]]:
     if "prompt" not in columns or not {"completions", "completion"} & set(columns):
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")
     groups: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        missing = {name for name in ("completions", "completion", "scores", "lengths") if row.get(name) is None}
-        row = {name: value for name, value in row.items() if name not in {"answers", *missing}}
-        if not isinstance(row.get("scores", {}), dict):  # of nobody by name
-            del row["scores"]
-        completions = row.pop("completions", None) or [row.pop("completion", None)]
-        if row.get("prompt") is None or None in completions:
+    for i, row in enumerate(rows):
+        group = _group_in_file(row)
+        if group.get("prompt") is None or None in group["completions"]:
             raise ValueError(f"{path!r} has a row without a prompt or without a completion: {row}. Leave it out.")
-        group = groups.setdefault(key_of(row["prompt"]), {**row, "completions": []})
-        group["completions"] += completions
-        for name in {"scores", "lengths"} & group.keys():  # of one row, or no longer those of all completions
-            if len(group["completions"]) > len(completions):
-                del group[name]
+        key = str(i) if row.get("completions") is not None else json.dumps(row_of(group), sort_keys=True, default=str)
+        if key not in groups:
+            groups[key] = group
+        else:
+            groups[key]["completions"] += group["completions"]
+            for name in {"scores", "lengths"} & groups[key].keys():  # of the first completion only
+                del groups[key][name]
     sizes = {len(group["completions"]) for group in groups.values()}
     if len(sizes) > 1:
-        raise ValueError(f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts.")
+        raise ValueError(
+            f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts. Rows with "
+            f"one completion each are put together if they are equal in all other columns, of {columns}: leave "
+            "out those that say something of the completion."
+        )
     return list(groups.values())
 
 
-def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, Any]]:
+def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a file as a group. What is a column of the dataset, and what one of a group's own?"""
+    row = dict(row)
+    own: dict[str, Any] = {"completions": row.pop("completions", None) or [row.pop("completion", None)]}
+    scores, lengths = row.get("scores"), row.get("lengths")
+    if scores is None or isinstance(scores, dict):
+        row.pop("scores", None)
+        own |= {} if scores is None else {"scores": scores}
+    if lengths is None or (isinstance(lengths, list) and len(lengths) == len(own["completions"])):
+        row.pop("lengths", None)
+        own |= {} if lengths is None else {"lengths": lengths}
+    stored = row.pop("dataset_columns", None) if isinstance(row.get("dataset_columns"), dict | None) else None
+    if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # of a run: so are these names
+        row = {name: value for name, value in row.items() if name not in COLUMNS}
+    return group_of({**row, **(stored or {})}, **own)
+
+
+def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     """
     Sample a policy's completions.
 
@@ -164,9 +328,15 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
             How.
 
     Returns:
-        `list[dict]`: P rows, with S `"completions"` and their `"lengths"` in tokens.
+        `list[dict]`: P groups, with S `"completions"` and their `"lengths"` in tokens.
     """
-    base = _base_of(policy) if (Path(policy) / ADAPTER).is_file() else policy
+    tools = run_of(policy).get("tools")
+    if tools:
+        logger.warning(
+            f"{policy!r} was trained with tools ({', '.join(tools)}), which it does not have here: its prompts differ "
+            "from those of its training."
+        )
+    base = base_of(policy) if is_adapter(policy) else policy
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
         # An adapter is saved with the tokenizer of its training
         has_tokenizer = (Path(policy) / "tokenizer_config.json").is_file()
@@ -175,13 +345,11 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts["prompt"]]
+    prompt_ids = [tokenize_prompt(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts["prompt"]]
     if sampling.use_vllm:
         ids = _sample_with_vllm(policy, base, prompt_ids, sampling)
     else:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            policy, dtype="auto", trust_remote_code=sampling.trust_remote_code, use_safetensors=True
-        )
+        model: Any = load_policy(policy, sampling.trust_remote_code)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         ids = sample_ids(model, tokenizer, prompt_ids, sampling, description=policy)
         del model
@@ -191,16 +359,16 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> list[dict[str, 
     flat = tokenizer.batch_decode([each for group in ids for each in group], skip_special_tokens=True)
     size = sampling.num_generations
     return [
-        {
-            **row,
-            "completions": [_as_completion(row["prompt"], text) for text in flat[p * size : (p + 1) * size]],
-            "lengths": [len(each) for each in ids[p]],
-        }
-        for p, row in enumerate(prompts.to_list())
+        group_of(
+            row,
+            completions=[_as_completion(row["prompt"], text) for text in flat[p * size : (p + 1) * size]],
+            lengths=[len(each) for each in ids[p]],
+        )
+        for p, row in enumerate(prompts)
     ]
 
 
-def tokenize_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
     """What the policy reads, as in TRL. Raises `ValueError` if it would need a chat template and has none."""
     if not is_conversational({"prompt": prompt}):
         return list(tokenizer(prompt)["input_ids"])
@@ -210,7 +378,10 @@ def tokenize_prompt(tokenizer: Any, prompt: Any) -> list[int]:
             "one beside the policy, or give prompts as texts."
         )
     messages = [without_nulls(message) for message in prompt]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    kwargs: Any = chat_template_kwargs or {}
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
+    )
 
 
 def _as_completion(prompt: Any, text: str) -> Any:

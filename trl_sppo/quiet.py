@@ -1,7 +1,11 @@
 """What libraries say at every start of a command, and its user can do nothing about."""
 
 import logging
+import signal
+import sys
 import warnings
+from types import FrameType
+from typing import Any
 
 
 def hush() -> None:
@@ -17,3 +21,20 @@ def _is_news(record: logging.LogRecord) -> bool:
     """That accelerate has taken its defaults is none, unless it starts a process on each GPU."""
     said = record.getMessage()
     return "More than one GPU" in said or not said.startswith("The following values were not passed to")
+
+
+def say_interrupts() -> None:
+    """On Ctrl-C, one line instead of a traceback. For a process's own module, before its other imports."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a launcher passes on what the terminal has sent already
+        raise KeyboardInterrupt
+
+    def say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("trl-sppo: interrupted.", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.excepthook = say

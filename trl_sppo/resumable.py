@@ -149,8 +149,10 @@ class ResumableTrainer(GRPOTrainer):
     def describe(self) -> dict[str, Any]:
         """What readers of the run will want to know."""
         config = self.args.to_dict()
+        tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
         return {
             "policy": self.policy_name,
+            **({"tools": tools} if tools else {}),
             "versions": installed_versions(self.args.use_vllm),
             "config": {name: value for name, value in config.items() if value is not None},
         }

@@ -10,10 +10,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .quiet import hush
+from .quiet import hush, say_interrupts
 
 
 hush()  # before the imports that would speak
+if __name__ == "__main__":
+    say_interrupts()
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  # noqa: E402
 
