@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import resources
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from conftest import count_abc, make_tokenizer, more_abc
 
 from trl_sppo import __version__, cli, train
+from trl_sppo.foreign_options import INSTEAD
 
 
 def test_help():
@@ -106,6 +109,97 @@ def test_unknown_options_are_fatal_and_the_nearest_is_named(workdir, capsys, run
         capsys, [*workdir(), "--num_generation", "4"], run
     )
     assert "there is no option 'zzz'. `trl-sppo train --help` lists all" in message(capsys, workdir(zzz=1), run)
+
+
+# Lines that are no options here, of recipes that others have published
+RECIPES_OF_OTHERS = {
+    "open-r1": "torch_dtype dataset_prompt_column system_prompt max_prompt_length warmup_ratio overwrite_output_dir "
+    "vllm_device vllm_max_model_len vllm_dtype wandb_project wandb_entity chat_template hub_model_revision",
+    "alignment-handbook": "dataset_mixer dataset_splits dataset_configs preprocessing_num_workers max_length "
+    "use_flash_attention_2 evaluation_strategy tokenizer_name_or_path truncation_mode torch_dtype",
+    "uclaml/SPPO": "torch_dtype dataset_mixer dataset_splits preprocessing_num_workers max_length max_prompt_length "
+    "warmup_ratio evaluation_strategy frac_len maxlen pairs numgpu",
+    "trl.OnlineDPO": "reward_model_path judge max_new_tokens dataset_num_proc gpu_memory_utilization",
+    "trl.NashMD": "mixture_coef",
+    "trl.RLOO": "rloo_k num_sample_generations total_episodes response_length kl_coef num_ppo_epochs num_mini_batches "
+    "local_rollout_forward_batch_size sft_model_path stop_token non_eos_penalty whiten_rewards cliprange",
+    "trl.DPO": "max_prompt_length precompute_ref_log_probs reference_free label_smoothing padding_value rpo_alpha "
+    "use_liger_loss",
+    "transformers": "no_cuda per_gpu_train_batch_size per_gpu_eval_batch_size logging_dir save_safetensors "
+    "group_by_length fp16_backend use_mps_device push_to_hub_token torchdynamo adafactor include_inputs_for_metrics",
+    "LLaMA-Factory": "finetuning_type lora_rank lora_target cutoff_len template dataset pref_beta flash_attn",
+    "axolotl": "base_model adapter micro_batch_size num_epochs optimizer lr_scheduler sequence_len flash_attention",
+}
+
+
+@pytest.mark.parametrize("names", RECIPES_OF_OTHERS.values(), ids=RECIPES_OF_OTHERS)
+def test_options_of_other_recipes_are_all_named_with_what_took_their_place(workdir, capsys, names):
+    said = message(capsys, workdir(**dict.fromkeys(names.split(), "x"))).splitlines()
+    assert [line.split("'")[1] for line in said] == names.split()
+    for line in said:
+        assert line.startswith("recipe recipe.yaml: there is no option ")
+        assert "Did you mean" not in line and "--help" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torch_dtype", "Write dtype."),
+        ("max_prompt_length", "Remove it. Prompts are never cut: leave out long ones"),
+        ("warmup_ratio", "Write warmup_steps: below 1 it is a share of all steps."),
+        ("reward_model_path", "Write reward_model_name_or_path."),
+        ("max_new_tokens", "Write max_completion_length."),
+        ("pref_beta", "Write eta, which is 1 / beta."),
+    ],
+)
+def test_what_took_the_place_of_an_option(workdir, capsys, name, expected):
+    assert f"recipe recipe.yaml: there is no option '{name}'. {expected}" in message(capsys, workdir(**{name: 1}))
+    dashed = name.replace("_", "-")
+    assert f"no option '{name}'. {expected}" in message(capsys, [*workdir(), f"--{dashed}", "1", f"--{name}=1"])
+
+
+def test_what_took_the_place_of_options_are_options():
+    """Fails when a new TRL has an option of the table again, or none of those that it names."""
+    launching = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
+    options = {action.dest for action in train.make_parser()._actions} | launching | {"env"}
+    assert INSTEAD.keys() & options == set()
+    for advice in set(INSTEAD.values()):
+        plain = re.sub(r"`.*?`|\{.*?\}|: flash_attention_2|generation_config.json", "", advice)
+        named = set(re.findall(r"\w+_\w+|(?<=Write )(?!a )[a-z]+", plain))
+        assert named <= options, advice
+        assert named or advice.startswith(("Remove it", "Set `", "The column", "Begin each", "A recipe here"))
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["algorithm", "actor_rollout_ref", "actor", "rollout", "trainer", "critic", "data", "model", "peft", "lora", "trl",
+     "reward_model", "optimizer", "training_args"],
+)  # fmt: skip
+def test_sections_of_other_frameworks(workdir, capsys, section):
+    flat = f"recipe recipe.yaml: there is no option '{section}'. A recipe here is one flat list of options"
+    assert flat in message(capsys, workdir(**{section: {"lr": 1e-6, "more": {"n": 5}}}))
+    assert f"no option '{section}.n'. A recipe here is one flat" in message(capsys, workdir(**{f"{section}.n": 5}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("rollout", "out", "rollouts"),
+        ("generation_kwarg", {"a": 1}, "generation_kwargs"),
+        ("model_init_kwarg", {"a": 1}, "model_init_kwargs"),
+        ("dataset_train_splits", "train", "dataset_train_split"),
+        ("max_completion_len_", 4, "max_completion_length"),
+        ("reward_fns", "x", "reward_funcs"),
+    ],
+)
+def test_misspelt_options_get_the_nearest_name(workdir, capsys, name, value, nearest):
+    said = message(capsys, workdir(**{name: value}))
+    assert f"there is no option '{name}'. Did you mean {nearest}?" in said
+
+
+def test_overrides_as_hydra_has_them(workdir, capsys):
+    said = message(capsys, [*workdir(), "trainer.n_gpus_per_node=8"])
+    assert "'trainer.n_gpus_per_node=8' belongs to no option. Options are written `--name value`." in said
 
 
 def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):

@@ -6,7 +6,6 @@ import signal
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 
 from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade  # noqa: E402
 from .config import SPPOConfig  # noqa: E402
+from .foreign_options import advice  # noqa: E402
 
 
 @dataclass
@@ -118,11 +118,15 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
     launching = {action.dest for action in launcher._actions} - training - {"help", *_SCRIPT} | {"accelerate_config"}
 
-    def check(name: str, where: str) -> None:
-        if name not in training | launching:
-            nearest = get_close_matches(name, sorted(training | launching | {"config"}), n=1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else "`trl-sppo train --help` lists all options."
-            raise ValueError(f"{where}: there is no option {name!r}. {hint}")
+    def check(named: dict[str, Any], where: str) -> None:
+        options, mappings = training | launching | {"config"}, {*SPPOConfig._VALID_DICT_FIELDS, "env"}
+        problems = [
+            f"{where}: there is no option {name!r}. {advice(name, value, options, mappings)}"
+            for name, value in named.items()
+            if name not in training | launching
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
 
     found: list[str] = []
     recipe: dict[str, Any] = {}
@@ -134,8 +138,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         path = argv[position + 1] if position + 1 < len(argv) else ""
         del argv[position : position + 2]
         recipe = read_recipe(path)
+        check({str(name): value for name, value in recipe.items()}, f"recipe {path}")
         for name, value in recipe.items():
-            check(str(name), f"recipe {path}")
             if name in launching and value is not None and value is not False:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         try:
@@ -143,9 +147,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         except ValueError as error:
             raise ValueError(f"recipe {path}: {error}") from error
     options, remaining = parser.parse_known_args(argv, Namespace(use_cpu=recipe.get("use_cpu", False)))
-    for token in remaining:
-        if token.startswith("--"):
-            check(token[2:].split("=")[0].replace("-", "_"), "command line")
+    names = [token[2:].split("=")[0].replace("-", "_") for token in remaining if token.startswith("--")]
+    check(dict.fromkeys(names), "command line")
     try:
         found = resolve_accelerate_config_argument(found + remaining)
     except ValueError as error:
@@ -154,7 +157,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
     script = launch.training_script
     if script != "trl_sppo.train":
-        hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else ""
+        hint = " Options are written `--name value`." if "=" in script else ""
+        hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else hint
         raise ValueError(f"command line: {script!r} belongs to no option.{hint}")
     # accelerate starts several processes for the CPU only by mpirun, or if told that there were several GPUs
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
