@@ -1,4 +1,4 @@
-"""Options of other recipes: of older TRL and transformers, and of other frameworks, with what to write here instead."""
+"""Options of older TRL and transformers, and of other frameworks, with what to write here instead."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -16,8 +16,8 @@ _ENGINE = "Remove it: TRL sets up vLLM itself. With vllm_mode: server, it is an 
 _GONE = "Remove it: transformers no longer has it."
 _NOTHING_AHEAD = "Remove it: prompts are tokenized when they are sampled from, not before."
 
-# What to write here instead of options that TRL and transformers had, that alignment-handbook, open-r1 and the official
-# SPPO code have in their recipes, or that other frameworks have. By what to write: names that are no options here.
+# What to write here instead of options that TRL and transformers had, that recipes of alignment-handbook, open-r1 and
+# the official SPPO code have, or those of other frameworks. By what to write: names that are no options here.
 _BY_ADVICE = {
     # transformers, and TRL's ModelConfig and ScriptArguments
     "Write dtype.": "torch_dtype bnb_4bit_compute_dtype",
@@ -62,7 +62,9 @@ _BY_ADVICE = {
     "The column must be named prompt: rename it in the dataset, with `dataset.rename_column`.": (
         "dataset_prompt_column prompt_column prompt_key dataset_text_field text_column"
     ),
-    "Write dataset_name, or a mixture as datasets: [{path: ...}].": "dataset_mixer dataset_mixture dataset prompt_data",
+    "Write dataset_name, or a mixture as datasets: [{path: ...}].": (
+        "dataset_mixer dataset_mixture dataset prompt_data"
+    ),
     "Write dataset_train_split and dataset_test_split.": "dataset_splits dataset_split val_set_size val_size",
     "Write dataset_config.": "dataset_configs",
     _NOTHING_AHEAD: (
@@ -92,11 +94,13 @@ _BY_ADVICE = {
     "Write vllm_gpu_memory_utilization.": "gpu_memory_utilization",
     "Write vllm_tensor_parallel_size.": "tensor_parallel_size",
     "Write vllm_structured_outputs_regex.": "vllm_guided_decoding_regex",
-    "Remove it: vllm_mode: colocate shares the GPUs of the training, a server has its own (docs/vllm.md).": "vllm_device",
+    "Remove it: vllm_mode: colocate shares the training's GPUs, a server has its own (docs/vllm.md).": "vllm_device",
     _ENGINE: "vllm_dtype vllm_enable_prefix_caching enable_prefix_caching enforce_eager kv_cache_dtype",
     "Remove it: SPPO's loss has no Liger kernel.": "use_liger_loss use_liger enable_liger_kernel",
     "Remove it: the opponent is the policy of the last iteration.": "mixture_coef alpha",
-    "Remove it: a completion ends with the EOS token of the model's generation_config.json.": "stop_token stop_token_id",
+    "Remove it: a completion ends with an EOS token of the model's generation_config.json.": (
+        "stop_token stop_token_id"
+    ),
     _PPO: "cliprange cliprange_value vf_coef gamma lam target_kl adap_kl_ctrl horizon token_level_kl kl_estimator",
     _BY_RANK: (
         "whiten_rewards normalize_reward normalize_advantage normalize_advantages reward_clip_range score_clip "

@@ -19,6 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade  # noqa: E402
 from .config import SPPOConfig  # noqa: E402
 from .foreign_options import advice  # noqa: E402
+from .option_checks import find_launch_problems  # noqa: E402
 
 
 @dataclass
@@ -183,6 +184,8 @@ def check_num_processes(launch: list[str]) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
+    for problem in find_launch_problems():
+        raise ValueError(problem)
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     state = PartialState()  # made by the options of training
     if options.num_processes is not None:
