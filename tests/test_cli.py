@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import resources
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import count_abc, make_tokenizer, more_abc
 
@@ -307,6 +309,96 @@ def test_recipe_files(tmp_path, capsys):
 )
 def test_bad_input(workdir, capsys, changes, expected):
     assert expected in message(capsys, workdir(**changes))
+
+
+WRITTEN_AS_A_FILE = [
+    ("./my_rewards.py", "Write my_rewards.NAME, with the name of the function."),
+    ("my_rewards.py", "Write my_rewards.NAME, with the name of the function."),
+    ("my_rewards:brevity", "Write my_rewards.brevity."),
+    ("my_rewards.py:brevity", "Write my_rewards.brevity."),
+    ("./my_rewards.py::brevity", "Write my_rewards.brevity."),
+    ("my_rewards.py.brevity", "Write my_rewards.brevity."),
+    ("some/folder/my_rewards.brevity", "Write my_rewards.brevity, and start in the folder some/folder, or add it to"),
+    (
+        "/home/me/my_rewards.py",
+        "Write my_rewards.NAME, with the name of the function, and start in the folder /home/me",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), WRITTEN_AS_A_FILE)
+@pytest.mark.parametrize("option", ["reward_funcs", "preference_funcs", "eval_reward_funcs", "eval_preference_funcs"])
+def test_functions_written_as_files(workdir, capsys, option, name, expected):
+    load = train.load_reward_funcs if "reward" in option else train.load_preference_funcs
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+        load([name], option)
+    assert f"{name!r} (--{option}) is written as a file, but must be a dotted import path." in str(error.value)
+
+
+def test_functions_written_as_files_are_found_by_both_commands(workdir, capsys):
+    argv = workdir(reward_funcs="./my_rewards.py")
+    for run in (train.main, lambda argv: cli.main(["check", *argv])):
+        assert "'./my_rewards.py'" in (said := message(capsys, argv, run)) and "Write my_rewards.NAME" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["org/model", "Skywork/Skywork-Reward-V2-Qwen3-0.6B", "http://localhost:1", "./policy"]
+)
+def test_a_model_given_as_a_function(workdir, name):
+    workdir()
+    with pytest.raises(ValueError, match="A model is given with eval_reward_model_name_or_path"):
+        train.load_reward_funcs([name], "eval_reward_funcs")
+
+
+def test_dotted_paths_with_py_in_a_name():
+    train.check_dotted("my.python_rewards.f", "x")
+    train.check_dotted("py.path", "x")
+
+
+ACCELERATE_CONFIGURATIONS = [
+    ("distributed_type: [", "cannot be read: while parsing"),
+    ("", "cannot be read: it is no mapping"),
+    ("- a", "cannot be read: it is no mapping"),
+    ("eta: 3\ndistributed_type: 'NO'", "had unknown keys (['eta'])"),
+    ("num_processes: 2", "A `distributed_type` must be specified"),
+    ("distributed_type: MANY_GPU", "cannot be read: 'MANY_GPU' is not a valid DistributedType"),
+    ("distributed_type: MULTI_GPU\nnum_processes: two", "num_processes must be a whole number, got 'two'"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), ACCELERATE_CONFIGURATIONS)
+@pytest.mark.parametrize("name", ["broken.yaml", "broken.json"])
+def test_a_broken_configuration_of_accelerate(workdir, tmp_path, monkeypatch, capsys, name, text, expected):
+    if name.endswith(".json"):
+        with suppress(yaml.YAMLError):
+            text = json.dumps(yaml.safe_load(text))
+        expected = expected.replace("while parsing", "Expecting value")
+    (tmp_path / name).write_text(text)
+    for run in (train.main, lambda argv: cli.main(["train", *argv]), lambda argv: cli.main(["check", *argv])):
+        for argv in ([*workdir(), "--config_file", name], workdir(accelerate_config=name)):
+            said = message(capsys, argv, run)
+            assert f"the configuration of accelerate {name} " in said and expected in said
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    for module in (config_args, launch):
+        monkeypatch.setattr(module, "default_config_file", name)
+    said = message(capsys, workdir())
+    assert f"{name} cannot be read" in said and "Correct or delete the file, which `accelerate config` has" in said
+
+
+def test_a_configuration_of_accelerate_that_is_not_there(workdir, capsys):
+    said = message(capsys, [*workdir(), "--config_file", "nowhere.yaml"])
+    assert "the configuration of accelerate nowhere.yaml cannot be read" in said
+    said = message(capsys, workdir(accelerate_config="nowhere.yaml"))
+    assert "accelerate_config: Accelerate config nowhere.yaml is neither a file nor a valid config" in said
+
+
+def test_what_the_launcher_refuses_is_a_message(workdir, capsys):
+    argv = [*workdir(), "--use_deepspeed", "--use_fsdp"]
+    assert "accelerate launch: You can only use one of" in message(
+        capsys, argv, lambda argv: cli.main(["train", *argv])
+    )
 
 
 def test_named_reward_functions():

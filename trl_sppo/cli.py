@@ -78,6 +78,8 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
             launch_command(arguments)
     except subprocess.CalledProcessError as error:
         codes = {0: error.returncode}
+    except (ValueError, OSError) as error:  # of the launcher itself
+        fail(f"accelerate launch: {error}")
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     else:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
@@ -161,12 +162,46 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         hint = " Options are written `--name value`." if "=" in script else ""
         hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else hint
         raise ValueError(f"command line: {script!r} belongs to no option.{hint}")
+    accelerate_config(launch.config_file)  # which it would read, and end in a traceback
     # accelerate starts several processes for the CPU only by mpirun, or if told that there were several GPUs
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
     strategy = any(getattr(launch, name) for name in (*strategies, "mpirun_hostfile"))
     if options.use_cpu and (launch.num_processes or 1) > 1 and not strategy:
         found.append("--multi_gpu")
     return found
+
+
+def accelerate_config(file: str | None) -> Any:
+    """
+    Read a configuration of accelerate.
+
+    Args:
+        file (`str`, *optional*):
+            Its file. By default the one that `accelerate config` writes.
+
+    Returns:
+        What accelerate makes of it, or `None` if no file is given and there is no default one.
+
+    Raises:
+        `ValueError`: if it cannot be read.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if file is None and not os.path.isfile(default_config_file):
+        return None
+    try:
+        config = load_config_from_file(file)
+        if not isinstance(getattr(config, "num_processes", 1), int):
+            raise ValueError(f"num_processes must be a whole number, got {config.num_processes!r}")
+        return config
+    except Exception as error:  # of YAML, of JSON, or whatever else a wrong entry ends in
+        if isinstance(error, (AttributeError, TypeError)):
+            error = ValueError("it is no mapping of what `accelerate config` asks for")
+        how = "Correct the file" if file else "Correct or delete the file, which `accelerate config` has written"
+        raise ValueError(
+            f"the configuration of accelerate {file or default_config_file} cannot be read: {error}. {how}; "
+            "`accelerate config --config_file FILE` writes a new one."
+        ) from error
 
 
 def check_num_processes(launch: list[str]) -> None:
@@ -181,7 +216,6 @@ def check_num_processes(launch: list[str]) -> None:
         `ValueError`: if it has.
     """
     from accelerate import PartialState
-    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     for problem in find_launch_problems():
@@ -191,7 +225,7 @@ def check_num_processes(launch: list[str]) -> None:
     if options.num_processes is not None:
         asked, source = options.num_processes, f"num_processes is {options.num_processes}"
     elif options.config_file is not None:
-        asked = load_config_from_file(options.config_file).num_processes
+        asked = accelerate_config(options.config_file).num_processes
         source = f"num_processes is {asked} in {options.config_file}"
     elif "WORLD_SIZE" in os.environ:
         asked = int(os.environ["WORLD_SIZE"])
@@ -212,7 +246,7 @@ def check_num_processes(launch: list[str]) -> None:
             "train --num_processes 2 --use_cpu`, which stands for `accelerate launch --multi_gpu --num_processes 2 "
             "--module trl_sppo.train --use_cpu` (with --cpu instead, accelerate starts one)."
         )
-    kind = load_config_from_file(options.config_file).distributed_type if options.config_file else None
+    kind = accelerate_config(options.config_file).distributed_type if options.config_file else None
     for name in ("FSDP", "DEEPSPEED"):
         asked_for = kind == name or getattr(options, f"use_{name.lower()}")
         if asked_for and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
@@ -242,6 +276,7 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
 
             functions.append(get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
         else:
+            check_dotted(name, f"reward function {name!r} (--{option})", option.replace("funcs", "model_name_or_path"))
             path = name if "." in name else f"trl.rewards.{name}"
             hint = "Give a name in trl.rewards or a dotted path, my_rewards.brevity for `brevity` in my_rewards.py"
             functions.append(import_callable(path, f"reward function {name!r} (--{option})", hint))
@@ -251,7 +286,25 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
 def load_preference_funcs(names: list[str], option: str = "preference_funcs") -> list:
     """Import pairwise oracles by dotted paths, also of modules in the working directory."""
     hint = "Give a dotted path, such as my_judges.judge for `judge` in my_judges.py"
+    for name in names:
+        check_dotted(name, f"pairwise oracle {name!r} (--{option})")
     return [import_callable(name, f"pairwise oracle {name!r} (--{option})", hint) for name in names]
+
+
+def check_dotted(name: str, what: str, model_option: str | None = None) -> None:
+    """Raise `ValueError` if a path of a file, or of a model, stands where a dotted import path should."""
+    is_file = re.search(r"\.py\b", name)
+    if not is_file and not {"/", ":"} & set(name):
+        return
+    folder, _, module = name.rpartition("/")
+    parts = [part for part in re.split("[.:]+", re.sub(r"\.py\b", "", module)) if part]
+    is_dotted = len(parts) > 1 and all(part.isidentifier() for part in parts) and "://" not in name
+    if not is_file and (os.path.isdir(name) or not is_dotted):
+        hint = f" A model is given with {model_option}." if model_option else ""
+        raise ValueError(f"{what} is no dotted import path, such as my_rewards.brevity.{hint}")
+    path = ".".join(parts) if is_dotted else f"{parts[0]}.NAME, with the name of the function"
+    where = f", and start in the folder {folder}, or add it to PYTHONPATH" if folder not in ("", ".") else ""
+    raise ValueError(f"{what} is written as a file, but must be a dotted import path. Write {path}{where}.")
 
 
 def import_callable(path: str, what: str, hint: str) -> Any:
