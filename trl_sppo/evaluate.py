@@ -12,6 +12,7 @@ from trl.data_utils import is_conversational
 from .arguments import check_output_dir
 from .checkpoints import write_atomically
 from .evaluation import WinRate
+from .loading import dataset_source
 from .opponents import LEFT_OUT, Groups, play_stored
 from .panel import Panel
 from .policies import Sampling, check_policy, is_file, load_completions, sample
@@ -126,9 +127,10 @@ class JudgeArguments:
     def load_prompts(self) -> Dataset:
         """The prompts. Raises `ValueError` if there are none."""
         if self.dataset_name is None:
-            raise ValueError("no prompts: give --dataset_name, a folder or an id on the hub.")
+            raise ValueError("no prompts: give --dataset_name, a folder, a file, or an id on the hub.")
+        source = dataset_source(self.dataset_name, self.dataset_config)
         try:
-            prompts: Any = load_dataset(self.dataset_name, name=self.dataset_config, split=self.dataset_test_split)
+            prompts: Any = load_dataset(**source, split=self.dataset_test_split)
         except (OSError, ValueError, StopIteration) as error:  # the last if a file is empty
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "

@@ -181,7 +181,7 @@ def _look_at_data(plan: Plan) -> None:
     check_one_dataset(script, plan.dataset_args)
     if plan.dataset_args.datasets:
         plan.unknown.append("How many prompts the mixture of datasets has: it was not loaded.")
-    elif not os.path.isdir(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
+    elif not os.path.exists(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
         plan.unknown.append(f"How many prompts {script.dataset_name} has, and how long they are: it was not loaded.")
     else:
         plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, evaluate)

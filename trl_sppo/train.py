@@ -20,6 +20,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade  # noqa: E402
 from .config import SPPOConfig  # noqa: E402
 from .foreign_options import advice  # noqa: E402
+from .loading import dataset_source, mixture_source  # noqa: E402
 from .option_checks import find_launch_problems  # noqa: E402
 
 
@@ -325,7 +326,9 @@ def check_one_dataset(script_args: SPPOScriptArguments, dataset_args: DatasetMix
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("dataset_name and datasets are both given. Keep one: a dataset, or a mixture of them.")
     if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
+        raise ValueError(
+            "no dataset: give dataset_name (a folder, a file, or an id on the hub) or datasets (a mixture)."
+        )
 
 
 def is_folder_or_id(name: str) -> bool:
@@ -355,12 +358,15 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
             "on the Hugging Face hub. Check the path."
         )
     if dataset_args.datasets:
-        splits = get_dataset(dataset_args)
-    else:
+        mixture = mixture_source(dataset_args)
         try:
-            splits = load_dataset(
-                script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-            )
+            splits = get_dataset(mixture)
+        except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+            raise ValueError(f"datasets cannot be loaded: {error.__cause__ or error or 'a file is empty'}") from error
+    else:
+        source = dataset_source(str(script_args.dataset_name), script_args.dataset_config)
+        try:
+            splits = load_dataset(**source, streaming=script_args.dataset_streaming)
         except DatasetGenerationError as error:  # its cause says what is wrong, and where
             raise ValueError(
                 f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
