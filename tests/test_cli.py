@@ -90,6 +90,41 @@ def test_train_through_accelerate(workdir, tmp_path):
     assert any("eval_reward" in row for row in history)
 
 
+@pytest.mark.parametrize("command", ["train", "rollout", "check", "eval", "ladder", "report", "quickstart"])
+def test_ctrl_c_before_a_command_has_begun(monkeypatch, capsys, command):
+    """As it comes in the middle of imports, which take seconds."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    for name in ("train", "rollout", "quickstart"):
+        monkeypatch.setattr(cli, name, interrupted)
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == "trl-sppo: interrupted.\n"
+
+
+@pytest.mark.parametrize("module", ["trl_sppo", "trl_sppo.train", "trl_sppo.make_rollouts"])
+def test_ctrl_c_while_a_process_imports(tmp_path, module):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])}
+    command = [sys.executable, "-m", module, *(["check", "x"] if module == "trl_sppo" else [])]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
+
+
+def test_ctrl_c_while_a_trainer_is_built(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build_trainer", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        train.main([])
+    assert exit.value.code == 130 and capsys.readouterr().err == ""
+
+
 def test_an_error_in_the_process_is_one_message_and_a_status(workdir):
     result = subprocess.run(
         [sys.executable, "-m", "trl_sppo", "train", *workdir(model_name_or_path="./nowhere")],

@@ -28,7 +28,15 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a `trl-sppo` command and return its exit status."""
+    """Run a `trl-sppo` command and return its exit status: 130 after Ctrl-C."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("trl-sppo: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(argv: list[str] | None) -> int:
     hush()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -85,7 +93,7 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     else:
         return 0
     for rank, code in codes.items():
-        if code < 0:  # it could not say so itself
+        if code < 0 and code != -signal.SIGINT:  # it could not say so itself
             print(
                 f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name} (if nobody sent it, the "
                 "machine's memory may not have sufficed), and so were the others, if any. The same command with "

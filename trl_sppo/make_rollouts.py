@@ -1,8 +1,15 @@
 """Rollouts without training: what `SPPOTrainer.rollout` does, and what `trl-sppo rollout` runs in each process."""
 
+import signal
 from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
+
+from trl_sppo.quiet import end_quietly_on_interrupt
+
+
+if __name__ == "__main__":
+    end_quietly_on_interrupt()
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -70,6 +77,7 @@ def _generation_batches(trainer: Any, batches: Any, period: int) -> Iterator[lis
 if __name__ == "__main__":
     from trl_sppo.train import make_rollouts as main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = main()
     if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
         trainer.end()

@@ -1,6 +1,8 @@
 """What libraries say at every start of a command, and its user can do nothing about."""
 
 import logging
+import os
+import signal
 import warnings
 
 
@@ -11,6 +13,11 @@ def hush() -> None:
     # On CPUs with AVX-512 bf16: a faster kernel for 4 bit could be installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in str(record.msg))
     logging.getLogger("accelerate.commands.launch").addFilter(_is_news)
+
+
+def end_quietly_on_interrupt() -> None:
+    """Let Ctrl-C end the process with status 130 and no traceback, wherever it is. For the time of its imports."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .quiet import hush
+from .quiet import end_quietly_on_interrupt, hush
 
 
 hush()  # before the imports that would speak
+if __name__ == "__main__":
+    end_quietly_on_interrupt()
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  # noqa: E402
 
@@ -479,6 +481,8 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:  # before there is anything to go on from
+        raise SystemExit(128 + signal.SIGINT) from None
     try:
         if only_rollouts:
             folder = trainer.rollout()
@@ -511,6 +515,7 @@ def make_rollouts(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = main()
     if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
         trainer.end()
