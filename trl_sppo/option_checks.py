@@ -174,26 +174,39 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
 
 def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
     """What mappings hold, once those that came as JSON have been read."""
-    generation: Any = args.generation_kwargs or {}
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"):
-        if name in generation:
-            yield (
-                f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities "
-                "are those of what is sampled."
-            )
-    for name in ("num_beams", "num_return_sequences"):
-        if generation.get(name, 1) != 1:
-            yield f"generation_kwargs={generation!r}: {name} must be 1, since groups are sampled."
-    chunk = generation.get("prefill_chunk_size", 1)
-    if type(chunk) is not int or chunk < 1:
-        yield f"generation_kwargs: prefill_chunk_size must be a whole number of at least 1, got {chunk!r}."
-    try:
-        GenerationConfig(**generation)
-    except Exception as error:
-        yield f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}"
+    yield from _find_generation_problems(args.generation_kwargs or {})
     for name in args.chat_template_kwargs or {}:
         if name in SET_BY_TRL:
             yield f"chat_template_kwargs: {name} is set by TRL itself. Remove it."
+
+
+def _find_generation_problems(generation: dict[str, Any]) -> Iterator[str]:
+    wrong = {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "cache_implementation",
+    } & generation.keys()
+    for name in sorted(wrong):
+        yield (
+            f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities are "
+            "those of what is sampled."
+        )
+    for name in ("num_beams", "num_return_sequences"):
+        if generation.get(name, 1) != 1:
+            wrong.add(name)
+            yield f"generation_kwargs={generation!r}: {name} must be 1, since groups are sampled."
+    chunk = generation.get("prefill_chunk_size", 1)
+    if type(chunk) is not int or chunk < 1:
+        wrong.add("prefill_chunk_size")
+        yield f"generation_kwargs: prefill_chunk_size must be a whole number of at least 1, got {chunk!r}."
+    try:
+        if not wrong:
+            GenerationConfig(**generation)
+    except Exception as error:
+        yield f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}"
 
 
 def find_trust_problems(args: Any) -> Iterator[str]:
