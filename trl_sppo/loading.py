@@ -31,6 +31,7 @@ def dataset_source(name: str, config: str | None = None, option: str = "dataset_
     Raises:
         `ValueError`: for a file of another kind, a saved dataset that is incomplete, or a configuration of either.
     """
+    files: dict[str, list[str]] | None
     if os.path.isfile(name):
         kind = _KINDS.get(Path(name).suffix)
         if kind is None:

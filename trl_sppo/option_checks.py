@@ -180,7 +180,7 @@ def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
             yield f"chat_template_kwargs: {name} is set by TRL itself. Remove it."
 
 
-def _find_generation_problems(generation: dict[str, Any]) -> Iterator[str]:
+def _find_generation_problems(generation: Any) -> Iterator[str]:
     wrong = {
         "temperature",
         "top_p",
