@@ -59,6 +59,12 @@ def test_numbers_may_be_repeated(tmp_path):
         ({"use_peft": True, "lora_target_modules": ["nowhere"]}, "lora_target_modules: Target modules"),
         ({"load_in_4bit": True}, "load_in_4bit=True needs use_peft=True"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan."),
+        (
+            {"lr_scheduler_kwargs": {"min_lr": "1e-6"}},
+            "lr_scheduler_kwargs: min_lr must be a number, got the text '1e",
+        ),
+        ({"reward_weights": ["1e-1"]}, "got ['1e-1']. YAML reads a number with an exponent only if it has a point"),
+        ({"report_to": "wandb"}, "report_to='wandb' needs a package that is not installed"),
     ],
 )
 def test_bad_values(workdir, tmp_path, capsys, changes, expected):  # noqa: F811

@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import resources
 
 import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
 from conftest import count_abc, make_tokenizer, more_abc
 
 from trl_sppo import __version__, cli, train
+from trl_sppo.foreign_options import INSTEAD
 
 
 def test_help():
@@ -85,6 +90,41 @@ def test_train_through_accelerate(workdir, tmp_path):
     assert any("eval_reward" in row for row in history)
 
 
+@pytest.mark.parametrize("command", ["train", "rollout", "check", "eval", "ladder", "report", "quickstart"])
+def test_ctrl_c_before_a_command_has_begun(monkeypatch, capsys, command):
+    """As it comes in the middle of imports, which take seconds."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    for name in ("train", "rollout", "quickstart"):
+        monkeypatch.setattr(cli, name, interrupted)
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == "trl-sppo: interrupted.\n"
+
+
+@pytest.mark.parametrize("module", ["trl_sppo", "trl_sppo.train", "trl_sppo.make_rollouts"])
+def test_ctrl_c_while_a_process_imports(tmp_path, module):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])}
+    command = [sys.executable, "-m", module, *(["check", "x"] if module == "trl_sppo" else [])]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
+
+
+def test_ctrl_c_while_a_trainer_is_built(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build_trainer", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        train.main([])
+    assert exit.value.code == 130 and capsys.readouterr().err == ""
+
+
 def test_an_error_in_the_process_is_one_message_and_a_status(workdir):
     result = subprocess.run(
         [sys.executable, "-m", "trl_sppo", "train", *workdir(model_name_or_path="./nowhere")],
@@ -106,6 +146,97 @@ def test_unknown_options_are_fatal_and_the_nearest_is_named(workdir, capsys, run
         capsys, [*workdir(), "--num_generation", "4"], run
     )
     assert "there is no option 'zzz'. `trl-sppo train --help` lists all" in message(capsys, workdir(zzz=1), run)
+
+
+# Lines that are no options here, of recipes that others have published
+RECIPES_OF_OTHERS = {
+    "open-r1": "torch_dtype dataset_prompt_column system_prompt max_prompt_length warmup_ratio overwrite_output_dir "
+    "vllm_device vllm_max_model_len vllm_dtype wandb_project wandb_entity chat_template hub_model_revision",
+    "alignment-handbook": "dataset_mixer dataset_splits dataset_configs preprocessing_num_workers max_length "
+    "use_flash_attention_2 evaluation_strategy tokenizer_name_or_path truncation_mode torch_dtype",
+    "uclaml/SPPO": "torch_dtype dataset_mixer dataset_splits preprocessing_num_workers max_length max_prompt_length "
+    "warmup_ratio evaluation_strategy frac_len maxlen pairs numgpu",
+    "trl.OnlineDPO": "reward_model_path judge max_new_tokens dataset_num_proc gpu_memory_utilization",
+    "trl.NashMD": "mixture_coef",
+    "trl.RLOO": "rloo_k num_sample_generations total_episodes response_length kl_coef num_ppo_epochs num_mini_batches "
+    "local_rollout_forward_batch_size sft_model_path stop_token non_eos_penalty whiten_rewards cliprange",
+    "trl.DPO": "max_prompt_length precompute_ref_log_probs reference_free label_smoothing padding_value rpo_alpha "
+    "use_liger_loss",
+    "transformers": "no_cuda per_gpu_train_batch_size per_gpu_eval_batch_size logging_dir save_safetensors "
+    "group_by_length fp16_backend use_mps_device push_to_hub_token torchdynamo adafactor include_inputs_for_metrics",
+    "LLaMA-Factory": "finetuning_type lora_rank lora_target cutoff_len template dataset pref_beta flash_attn",
+    "axolotl": "base_model adapter micro_batch_size num_epochs optimizer lr_scheduler sequence_len flash_attention",
+}
+
+
+@pytest.mark.parametrize("names", RECIPES_OF_OTHERS.values(), ids=RECIPES_OF_OTHERS)
+def test_options_of_other_recipes_are_all_named_with_what_took_their_place(workdir, capsys, names):
+    said = message(capsys, workdir(**dict.fromkeys(names.split(), "x"))).splitlines()
+    assert [line.split("'")[1] for line in said] == names.split()
+    for line in said:
+        assert line.startswith("recipe recipe.yaml: there is no option ")
+        assert "Did you mean" not in line and "--help" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torch_dtype", "Write dtype."),
+        ("max_prompt_length", "Remove it. Prompts are never cut: leave out long ones"),
+        ("warmup_ratio", "Write warmup_steps: below 1 it is a share of all steps."),
+        ("reward_model_path", "Write reward_model_name_or_path."),
+        ("max_new_tokens", "Write max_completion_length."),
+        ("pref_beta", "Write eta, which is 1 / beta."),
+    ],
+)
+def test_what_took_the_place_of_an_option(workdir, capsys, name, expected):
+    assert f"recipe recipe.yaml: there is no option '{name}'. {expected}" in message(capsys, workdir(**{name: 1}))
+    dashed = name.replace("_", "-")
+    assert f"no option '{name}'. {expected}" in message(capsys, [*workdir(), f"--{dashed}", "1", f"--{name}=1"])
+
+
+def test_what_took_the_place_of_options_are_options():
+    """Fails when a new TRL has an option of the table again, or none of those that it names."""
+    launching = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
+    options = {action.dest for action in train.make_parser()._actions} | launching | {"env"}
+    assert INSTEAD.keys() & options == set()
+    for advice in set(INSTEAD.values()):
+        plain = re.sub(r"`.*?`|\{.*?\}|: flash_attention_2|generation_config.json", "", advice)
+        named = set(re.findall(r"\w+_\w+|(?<=Write )(?!a )[a-z]+", plain))
+        assert named <= options, advice
+        assert named or advice.startswith(("Remove it", "Set `", "The column", "Begin each", "A recipe here"))
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["algorithm", "actor_rollout_ref", "actor", "rollout", "trainer", "critic", "data", "model", "peft", "lora", "trl",
+     "reward_model", "optimizer", "training_args"],
+)  # fmt: skip
+def test_sections_of_other_frameworks(workdir, capsys, section):
+    flat = f"recipe recipe.yaml: there is no option '{section}'. A recipe here is one flat list of options"
+    assert flat in message(capsys, workdir(**{section: {"lr": 1e-6, "more": {"n": 5}}}))
+    assert f"no option '{section}.n'. A recipe here is one flat" in message(capsys, workdir(**{f"{section}.n": 5}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("rollout", "out", "rollouts"),
+        ("generation_kwarg", {"a": 1}, "generation_kwargs"),
+        ("model_init_kwarg", {"a": 1}, "model_init_kwargs"),
+        ("dataset_train_splits", "train", "dataset_train_split"),
+        ("max_completion_len_", 4, "max_completion_length"),
+        ("reward_fns", "x", "reward_funcs"),
+    ],
+)
+def test_misspelt_options_get_the_nearest_name(workdir, capsys, name, value, nearest):
+    said = message(capsys, workdir(**{name: value}))
+    assert f"there is no option '{name}'. Did you mean {nearest}?" in said
+
+
+def test_overrides_as_hydra_has_them(workdir, capsys):
+    said = message(capsys, [*workdir(), "trainer.n_gpus_per_node=8"])
+    assert "'trainer.n_gpus_per_node=8' belongs to no option. Options are written `--name value`." in said
 
 
 def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):
@@ -213,6 +344,96 @@ def test_recipe_files(tmp_path, capsys):
 )
 def test_bad_input(workdir, capsys, changes, expected):
     assert expected in message(capsys, workdir(**changes))
+
+
+WRITTEN_AS_A_FILE = [
+    ("./my_rewards.py", "Write my_rewards.NAME, with the name of the function."),
+    ("my_rewards.py", "Write my_rewards.NAME, with the name of the function."),
+    ("my_rewards:brevity", "Write my_rewards.brevity."),
+    ("my_rewards.py:brevity", "Write my_rewards.brevity."),
+    ("./my_rewards.py::brevity", "Write my_rewards.brevity."),
+    ("my_rewards.py.brevity", "Write my_rewards.brevity."),
+    ("some/folder/my_rewards.brevity", "Write my_rewards.brevity, and start in the folder some/folder, or add it to"),
+    (
+        "/home/me/my_rewards.py",
+        "Write my_rewards.NAME, with the name of the function, and start in the folder /home/me",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), WRITTEN_AS_A_FILE)
+@pytest.mark.parametrize("option", ["reward_funcs", "preference_funcs", "eval_reward_funcs", "eval_preference_funcs"])
+def test_functions_written_as_files(workdir, capsys, option, name, expected):
+    load = train.load_reward_funcs if "reward" in option else train.load_preference_funcs
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+        load([name], option)
+    assert f"{name!r} (--{option}) is written as a file, but must be a dotted import path." in str(error.value)
+
+
+def test_functions_written_as_files_are_found_by_both_commands(workdir, capsys):
+    argv = workdir(reward_funcs="./my_rewards.py")
+    for run in (train.main, lambda argv: cli.main(["check", *argv])):
+        assert "'./my_rewards.py'" in (said := message(capsys, argv, run)) and "Write my_rewards.NAME" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["org/model", "Skywork/Skywork-Reward-V2-Qwen3-0.6B", "http://localhost:1", "./policy"]
+)
+def test_a_model_given_as_a_function(workdir, name):
+    workdir()
+    with pytest.raises(ValueError, match="A model is given with eval_reward_model_name_or_path"):
+        train.load_reward_funcs([name], "eval_reward_funcs")
+
+
+def test_dotted_paths_with_py_in_a_name():
+    train.check_dotted("my.python_rewards.f", "x")
+    train.check_dotted("py.path", "x")
+
+
+ACCELERATE_CONFIGURATIONS = [
+    ("distributed_type: [", "cannot be read: while parsing"),
+    ("", "cannot be read: it is no mapping"),
+    ("- a", "cannot be read: it is no mapping"),
+    ("eta: 3\ndistributed_type: 'NO'", "had unknown keys (['eta'])"),
+    ("num_processes: 2", "A `distributed_type` must be specified"),
+    ("distributed_type: MANY_GPU", "cannot be read: 'MANY_GPU' is not a valid DistributedType"),
+    ("distributed_type: MULTI_GPU\nnum_processes: two", "num_processes must be a whole number, got 'two'"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), ACCELERATE_CONFIGURATIONS)
+@pytest.mark.parametrize("name", ["broken.yaml", "broken.json"])
+def test_a_broken_configuration_of_accelerate(workdir, tmp_path, monkeypatch, capsys, name, text, expected):
+    if name.endswith(".json"):
+        with suppress(yaml.YAMLError):
+            text = json.dumps(yaml.safe_load(text))
+        expected = expected.replace("while parsing", "Expecting value")
+    (tmp_path / name).write_text(text)
+    for run in (train.main, lambda argv: cli.main(["train", *argv]), lambda argv: cli.main(["check", *argv])):
+        for argv in ([*workdir(), "--config_file", name], workdir(accelerate_config=name)):
+            said = message(capsys, argv, run)
+            assert f"the configuration of accelerate {name} " in said and expected in said
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    for module in (config_args, launch):
+        monkeypatch.setattr(module, "default_config_file", name)
+    said = message(capsys, workdir())
+    assert f"{name} cannot be read" in said and "Correct or delete the file, which `accelerate config` has" in said
+
+
+def test_a_configuration_of_accelerate_that_is_not_there(workdir, capsys):
+    said = message(capsys, [*workdir(), "--config_file", "nowhere.yaml"])
+    assert "the configuration of accelerate nowhere.yaml cannot be read" in said
+    said = message(capsys, workdir(accelerate_config="nowhere.yaml"))
+    assert "accelerate_config: Accelerate config nowhere.yaml is neither a file nor a valid config" in said
+
+
+def test_what_the_launcher_refuses_is_a_message(workdir, capsys):
+    argv = [*workdir(), "--use_deepspeed", "--use_fsdp"]
+    assert "accelerate launch: You can only use one of" in message(
+        capsys, argv, lambda argv: cli.main(["train", *argv])
+    )
 
 
 def test_named_reward_functions():

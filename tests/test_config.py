@@ -1,10 +1,13 @@
 """Options: defaults, checks, and that every field of GRPOConfig is either honoured or refused."""
 
+import inspect
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 from trl import GRPOConfig
 
 from trl_sppo import SPPOConfig
@@ -12,7 +15,7 @@ from trl_sppo.config import REJECTED_OPTIONS
 
 
 def config(tmp_path, **options):
-    return SPPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+    return SPPOConfig(str(tmp_path), **{"use_cpu": True, "bf16": False, "report_to": "none", **options})
 
 
 TRL = "TRL's alone: it acts before completions are there, or after the log"
@@ -168,6 +171,108 @@ def test_defaults(tmp_path):
 def test_messages(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_all_problems_are_said_at_once(tmp_path):
+    """As someone meets them who comes with a configuration of GRPO."""
+    options = {
+        "epsilon": 0.3, "scale_rewards": "batch", "loss_type": "dapo", "adam_beta1": 2.0, "top_p": 0.0,
+        "lr_scheduler_kwargs": "x", "win_rate_threshold": 0.1,
+    }  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, **options)
+    lines = str(error.value).splitlines()
+    assert sorted(re.split(r"[= ]", line)[0] for line in lines) == sorted(options)
+
+
+def test_trls_own_problem_is_said_with_the_others(tmp_path):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, delta=3.0, per_device_train_batch_size=6)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("delta=3.0 is an option of GRPO")
+    assert lines[1].startswith("generation_batch_size (6) must be divisible by num_generations (8).")
+
+
+def test_several_keys_of_a_mapping_are_all_named(tmp_path):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, generation_kwargs={"top_p": 0.9, "num_beams": 2}, gradient_accumulation_steps=3,
+               steps_per_generation=4)  # fmt: skip
+    lines = str(error.value).splitlines()
+    assert [name in line for name, line in zip(("set top_p", "num_beams must", "steps_per_gen"), lines, strict=True)]
+
+
+def test_one_number_is_one_problem(tmp_path):
+    for options in ({"beta": float("nan")}, {"bt_temperature": float("nan")}, {"max_completion_length": 2**40}):
+        with pytest.raises(ValueError) as error:
+            config(tmp_path, **options)
+        assert "\n" not in str(error.value) and str(error.value).startswith(next(iter(options)))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported by SPPO"),
+        ({"sync_ref_model": True}, "sync_ref_model=True moves the reference policy .* beta is 0"),
+    ],
+)
+def test_errors_of_trl_are_about_sppo(tmp_path, options, expected):
+    with pytest.raises(ValueError, match=expected) as error:
+        config(tmp_path, **options)
+    assert "GRPO" not in str(error.value)
+
+
+def test_scaling_by_the_group_is_grpos_default_in_both_forms(tmp_path):
+    assert config(tmp_path, scale_rewards=True).scale_rewards == "group"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lr_scheduler_kwargs": {"min_lr": "1e-6"}}, "lr_scheduler_kwargs: min_lr must .* '1e-6'.*: write 1.0e-06."),
+        ({"lr_scheduler_kwargs": '{"min_lr": "1e-6"}'}, "lr_scheduler_kwargs: min_lr must .*: write 1.0e-06."),
+        ({"generation_kwargs": {"prefill_chunk_size": "1e2"}}, "prefill_chunk_size must .* '1e2'.*: write 100."),
+        ({"generation_kwargs": {"eos": ["1E3", 2]}}, r"generation_kwargs: eos\[0\] must .*: write 1000."),
+        ({"deepspeed": {"optimizer": {"params": {"lr": "5e-1"}}}}, "deepspeed: optimizer.params.lr .*: write 0.5."),
+        ({"gradient_checkpointing_kwargs": {"a": ".5e-2"}}, "gradient_checkpointing_kwargs: a .*: write 0.005."),
+        ({"reward_weights": ["1e-1", 1]}, r"reward_weights\[0\] must be a number.*: write 0.1."),
+        ({"preference_weights": ["one", 1]}, r"preference_weights must be a list of numbers, got \['one', 1\]"),
+        ({"generation_kwargs": {"prefill_chunk_size": 1e2}}, "prefill_chunk_size must be a whole number .* got 100.0"),
+        ({"generation_kwargs": {"prefill_chunk_size": 0}}, "prefill_chunk_size must be a whole number .* got 0"),
+        ({"generation_kwargs": {"prefill_chunk_size": "many"}}, "prefill_chunk_size must be a whole number .*'many'"),
+    ],
+)
+def test_numbers_in_mappings_and_lists(tmp_path, options, expected):
+    with pytest.raises(ValueError, match=expected) as error:
+        config(tmp_path, **options)
+    assert "\n" not in str(error.value) or "optim" in expected
+
+
+def test_texts_that_only_look_like_numbers(tmp_path):
+    """A commit, and what a chat template shows."""
+    config(tmp_path, model_init_kwargs={"revision": "12345e7"}, chat_template_kwargs={"version": "1e5"})
+    config(tmp_path, generation_kwargs={"prefill_chunk_size": 256, "stop_strings": ["e5", "1.0"]})
+
+
+@pytest.mark.parametrize("tracker", sorted(set(integration_utils.INTEGRATION_TO_CALLBACK) - {"kubeflow"}))
+def test_trackers_that_are_not_installed(tmp_path, monkeypatch, tracker):
+    monkeypatch.setattr(integration_utils.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(integration_utils, "_is_comet_installed", False)
+    monkeypatch.setattr(integration_utils, "_has_neptune", False)
+    with pytest.raises(ValueError, match=f"^report_to='{tracker}' needs a package .*`pip install [a-z -]+`") as error:
+        config(tmp_path, report_to=[tracker])
+    package = str(error.value).split("pip install ")[1].split("`")[0].split()[0]
+    assert package in inspect.getsource(integration_utils.INTEGRATION_TO_CALLBACK[tracker])  # which says so too late
+
+
+def test_trackers(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^report_to='wandbb' is no tracker .*Did you mean wandb\?"):
+        config(tmp_path, report_to="wandbb")
+    with pytest.raises(ValueError, match=r"^report_to='x' is no tracker .*Known are azure_ml, .*, wandb."):
+        config(tmp_path, report_to=["x"])
+    for value in ("none", ["none"], [], "all"):
+        config(tmp_path, report_to=value)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    assert config(tmp_path, report_to="tensorboard").report_to == ["tensorboard"]
 
 
 @pytest.mark.parametrize(

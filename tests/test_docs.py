@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ from test_cli import message, workdir  # noqa: F401
 from test_launch import ACCELERATE, run
 from test_rewards import decoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig
+from trl import GRPOTrainer, ModelConfig
 
 import trl_sppo
 from trl_sppo import check, judges, train
 from trl_sppo.comparisons import check_oracle
 from trl_sppo.config import SPPOConfig
 from trl_sppo.evaluate import EvalArguments, parse
+from trl_sppo.foreign_options import INSTEAD
 
 
 ROOT = Path(__file__).parents[1]
@@ -211,3 +213,20 @@ def test_options_on_the_pages_exist(page):
         names |= set(re.findall(r"^(\w+):", block, re.MULTILINE))
     known = {field.name for kind in (SPPOConfig, ModelConfig, train.SPPOScriptArguments) for field in fields(kind)}
     assert names and names <= known, names - known
+
+
+def test_what_the_migration_page_says_of_grpo(tmp_path):
+    """The page names what differs: positions, keys, and the options of other recipes with what took their place."""
+    page = (ROOT / "docs" / "migrating.md").read_text()
+    ours, theirs = (list(signature(each.__init__).parameters)[1:] for each in (trl_sppo.SPPOTrainer, GRPOTrainer))
+    assert ours[:7] == theirs[:7] and [ours[7], theirs[7]] == ["preference_func", "callbacks"]
+    (row,) = re.findall(r"^\| `generation_kwargs` \|.*$", page, re.MULTILINE)
+    for name in set(re.findall(r"`(\w+)`", row)) - {"generation_kwargs"}:
+        with pytest.raises(ValueError, match=f"generation_kwargs=.*{name}"):
+            SPPOConfig(str(tmp_path), use_cpu=True, bf16=False, generation_kwargs={name: 2})
+    table = page.split("## Recipes of others")[1].split("## ")[0]
+    for theirs, here in re.findall(r"^\| (`.*?) \| (.*?) \|$", table, re.MULTILINE):
+        for name in re.findall(r"`(\w+)(?:: [\d.]+)?`", theirs):
+            if name != "1e":
+                told, written = (set(re.findall(r"[a-z]\w{3,}", text.lower())) for text in (INSTEAD[name], here))
+                assert told & written, name

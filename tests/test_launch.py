@@ -133,7 +133,10 @@ def test_what_was_asked_for_is_found_out(recipe, capsys, monkeypatch):
     train.parse_arguments(argv)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # alone, it says nothing
     train.parse_arguments(argv)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # of `torchrun`, or `accelerate launch --multi_gpu`
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2 is set in the environment, but no RANK is" in message(capsys, argv)  # left in a shell
+    assert "Run `unset WORLD_SIZE`." in message(capsys, [*argv, "--use_cpu"])  # torch would wait for the other
+    monkeypatch.setenv("RANK", "0")  # of `torchrun`, or `accelerate launch --multi_gpu`
     assert "2 processes were launched (WORLD_SIZE), but training would run in 1" in message(capsys, argv)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

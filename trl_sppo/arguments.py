@@ -15,6 +15,8 @@ import yaml
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
+from .option_checks import find_number_texts
+
 
 MAX_BYTES = 100_000  # of a recipe; the longest of this package has 3,000
 MAX_DEPTH = 20  # of a value in a recipe
@@ -213,6 +215,9 @@ def _describe(action: Action | None, hint: Any) -> str:
 def _cure(action: Action, hint: Any, value: Any) -> str:
     if value is None:
         return " Leave it out for its default."
+    number = next(find_number_texts(action.dest, value), None) if isinstance(value, list) else None
+    if number is not None:
+        return f" {number.partition('. ')[2]}"
     if value is False and "no" in (action.choices or ()):
         return " YAML reads a bare no as false: write 'no', in quotes."
     if str in _members(hint) and not isinstance(value, (list, dict)):

@@ -28,9 +28,16 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a `trl-sppo` command and return its exit status."""
+    """Run a `trl-sppo` command and return its exit status: 130 after Ctrl-C."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt as interrupt:
+        print(f"\ntrl-sppo: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(argv: list[str]) -> int:
     hush()
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="trl-sppo",
         description="Self-Play Preference Optimization (SPPO) for TRL.",
@@ -41,18 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
-    try:
-        return _run(args.command, argv[1:])
-    except KeyboardInterrupt as interrupt:
-        print(f"\ntrl-sppo: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _run(command: str, argv: list[str]) -> int:
     own_modules = {"check": "check", "eval": "evaluate", "ladder": "ladder", "report": "report"}
-    if command in own_modules:
-        return import_module(f"trl_sppo.{own_modules[command]}").main(argv)
-    return {"train": train, "rollout": rollout, "quickstart": quickstart}[command](argv)
+    if args.command in own_modules:
+        return import_module(f"trl_sppo.{own_modules[args.command]}").main(argv[1:])
+    return {"train": train, "rollout": rollout, "quickstart": quickstart}[args.command](argv[1:])
 
 
 def rollout(argv: list[str]) -> int:
@@ -86,6 +85,8 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
             launch_command(arguments)
     except subprocess.CalledProcessError as error:
         codes = {0: error.returncode}
+    except (ValueError, OSError) as error:  # of the launcher itself
+        fail(f"accelerate launch: {error}")
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     else:

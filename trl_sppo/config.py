@@ -1,20 +1,22 @@
 """Options of [`SPPOTrainer`]: SPPO's own, their checks, and the options of GRPO that have no meaning here."""
 
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
-from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 from trl import GRPOConfig
 
 from .option_checks import (
     OPTIONS_OF_ERRORS,
-    check_keywords,
-    check_mappings,
-    check_numbers,
-    check_pairs,
-    check_trust,
+    find_keyword_problems,
+    find_launch_problems,
+    find_mapping_problems,
+    find_number_problems,
+    find_number_texts,
+    find_pair_problems,
+    find_tracker_problems,
+    find_trust_problems,
 )
 
 
@@ -276,52 +278,59 @@ class SPPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        # All that is wrong is said at once
+        problems = [*self._find_problems_of_objective(), *find_number_problems(self)]
+        problems += [*find_mapping_problems(self), *find_pair_problems(self), *find_launch_problems()]
+        can_go_on = not problems  # else TRL might stumble over one of them
+        problems += [*self._find_rejected_options(), *self._find_problems()]
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = (
+                "loss"  # transformers' default elsewhere; the trainer takes a win rate instead
+            )
+        if can_go_on:
+            try:
+                super().__post_init__()
+            except ValueError as error:
+                said = str(error).replace("GRPO", "SPPO")  # it may be of GRPOConfig
+                options = (text for start, text in OPTIONS_OF_ERRORS.items() if said.startswith(start))
+                problems.append(" ".join([said, *options]))
+            else:
+                problems += [*find_keyword_problems(self), *find_trust_problems(self), *find_tracker_problems(self)]
+                problems += self._find_problems_of_iterations()
+        if problems:
+            first: dict[str, str] = {}  # of each option: one number may break two rules
+            for problem in problems:
+                first.setdefault(problem.partition(" must ")[0], problem)
+            raise ValueError("\n".join(first.values()))
+        self._warn()
+
+    def _find_problems_of_objective(self) -> Iterator[str]:
         if self.num_generations is None or self.num_generations < 2:
-            raise ValueError(
+            yield (
                 f"num_generations must be at least 2, got {self.num_generations}: a win rate compares the completions "
                 "of a group with each other. The default is 8."
             )
         if not 0 <= self.beta < float("inf"):
-            raise ValueError(f"beta must be finite and not negative, got {self.beta}: it weights the KL term.")
-        check_numbers(self)
-        check_mappings(self)
-        check_pairs(self)
-        if isinstance(self.accelerator_config, dict):
-            unknown = self.accelerator_config.keys() - {each.name for each in fields(AcceleratorConfig)}
-            if unknown:
-                raise ValueError(
-                    f"accelerator_config has no {' or '.join(map(repr, sorted(unknown)))}. It has "
-                    f"{', '.join(each.name for each in fields(AcceleratorConfig))}."
-                )
-        if self.save_strategy == SaveStrategy.BEST and self.metric_for_best_model is None:
-            self.metric_for_best_model = (
-                "loss"  # transformers' default elsewhere. The trainer takes a win rate instead
-            )
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            about = (text for start, text in OPTIONS_OF_ERRORS.items() if str(error).startswith(start))
-            options = next(about, None)
-            raise ValueError(f"{error} {options}" if options else str(error)) from error
-        check_keywords(self)
-        check_trust(self)
+            yield f"beta must be finite and not negative, got {self.beta}: it weights the KL term."
 
+    def _find_rejected_options(self) -> Iterator[str]:
         defaults = {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
         for name, reason in REJECTED_OPTIONS.items():
             value = getattr(self, name)
-            if value != defaults[name]:
-                raise ValueError(
+            if value != defaults[name] and not (name == "scale_rewards" and value is True):  # which is its default
+                yield (
                     f"{name}={value!r} is an option of GRPO that SPPO does not use: {reason} "
                     f"Remove it (its default is {defaults[name]!r})."
                 )
 
+    def _find_problems(self) -> Iterator[str]:
         if not 0 < self.eta < float("inf"):
-            raise ValueError(
+            yield (
                 f"eta must be positive and finite, got {self.eta}: it scales the SPPO target. "
                 "The paper's beta = 1/eta = 0.001 is eta=1000."
             )
         if self.eta > 1e9:
-            raise ValueError(f"eta must be at most 1e9, got {self.eta}: the squared error would overflow.")
+            yield f"eta must be at most 1e9, got {self.eta}: the squared error would overflow."
         choices = {
             "loss_type": ("sppo", "sppo_hard", "sppo_single"),
             "baseline": ("half", "log_mean_exp"),
@@ -331,110 +340,115 @@ class SPPOConfig(GRPOConfig):
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, values))}, got {getattr(self, name)!r}.")
+                yield f"{name} must be {' or '.join(map(repr, values))}, got {getattr(self, name)!r}."
         if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
-            raise ValueError(
+            yield (
                 "loss_type='sppo_single' is about the best against the worst of a group: set "
                 "train_on='best_and_worst'."
             )
         if self.loss_type != "sppo" and self.baseline != "half":
-            raise ValueError(
+            yield (
                 f"baseline={self.baseline!r} needs the win rates of the whole group, which "
                 f"loss_type={self.loss_type!r} does not use. Use loss_type='sppo', or baseline='half'."
             )
-        if self.beta > 0:
-            logger.warning(
-                f"beta={self.beta} weights the KL term towards the initial policy, of a whole completion and not per "
-                "token as in GRPO. The beta of DPO and of the official SPPO code is 1/eta: if you meant that, remove "
-                f"beta and set eta={1 / self.beta:g}."
-            )
         if not 0 <= self.forward_kl_share <= 1:
-            raise ValueError(
+            yield (
                 f"forward_kl_share must be in [0, 1], got {self.forward_kl_share}: it divides the KL term between the "
                 "forward and the reverse direction."
             )
         if self.forward_kl_share > 0 and self.beta == 0:
-            raise ValueError(
+            yield (
                 f"forward_kl_share={self.forward_kl_share} divides a KL term whose weight, beta, is 0. Set beta, or "
                 "remove forward_kl_share."
             )
         if not self.bt_temperature > 0:
-            raise ValueError(
+            yield (
                 f"bt_temperature must be positive, got {self.bt_temperature}: it divides the difference of two scores."
             )
         if self.win_rate_threshold is not None:
             if not 0.5 <= self.win_rate_threshold <= 1:
-                raise ValueError(
+                yield (
                     f"win_rate_threshold must be in [0.5, 1], got {self.win_rate_threshold}: completions that win at "
                     "least that often, or lose at least that often, are trained on. 0.5 keeps all of them."
                 )
             if self.train_on == "best_and_worst":
-                raise ValueError(
+                yield (
                     f"win_rate_threshold={self.win_rate_threshold} and train_on='best_and_worst' both choose the "
                     "completions to train on. Set only one of them."
                 )
         for name in ("reward_weights", "preference_weights"):
             weights = getattr(self, name)
             if weights is not None and not isinstance(weights, (list, tuple)):
-                raise ValueError(f"{name} must be a list, one weight per source, got {weights}.")
-            if weights is not None and min(weights, default=0) < 0:
-                raise ValueError(
+                yield f"{name} must be a list, one weight per source, got {weights}."
+            elif weights is not None and not all(isinstance(weight, (int, float)) for weight in weights):
+                texts = find_number_texts(name, list(weights))
+                yield next(texts, f"{name} must be a list of numbers, got {weights}.")
+            elif weights is not None and min(weights, default=0) < 0:
+                yield (
                     f"{name} must not be negative, got {weights}: they weight each source's vote. To prefer low "
                     "scores, negate the reward function."
                 )
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
-            raise ValueError(
+            yield (
                 f"missing_eos_penalty must be positive, got {self.missing_eos_penalty}: it is subtracted from scores."
             )
         if self.rollouts_total_limit is not None and self.rollouts_total_limit < 1:
-            raise ValueError(
+            yield (
                 f"rollouts_total_limit must be at least 1, got {self.rollouts_total_limit}. To write no rollouts, set "
                 "save_rollouts=False."
             )
         if (self.metric_for_best_model or "").endswith("_loss"):
-            raise ValueError(
+            yield (
                 f"metric_for_best_model={self.metric_for_best_model!r} says nothing about the policy: in evaluations "
                 "all log-ratios are 0. Leave it out for the win rate against the initial policy, or name a metric."
             )
         if self.push_to_hub and self.save_rollouts:
-            raise ValueError(
+            yield (
                 "push_to_hub=True would upload the rollouts in output_dir, which hold the dataset's prompts and "
                 "columns and all that was sampled. Set save_rollouts=False, or push afterwards what you choose."
             )
         if self.rollouts is not None and self.use_vllm:
-            raise ValueError(
+            yield (
                 f"rollouts={self.rollouts!r} are trained on instead of sampling, so there is no use for vLLM. Set "
                 "use_vllm=False."
             )
         if self.time_budget is not None and not self.time_budget > 0:
-            raise ValueError(
-                f"time_budget must be positive, got {self.time_budget}: it is the minutes that the run may take."
-            )
+            yield (f"time_budget must be positive, got {self.time_budget}: it is the minutes that the run may take.")
         if self.reward_quantization not in (None, "8bit", "4bit"):
-            raise ValueError(
+            yield (
                 f"reward_quantization must be '8bit' or '4bit', got {self.reward_quantization!r}. Leave it out to "
                 "load reward models as they were saved."
             )
         for name in ("reward_batch_size", "preference_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        assert self.steps_per_generation is not None  # GRPOConfig has set it
-        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
-            raise ValueError(
-                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
-                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
-                "SPPO iteration, which is one generation batch. Raise steps_per_generation (or "
-                "generation_batch_size), or lower gradient_accumulation_steps."
-            )
+                yield f"{name} must be at least 1, got {getattr(self, name)}."
         if (
             self.use_vllm
             and self.vllm_importance_sampling_correction
             and not self.vllm_importance_sampling_mode.startswith("sequence")
         ):
-            raise ValueError(
+            yield (
                 f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weights single tokens, but "
                 "SPPO's squared error is one number for a whole completion. Use 'sequence_mask' or "
                 "'sequence_truncate', or set vllm_importance_sampling_correction=False."
+            )
+
+    def _find_problems_of_iterations(self) -> Iterator[str]:
+        assert self.steps_per_generation is not None  # GRPOConfig has set it
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            yield (
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
+                "SPPO iteration, which is one generation batch. Raise steps_per_generation (or "
+                "generation_batch_size), or lower gradient_accumulation_steps."
+            )
+
+    def _warn(self) -> None:
+        if self.beta > 0:
+            logger.warning(
+                f"beta={self.beta} weights the KL term towards the initial policy, of a whole completion and not per "
+                "token as in GRPO. The beta of DPO and of the official SPPO code is 1/eta: if you meant that, remove "
+                f"beta and set eta={1 / self.beta:g}."
             )
         filters = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
         for name, neutral in filters.items():

@@ -14,8 +14,9 @@ from .arguments import check_output_dir
 from .checkpoints import write_atomically
 from .checks import check_vllm_is_installed, how_to_make_prompts
 from .evaluation import WinRate
+from .loading import dataset_source
 from .opponents import Groups, matched, play_stored, row_of, without_images
-from .option_checks import check_chat_template_kwargs
+from .option_checks import find_chat_template_problems
 from .panel import Panel
 from .policies import Sampling, check_policy, is_file, load_completions, run_of, sample
 from .stored_rollouts import IMAGES, write_parquet
@@ -106,7 +107,8 @@ class JudgeArguments:
                 f"chat_template_kwargs must be a mapping, got {self.chat_template_kwargs!r}: on the command line "
                 "it is JSON, such as '{\"enable_thinking\": false}'."
             )
-        check_chat_template_kwargs(self.chat_template_kwargs)
+        for problem in find_chat_template_problems(self.chat_template_kwargs):
+            raise ValueError(problem)
         for name in ("num_generations", "max_completion_length", "batch_size", "reward_batch_size", "max_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -169,9 +171,10 @@ class JudgeArguments:
     def load_prompts(self) -> Dataset:
         """The prompts. Raises `ValueError` if there are none."""
         if self.dataset_name is None:
-            raise ValueError("no prompts: give --dataset_name, a folder or an id on the hub.")
+            raise ValueError("no prompts: give --dataset_name, a folder, a file, or an id on the hub.")
+        source = dataset_source(self.dataset_name, self.dataset_config)
         try:
-            prompts: Any = load_dataset(self.dataset_name, name=self.dataset_config, split=self.dataset_test_split)
+            prompts: Any = load_dataset(**source, split=self.dataset_test_split)
         except (OSError, ValueError, StopIteration) as error:  # the last if a file is empty
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "

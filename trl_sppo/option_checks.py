@@ -3,11 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any, cast
+from difflib import get_close_matches
+from typing import Any
 
+import yaml
 from transformers import GenerationConfig
+from transformers.integrations import integration_utils
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig
 
@@ -73,111 +78,188 @@ OPTIONS_OF_ERRORS = {
 }
 
 
-def check_numbers(args: GRPOConfig) -> None:
-    """Raise `ValueError` if a number is not finite, or out of range. Make whole ones floats where that is meant."""
+def find_number_problems(args: GRPOConfig) -> Iterator[str]:
+    """Numbers that are not finite, or out of range. Makes whole ones floats where that is meant."""
     for field_ in fields(args):
         value = getattr(args, field_.name)
         if isinstance(value, int) and abs(value) >= 2**31:
-            raise ValueError(f"{field_.name} must be between -2^31 and 2^31, got {value.bit_length()} bits.")
+            yield f"{field_.name} must be between -2^31 and 2^31, got {value.bit_length()} bits."
+            continue
         if field_.type in (float, float | None) and type(value) is int:  # of which transformers refuses some
             setattr(args, field_.name, float(value))
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number) and field_.name != "eta":
-                raise ValueError(f"{field_.name} must be finite, got {value}.")
+                yield f"{field_.name} must be finite, got {value}."
     for rule, holds, names in RANGES:
         for name in names:
             value = getattr(args, name)
             if isinstance(value, (int, float)) and not holds(value):
-                raise ValueError(f"{name} must be {rule}, got {value}.")
+                yield f"{name} must be {rule}, got {value}."
 
 
-def check_mappings(args: GRPOConfig) -> None:
-    """Raise `ValueError` if what should be a mapping is neither one nor JSON."""
+def find_mapping_problems(args: GRPOConfig) -> Iterator[str]:
+    """What should be a mapping and is neither one nor JSON, and numbers in mappings that are text."""
     for name in args._VALID_DICT_FIELDS:
         value = getattr(args, name)
-        if not isinstance(value, str) or name == "deepspeed":
-            continue
-        if value.startswith("{"):
+        if isinstance(value, str) and value.startswith("{"):
             try:
-                json.loads(value)
+                value = json.loads(value)
             except ValueError as error:
-                raise ValueError(f"{name} must be a mapping, or JSON, got {value!r}: {error}.") from error
-        elif name not in ("accelerator_config", "fsdp_config"):
-            raise ValueError(f"{name} must be a mapping, or JSON such as '{{\"name\": 1}}', got {value!r}.")
-        elif not os.path.isfile(value):
-            raise ValueError(f"{name} must be a mapping, or JSON, or a file of JSON, got {value!r}.")
+                yield f"{name} must be a mapping, or JSON, got {value!r}: {error}."
+        elif isinstance(value, str) and name not in ("accelerator_config", "fsdp_config", "deepspeed"):
+            yield f"{name} must be a mapping, or JSON such as '{{\"name\": 1}}', got {value!r}."
+        elif isinstance(value, str) and name != "deepspeed" and not os.path.isfile(value):
+            yield f"{name} must be a mapping, or JSON, or a file of JSON, got {value!r}."
+        if name not in ("model_init_kwargs", "chat_template_kwargs"):  # whose texts may well look like this
+            yield from find_number_texts(name, value)
 
 
-def check_pairs(args: GRPOConfig) -> None:
-    """Raise `ValueError` or `ImportError` if an option needs another one, or a package, that is not there."""
+# What YAML 1.1 leaves as text, and others read as a number
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def find_number_texts(where: str, value: Any) -> Iterator[str]:
+    """Texts in a list or mapping that were meant as numbers."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from find_number_texts(f"{where}: {key}" if ":" not in where else f"{where}.{key}", each)
+    elif isinstance(value, list):
+        for i, each in enumerate(value):
+            yield from find_number_texts(f"{where}[{i}]", each)
+    elif isinstance(value, str) and _EXPONENT.fullmatch(value):
+        number = float(value)
+        written = str(int(number)) if number.is_integer() and abs(number) < 1e15 else yaml.safe_dump(number).split()[0]
+        yield (
+            f"{where} must be a number, got the text {value!r}. YAML reads a number with an exponent only if it has a "
+            f"point and a sign (1.0e-5, not 1e-5): write {written}."
+        )
+
+
+# Each launcher sets one of these
+_RANKS = "RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"
+
+
+def find_launch_problems() -> Iterator[str]:
+    """A number of processes that no launcher has set: torch would wait for the others, without an end."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and not any(name in os.environ for name in _RANKS):
+        yield (
+            f"WORLD_SIZE={size} is set in the environment, but no RANK is: this is one process, which would wait for "
+            "others that nobody starts. Run `unset WORLD_SIZE`. For several processes, use `trl-sppo train "
+            "--num_processes N`."
+        )
+
+
+def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
+    """Options that need another one, or a package, that is not there."""
     text = args.pad_to_multiple_of
     if isinstance(text, str) and text.lower() not in ("auto", "none", "null") and not text.isdecimal():
-        raise ValueError(f"pad_to_multiple_of must be 'auto' or a whole number, got {text!r}.")
+        yield f"pad_to_multiple_of must be 'auto' or a whole number, got {text!r}."
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(args, name) and args.dataloader_num_workers == 0:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} needs workers: set dataloader_num_workers, or remove it."
-            )
+            yield f"{name}={getattr(args, name)!r} needs workers: set dataloader_num_workers, or remove it."
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError(
+        yield (
             "use_liger_kernel=True needs liger-kernel, which is not installed. TRL has deprecated it: use "
             'model_init_kwargs={"use_kernels": True}.'
         )
     if args.ddp_backend is not None and args.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        raise ValueError(f"ddp_backend={args.ddp_backend!r} is for several processes, but this is one. Remove it.")
+        yield f"ddp_backend={args.ddp_backend!r} is for several processes, but this is one. Remove it."
     if args.eval_on_start and args.eval_strategy == "no":
-        raise ValueError("eval_on_start=True needs an evaluation: set eval_strategy, or remove it.")
+        yield "eval_on_start=True needs an evaluation: set eval_strategy, or remove it."
+    if args.sync_ref_model and args.beta == 0:
+        yield "sync_ref_model=True moves the reference policy of the KL term, but beta is 0. Set beta, or remove it."
+    if isinstance(args.accelerator_config, dict):
+        known = [field_.name for field_ in fields(AcceleratorConfig)]
+        unknown = sorted(map(str, args.accelerator_config.keys() - known))
+        if unknown:
+            yield f"accelerator_config has no {' or '.join(map(repr, unknown))}. It has {', '.join(known)}."
 
 
-def check_keywords(args: GRPOConfig) -> None:
+def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
     """What mappings hold, once those that came as JSON have been read."""
-    generation: Any = args.generation_kwargs or {}
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"):
-        if name in generation:
-            raise ValueError(
-                f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities "
-                "are those of what is sampled."
-            )
-    for name in ("num_beams", "num_return_sequences"):
-        if generation.get(name, 1) != 1:
-            raise ValueError(f"generation_kwargs={generation!r}: {name} must be 1, since groups are sampled.")
-    try:
-        GenerationConfig(**generation)
-    except Exception as error:
-        raise ValueError(f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}") from error
-    check_chat_template_kwargs(cast(Any, args.chat_template_kwargs))
+    yield from _find_generation_problems(args.generation_kwargs or {})
+    yield from find_chat_template_problems(args.chat_template_kwargs)
 
 
-def check_chat_template_kwargs(kwargs: dict[str, Any] | None) -> None:
-    """Raise `ValueError` if these hold what is said elsewhere."""
+def find_chat_template_problems(kwargs: Any) -> Iterator[str]:
+    """What of a chat template's arguments is said elsewhere."""
     for name in kwargs or {}:
         if name in SET_BY_TRL:
-            raise ValueError(f"chat_template_kwargs: {name} is set by TRL itself. Remove it.")
+            yield f"chat_template_kwargs: {name} is set by TRL itself. Remove it."
 
 
-def check_trust(args: Any) -> None:
-    """Whose code may run, and what must not be saved with the arguments."""
+def _find_generation_problems(generation: Any) -> Iterator[str]:
+    wrong = {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "cache_implementation",
+    } & generation.keys()
+    for name in sorted(wrong):
+        yield (
+            f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities are "
+            "those of what is sampled."
+        )
+    for name in ("num_beams", "num_return_sequences"):
+        if generation.get(name, 1) != 1:
+            wrong.add(name)
+            yield f"generation_kwargs={generation!r}: {name} must be 1, since groups are sampled."
+    chunk = generation.get("prefill_chunk_size", 1)
+    if type(chunk) is not int or chunk < 1:
+        wrong.add("prefill_chunk_size")
+        yield f"generation_kwargs: prefill_chunk_size must be a whole number of at least 1, got {chunk!r}."
+    try:
+        if not wrong:
+            GenerationConfig(**generation)
+    except Exception as error:
+        yield f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}"
+
+
+def find_trust_problems(args: Any) -> Iterator[str]:
+    """Code that may not run, and what must not be saved with the arguments."""
     login = "Log in with `hf auth login`, or set the environment variable HF_TOKEN, and remove the option."
     if args.hub_token is not None:
-        raise ValueError(
-            "hub_token must not be given: `ps` would show it, and training_args.bin hold it in clear. " + login
-        )
+        yield "hub_token must not be given: `ps` would show it, and training_args.bin hold it in clear. " + login
     init_kwargs: Any = args.model_init_kwargs or {}
     for name in ("token", "use_auth_token"):
         if name in init_kwargs:
-            raise ValueError(
-                f"model_init_kwargs must not hold {name!r}: training_args.bin would hold it in clear. {login}"
-            )
+            yield f"model_init_kwargs must not hold {name!r}: training_args.bin would hold it in clear. {login}"
     if init_kwargs.get("use_safetensors", True) is not True:
-        raise ValueError(
+        yield (
             f"model_init_kwargs has use_safetensors={init_kwargs['use_safetensors']!r}, but only safetensors are "
             "loaded: other weights are pickles, which may run any code. Remove it."
         )
     if args.vllm_server_base_url is not None:
-        check_url("vllm_server_base_url", args.vllm_server_base_url, "Keep the port where only the trainer is.")
+        try:
+            check_url("vllm_server_base_url", args.vllm_server_base_url, "Keep the port where only the trainer is.")
+        except ValueError as error:
+            yield str(error)
     names = args.reward_trust_remote_code
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(
+        yield (
             f"reward_trust_remote_code must be a list of reward models, as given in reward_funcs, got {names!r}: "
             "each whose own code may run is named."
         )
+
+
+# What `report_to` needs, as pip calls it, where that is another name
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
+_AVAILABLE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # as transformers calls its question
+
+
+def find_tracker_problems(args: GRPOConfig) -> Iterator[str]:
+    """Trackers that are none, or not installed: transformers would say so after models are loaded."""
+    trackers = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in args.report_to or []:
+        if name not in trackers:
+            nearest = get_close_matches(str(name), trackers, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else f"Known are {', '.join(sorted(trackers))}."
+            yield f"report_to={name!r} is no tracker that transformers knows. {hint}"
+        elif not getattr(integration_utils, f"is_{_AVAILABLE.get(name, name)}_available")():
+            yield (
+                f"report_to={name!r} needs a package that is not installed, or that the environment switches off. Run "
+                f"`pip install {_PACKAGES.get(name, name)}`, or set report_to: none."
+            )

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -43,6 +42,8 @@ from .rewards import check_config, check_reward_quantization, check_reward_weigh
 from .stored_rollouts import is_judged, load_rollouts, prompts_of
 from .train import (
     SPPOScriptArguments,
+    accelerate_config,
+    check_dotted,
     check_one_dataset,
     is_folder_or_id,
     launch_arguments,
@@ -124,13 +125,10 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
 
 def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
     """How many processes `accelerate launch` would start, how they divide the policy, and what is not known."""
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
-    file: Any = SimpleNamespace()
-    if options.config_file is not None or os.path.isfile(default_config_file):
-        file = load_config_from_file(options.config_file)
+    file = accelerate_config(options.config_file)
     unknown = []
     processes = options.num_processes or getattr(file, "num_processes", None)
     if processes is None:
@@ -192,7 +190,7 @@ def _look_at_data(plan: Plan) -> None:
     check_one_dataset(script, plan.dataset_args)
     if plan.dataset_args.datasets:
         plan.unknown.append("How many prompts the mixture of datasets has: it was not loaded.")
-    elif not os.path.isdir(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
+    elif not os.path.exists(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
         plan.unknown.append(f"How many prompts {script.dataset_name} has, and how long they are: it was not loaded.")
     else:
         plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, evaluate)
@@ -316,6 +314,7 @@ def _files(
 
 def _check_importable(name: str) -> None:
     """Raise `ValueError` if it cannot be there. Its module is not imported: a judge may load a model."""
+    check_dotted(name, repr(name), "reward_model_name_or_path")
     module, _, attribute = name.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -2,11 +2,11 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,9 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser  #
 
 from .arguments import check_output_dir, check_recipe, naming_options, read_recipe, unmade  # noqa: E402
 from .config import SPPOConfig  # noqa: E402
+from .foreign_options import advice  # noqa: E402
+from .loading import dataset_source, mixture_source  # noqa: E402
+from .option_checks import find_launch_problems  # noqa: E402
 
 
 @dataclass
@@ -120,11 +123,15 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
     launching = {action.dest for action in launcher._actions} - training - {"help", *_SCRIPT} | {"accelerate_config"}
 
-    def check(name: str, where: str) -> None:
-        if name not in training | launching:
-            nearest = get_close_matches(name, sorted(training | launching | {"config"}), n=1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else "`trl-sppo train --help` lists all options."
-            raise ValueError(f"{where}: there is no option {name!r}. {hint}")
+    def check(named: dict[str, Any], where: str) -> None:
+        options, mappings = training | launching | {"config"}, {*SPPOConfig._VALID_DICT_FIELDS, "env"}
+        problems = [
+            f"{where}: there is no option {name!r}. {advice(name, value, options, mappings)}"
+            for name, value in named.items()
+            if name not in training | launching
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
 
     found: list[str] = []
     recipe: dict[str, Any] = {}
@@ -136,8 +143,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         path = argv[position + 1] if position + 1 < len(argv) else ""
         del argv[position : position + 2]
         recipe = read_recipe(path)
+        check({str(name): value for name, value in recipe.items()}, f"recipe {path}")
         for name, value in recipe.items():
-            check(str(name), f"recipe {path}")
             if name in launching and value is not None and value is not False:
                 found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         try:
@@ -145,9 +152,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         except ValueError as error:
             raise ValueError(f"recipe {path}: {error}") from error
     options, remaining = parser.parse_known_args(argv, Namespace(use_cpu=recipe.get("use_cpu", False)))
-    for token in remaining:
-        if token.startswith("--"):
-            check(token[2:].split("=")[0].replace("-", "_"), "command line")
+    names = [token[2:].split("=")[0].replace("-", "_") for token in remaining if token.startswith("--")]
+    check(dict.fromkeys(names), "command line")
     try:
         found = resolve_accelerate_config_argument(found + remaining)
     except ValueError as error:
@@ -156,14 +162,49 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
     script = launch.training_script
     if script != "trl_sppo.train":
-        hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else ""
+        hint = " Options are written `--name value`." if "=" in script else ""
+        hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else hint
         raise ValueError(f"command line: {script!r} belongs to no option.{hint}")
+    accelerate_config(launch.config_file)  # which it would read, and end in a traceback
     # accelerate starts several processes for the CPU only by mpirun, or if told that there were several GPUs
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
     strategy = any(getattr(launch, name) for name in (*strategies, "mpirun_hostfile"))
     if options.use_cpu and (launch.num_processes or 1) > 1 and not strategy:
         found.append("--multi_gpu")
     return found
+
+
+def accelerate_config(file: str | None) -> Any:
+    """
+    Read a configuration of accelerate.
+
+    Args:
+        file (`str`, *optional*):
+            Its file. By default the one that `accelerate config` writes.
+
+    Returns:
+        What accelerate makes of it, or `None` if no file is given and there is no default one.
+
+    Raises:
+        `ValueError`: if it cannot be read.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if file is None and not os.path.isfile(default_config_file):
+        return None
+    try:
+        config = load_config_from_file(file)
+        if not isinstance(getattr(config, "num_processes", 1), int):
+            raise ValueError(f"num_processes must be a whole number, got {config.num_processes!r}")
+        return config
+    except Exception as error:  # of YAML, of JSON, or whatever else a wrong entry ends in
+        if isinstance(error, (AttributeError, TypeError)):
+            error = ValueError("it is no mapping of what `accelerate config` asks for")
+        how = "Correct the file" if file else "Correct or delete the file, which `accelerate config` has written"
+        raise ValueError(
+            f"the configuration of accelerate {file or default_config_file} cannot be read: {error}. {how}; "
+            "`accelerate config --config_file FILE` writes a new one."
+        ) from error
 
 
 def check_num_processes(launch: list[str]) -> None:
@@ -178,15 +219,16 @@ def check_num_processes(launch: list[str]) -> None:
         `ValueError`: if it has.
     """
     from accelerate import PartialState
-    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
+    for problem in find_launch_problems():
+        raise ValueError(problem)
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     state = PartialState()  # made by the options of training
     if options.num_processes is not None:
         asked, source = options.num_processes, f"num_processes is {options.num_processes}"
     elif options.config_file is not None:
-        asked = load_config_from_file(options.config_file).num_processes
+        asked = accelerate_config(options.config_file).num_processes
         source = f"num_processes is {asked} in {options.config_file}"
     elif "WORLD_SIZE" in os.environ:
         asked = int(os.environ["WORLD_SIZE"])
@@ -207,7 +249,7 @@ def check_num_processes(launch: list[str]) -> None:
             "train --num_processes 2 --use_cpu`, which stands for `accelerate launch --multi_gpu --num_processes 2 "
             "--module trl_sppo.train --use_cpu` (with --cpu instead, accelerate starts one)."
         )
-    kind = load_config_from_file(options.config_file).distributed_type if options.config_file else None
+    kind = accelerate_config(options.config_file).distributed_type if options.config_file else None
     for name in ("FSDP", "DEEPSPEED"):
         asked_for = kind == name or getattr(options, f"use_{name.lower()}")
         if asked_for and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
@@ -237,6 +279,7 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
 
             functions.append(get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
         else:
+            check_dotted(name, f"reward function {name!r} (--{option})", option.replace("funcs", "model_name_or_path"))
             path = name if "." in name else f"trl.rewards.{name}"
             hint = "Give a name in trl.rewards or a dotted path, my_rewards.brevity for `brevity` in my_rewards.py"
             functions.append(import_callable(path, f"reward function {name!r} (--{option})", hint))
@@ -246,7 +289,25 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
 def load_preference_funcs(names: list[str], option: str = "preference_funcs") -> list:
     """Import pairwise oracles by dotted paths, also of modules in the working directory."""
     hint = "Give a dotted path, such as my_judges.judge for `judge` in my_judges.py"
+    for name in names:
+        check_dotted(name, f"pairwise oracle {name!r} (--{option})")
     return [import_callable(name, f"pairwise oracle {name!r} (--{option})", hint) for name in names]
+
+
+def check_dotted(name: str, what: str, model_option: str | None = None) -> None:
+    """Raise `ValueError` if a path of a file, or of a model, stands where a dotted import path should."""
+    is_file = re.search(r"\.py\b", name)
+    if not is_file and not {"/", ":"} & set(name):
+        return
+    folder, _, module = name.rpartition("/")
+    parts = [part for part in re.split("[.:]+", re.sub(r"\.py\b", "", module)) if part]
+    is_dotted = len(parts) > 1 and all(part.isidentifier() for part in parts) and "://" not in name
+    if not is_file and (os.path.isdir(name) or not is_dotted):
+        hint = f" A model is given with {model_option}." if model_option else ""
+        raise ValueError(f"{what} is no dotted import path, such as my_rewards.brevity.{hint}")
+    path = ".".join(parts) if is_dotted else f"{parts[0]}.NAME, with the name of the function"
+    where = f", and start in the folder {folder}, or add it to PYTHONPATH" if folder not in ("", ".") else ""
+    raise ValueError(f"{what} is written as a file, but must be a dotted import path. Write {path}{where}.")
 
 
 def import_callable(path: str, what: str, hint: str) -> Any:
@@ -267,7 +328,9 @@ def check_one_dataset(script_args: SPPOScriptArguments, dataset_args: DatasetMix
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("dataset_name and datasets are both given. Keep one: a dataset, or a mixture of them.")
     if not dataset_args.datasets and not script_args.dataset_name:
-        raise ValueError("no dataset: give dataset_name (a folder or an id on the hub) or datasets (a mixture).")
+        raise ValueError(
+            "no dataset: give dataset_name (a folder, a file, or an id on the hub) or datasets (a mixture)."
+        )
 
 
 def is_folder_or_id(name: str) -> bool:
@@ -297,12 +360,15 @@ def load_data(script_args: SPPOScriptArguments, dataset_args: DatasetMixtureConf
             "on the Hugging Face hub. Check the path."
         )
     if dataset_args.datasets:
-        splits = get_dataset(dataset_args)
-    else:
+        mixture = mixture_source(dataset_args)
         try:
-            splits = load_dataset(
-                script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-            )
+            splits = get_dataset(mixture)
+        except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+            raise ValueError(f"datasets cannot be loaded: {error.__cause__ or error or 'a file is empty'}") from error
+    else:
+        source = dataset_source(str(script_args.dataset_name), script_args.dataset_config)
+        try:
+            splits = load_dataset(**source, streaming=script_args.dataset_streaming)
         except DatasetGenerationError as error:  # its cause says what is wrong, and where
             raise ValueError(
                 f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
@@ -421,6 +487,8 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:  # before there is anything to go on from
+        raise SystemExit(128 + signal.SIGINT) from None
     try:
         if only_rollouts:
             folder = trainer.rollout()

@@ -197,6 +197,11 @@ class SPPOTrainer(ScoringTrainer):
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
         check_vllm(args)
         check_sharding(args, has_adapter)
+        if args.sync_ref_model and has_adapter:
+            raise ValueError(
+                "sync_ref_model=True needs a reference policy of its own, but an adapter's is the model without it. "
+                "Remove it, or train all weights."
+            )
         if args.use_vllm and args.vllm_enable_sleep_mode and args.device.type == "cpu":
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
