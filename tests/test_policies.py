@@ -157,8 +157,9 @@ def test_ranks_of_vllm(make_adapter):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (None, "adapter 'adapter' names no base model: base_model_name_or_path is None in its adapter_config.json"),
-        ("", "names no base model"),
+        (None, "adapter 'adapter' does not say which model it belongs to. Write the model's folder or id as "
+         "base_model_name_or_path into its adapter_config.json"),
+        ("", "does not say which model it belongs to"),
         ("models/policy", "the base model 'models/policy' of adapter 'adapter' is neither"),
         ("models/gone/policy", "relative to the current directory: run this where the adapter was trained, or set "
          "base_model_name_or_path in adapter/adapter_config.json"),

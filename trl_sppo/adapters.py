@@ -1,10 +1,11 @@
 """Adapters given by path: their base model and its tokenizer, and how a run continues them."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 from trl import ModelConfig
@@ -143,10 +144,11 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
         found = model.load_adapter(
             path, "default", is_trainable=model.training, torch_device="cpu", autocast_adapter_dtype=False
         )
-        if found.missing_keys:
-            problem = f"{WEIGHTS} lacks {_some(found.missing_keys)}"
-        elif found.unexpected_keys:
-            problem = f"{WEIGHTS} has {_some(found.unexpected_keys)}, for which that model has no place"
+        missing, unknown = misfits(model, path, found)
+        if missing:
+            problem = f"{WEIGHTS} lacks {some(missing)}"
+        elif unknown:
+            problem = f"{WEIGHTS} has {some(unknown)}, for which that model has no place"
     except KeyError as error:  # of a module that is saved whole
         problem = f"{WEIGHTS} lacks {error.args[0]}"
     except RuntimeError as error:  # other shapes
@@ -158,7 +160,28 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
+def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
+    """
+    Weights that an adapter lacks, and those that its model has no place for.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model with the adapter "default".
+        path (`str`):
+            Folder of the adapter.
+        found:
+            What `model.load_adapter` has returned. Of missing weights it is right about LoRA only.
+
+    Returns:
+        Two sets of names.
+    """
+    expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
+    others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))
+    return {*others, *(name for name in found.missing_keys if ".lora_" in name)}, set(found.unexpected_keys) - expected
+
+
+def some(names: Collection[str]) -> str:
+    """The first of them, for a message."""
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

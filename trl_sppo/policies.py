@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights
+from peft import LoraConfig, PeftModel, PeftType
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
+from .adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some
 from .checkpoints import read_beginning
 from .opponents import Groups, group_of, row_of
 from .stored_rollouts import COLUMNS, without_nulls
@@ -34,7 +35,6 @@ from .weights import check_weights, whole_and_silent
 
 logger = logging.get_logger(__name__)
 
-ADAPTER = "adapter_config.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapters that vLLM makes room for
 # Options of an adapter that vLLM reads, or that say nothing about its forward pass. It ignores most others in silence
 VLLM_READS = {
@@ -94,22 +94,6 @@ def run_of(policy: str) -> dict[str, Any]:
     return (read_beginning(str(folder)) or read_beginning(str(folder.parent))) if Path(policy).is_dir() else {}
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a policy is given as the folder of an adapter."""
-    return (Path(path) / ADAPTER).is_file()
-
-
-def base_of(adapter: str) -> str:
-    """The path or id of an adapter's base model. Raises `ValueError` if it names none."""
-    base = json.loads((Path(adapter) / ADAPTER).read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"adapter {adapter!r} names no base model: base_model_name_or_path is {base!r} in its {ADAPTER}. Write "
-            "there the path or the id of the model that it was trained on."
-        )
-    return str(base)
-
-
 def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = False) -> None:
     """
     Check, without loading its weights, that a policy can be had.
@@ -128,15 +112,16 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
     if is_file(policy):
         return
     check_safetensors("policy", policy)
+    check_whole_model("policy", policy)
     if not is_adapter(policy):
-        _check_model(f"policy {policy!r}", policy, trust_remote_code, f"nor a folder with a config.json or {ADAPTER}")
+        _check_model(f"policy {policy!r}", policy, trust_remote_code, f"nor a folder with a config.json or {CONFIG}")
         return
     base = base_of(policy)
     if is_adapter(base):
         raise ValueError(
             f"the base of adapter {policy!r} is itself an adapter, {base!r}. Merge that one into its own base "
             "(`merge_and_unload`), save the result, and name it as base_model_name_or_path in the adapter's "
-            f"{ADAPTER}."
+            f"{CONFIG}."
         )
     check_safetensors(f"the base of adapter {policy!r}, model", base)
     _check_model(
@@ -145,9 +130,9 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
         trust_remote_code,
         "nor a folder with a config.json",
         f"Its path is relative to the current directory: run this where the adapter was trained, or set "
-        f"base_model_name_or_path in {Path(policy) / ADAPTER}.",
+        f"base_model_name_or_path in {Path(policy) / CONFIG}.",
     )
-    if PeftConfig.from_pretrained(policy).peft_type == PeftType.PREFIX_TUNING:
+    if config_of(policy).peft_type == PeftType.PREFIX_TUNING:
         raise ValueError(
             f"adapter {policy!r} is of prefix tuning, whose prefix `generate` of PEFT and transformers leaves out: "
             "completions would be those of the base model. Sample it elsewhere, and give the file of its completions."
@@ -173,7 +158,7 @@ def _check_model(what: str, path: str, trust_remote_code: bool, nor: str, cure: 
 
 def _check_vllm_serves(adapter: str) -> None:
     """Raise `ValueError` if vLLM would refuse an adapter, or sample from another policy than the one trained."""
-    config = PeftConfig.from_pretrained(adapter).to_dict()
+    config = config_of(adapter).to_dict()
     defaults, kind = LoraConfig().to_dict(), getattr(config["peft_type"], "value", config["peft_type"])
     problem = ""
     if kind != "LORA":
@@ -221,31 +206,27 @@ def load_policy(
     kwargs = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
     if not is_adapter(policy):
         return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
-    config = PeftConfig.from_pretrained(policy)
+    config = config_of(policy)
     model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
     options: dict[str, Any] = {"is_trainable": is_trainable}
     if model.device.type == "meta":
         options |= {"low_cpu_mem_usage": True, "torch_device": "cpu"}
-    fit = f"its base model {base_of(policy)!r} and its own {ADAPTER}"
+    fit = f"its base model {base_of(policy)!r} and its own {CONFIG}"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*missing adapter keys")
             model = PeftModel.from_pretrained(model, policy, **options)
-        unexpected = set(model.load_adapter(policy, "default", **options).unexpected_keys)
+        found = model.load_adapter(policy, "default", **options)
     except (UserWarning, KeyError, RuntimeError) as error:
         raise ValueError(
             f"the weights of adapter {policy!r} do not fit {fit}: {' '.join(str(error).split())[:500]}. Save it again "
             "with all of its weights, or give another one."
         ) from error
-    # PEFT warns of LoRA's own weights, whose names it may convert, but not of all others
-    expected = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if ".lora_" not in name}
-    missing = expected - set(load_peft_weights(policy, "cpu"))
-    for problem, names in (("lacks", missing), ("has more than", unexpected - expected)):
+    for problem, names in zip(("lacks", "has more than"), misfits(model, policy, found), strict=True):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(
-                f"adapter {policy!r} {problem} the weights that {fit} ask for: {', '.join(sorted(names)[:5])}{more}. "
-                "Save it again with all of its weights, or give another one."
+                f"adapter {policy!r} {problem} the weights that {fit} ask for: {some(names)}. Save it again with all "
+                "of its weights, or give another one."
             )
     return model
 
@@ -336,7 +317,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
             f"{policy!r} was trained with tools ({', '.join(tools)}), which it does not have here: its prompts differ "
             "from those of its training."
         )
-    base = base_of(policy) if is_adapter(policy) else policy
+    base = base_of(policy)
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
         # An adapter is saved with the tokenizer of its training
         has_tokenizer = (Path(policy) / "tokenizer_config.json").is_file()
@@ -448,7 +429,7 @@ def _sample_with_vllm(
 
     adapter = {}
     if policy != base:
-        rank = json.loads((Path(policy) / ADAPTER).read_text())["r"]
+        rank = cast(LoraConfig, config_of(policy)).r
         adapter = {"enable_lora": True, "max_lora_rank": next(size for size in VLLM_RANKS if size >= rank)}
     engine = LLM(
         model=base,

@@ -307,15 +307,15 @@ class ScoringTrainer(ResumableTrainer):
                     f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
                     "metric win_rate/unscorable goes on counting the completions that no source could score."
                 )
-        self._check_scores(scores.isfinite())
         return scores.masked_fill(~scores.isfinite(), torch.nan)
 
-    def _check_scores(self, scored: torch.Tensor) -> None:
-        """Stop if no reward source with a vote has scored a completion for too long."""
-        if not self.model.training or self.preference_funcs:
+    def _check_scores(self, scores: torch.Tensor) -> None:
+        """Stop if no reward source with a vote has scored a completion of this training for too long."""
+        if not self.reward_funcs or self.preference_funcs:
             return
-        voters = self.reward_weights.to(scored.device) > 0
-        prompts = scored[:, voters].any(dim=1).view(-1, cast(int, self.num_generations)).any(dim=1)
+        voters = self.reward_weights.to(scores.device) > 0
+        scored = ~scores[:, voters].isnan()
+        prompts = scored.any(dim=1).view(-1, cast(int, self.num_generations)).any(dim=1)
         is_model = [isinstance(source, (nn.Module, Endpoint)) for source in self.reward_funcs]
         num_silent = self._silent_prompts("reward sources", prompts, may_pass=not any(is_model))
         if num_silent:

@@ -365,6 +365,8 @@ class SPPOTrainer(ScoringTrainer):
             self._scores = scores = recorder.scores(self.reward_source_names)
         else:
             self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+            if training:
+                self._check_scores(scores)
         by_judge = {} if training else self._ask_judges(inputs, prompts, completions, completion_ids, group_size)
 
         # Of each completion: the tokens that the policy sampled, whether it came to its end, what it is
