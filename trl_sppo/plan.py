@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .adapters import adopt_options, base_of, check_policy, check_whole_model, is_adapter, not_found, tokenizer_of
+from .adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from .arguments import check_output_dir
 from .checks import (
     check_activation_checkpointing,
@@ -232,7 +232,6 @@ def _look_at_models(plan: Plan) -> None:
         config, tokenizer = _files(plan, "reward model", model, model in trusted)
         if config is not None:
             check_config(model, model in trusted)
-            check_whole_model("reward model", model)
             check_reward_weights(model, model in trusted)
             check_tokenizer(model, tokenizer, bool(plan.conversational))
             rewards.append(_size(plan, model, config, is_reward_model=True))
