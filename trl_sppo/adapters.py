@@ -91,8 +91,8 @@ def not_found(what: str, path: str, error: Exception) -> ValueError:
         )
     return ValueError(
         f"{what} {path!r} ({option}) is an adapter of {base!r}, which is neither a folder with a config.json nor a "
-        "model that can be had from the Hugging Face hub. Start from the folder where that path leads to it, or "
-        f"correct base_model_name_or_path in {path}/{CONFIG}. ({error})"
+        "model that can be had from the Hugging Face hub. Start from the folder that this path begins in, or correct "
+        f"base_model_name_or_path in {path}/{CONFIG}. ({error})"
     )
 
 

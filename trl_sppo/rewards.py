@@ -160,7 +160,6 @@ def load_reward_models(
             source.check(conversational)
         elif isinstance(source, str):
             check_config(source, source in trust_remote_code)
-            check_safetensors("reward model", source)
         elif isinstance(source, PreTrainedModel):
             _check_labels(source.config._name_or_path, source.config.num_labels)
         elif isinstance(source, nn.Module) and tokenizer is None:
@@ -276,6 +275,7 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
 
 def check_config(path: str, trusted: bool) -> None:
     """Read a checkpoint's config.json only: would it load as a classifier with a trained, single-valued head?"""
+    check_safetensors("reward model", path)
     check_whole_model("reward model", path)
     try:
         config, _ = PreTrainedConfig.get_config_dict(base_of(path))
