@@ -142,6 +142,25 @@ def test_a_run_from_an_adapter_can_be_resumed(make_trainer, tiny_policy, adapter
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_with_beta_a_run_is_resumed_with_the_adapter_that_it_began_with(
+    make_trainer, tiny_policy, adapter, tmp_path, beta
+):
+    """The initial policy is not in the checkpoint."""
+    options = {"beta": beta, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(model=adapter, **options, output_dir=str(tmp_path / "run")).train()
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    spoil(other, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    options |= {"max_steps": 2, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": checkpoint}
+    if beta == 0:
+        make_trainer(model=str(other), **options).train(resume_from_checkpoint=checkpoint)
+    else:
+        with pytest.raises(ValueError, match=r"initial_adapter was '.*', now '"):
+            make_trainer(model=str(other), **options)
+
+
 def test_dtype_revision_and_code_of_its_own_are_about_the_base(make_trainer, tiny_policy, adapter, monkeypatch):
     seen = {}
     load = Qwen2ForCausalLM.from_pretrained.__func__

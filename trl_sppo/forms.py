@@ -19,7 +19,12 @@ _BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, 
 
 
 def form_of(
-    args: Any, model: str | nn.Module, peft_config: Any = None, optimizer: Any = None, bits: int | None = None
+    args: Any,
+    model: str | nn.Module,
+    peft_config: Any = None,
+    optimizer: Any = None,
+    bits: int | None = None,
+    continued: str | None = None,
 ) -> dict[str, Any]:
     """
     Describe what a run trains.
@@ -35,6 +40,8 @@ def form_of(
             The one that takes the place of `args.optim`.
         bits (`int`, *optional*):
             8 or 4, if the base model is quantized to these.
+        continued (`str`, *optional*):
+            Folder of the adapter that the run began with.
 
     Returns:
         `dict`, of what JSON can hold.
@@ -51,6 +58,8 @@ def form_of(
     form: dict[str, Any] = {"adapter": adapter, "bits": bits, "optim_args": args.optim_args}
     if adapter is not None or args.beta > 0:  # otherwise nothing of it is left
         form |= {"base": path, "base_weights": fingerprint(path)}
+    if args.beta > 0:  # the initial policy is not in the checkpoint
+        form["initial_adapter"] = fingerprint(continued or "")
     # Both forms of torch's AdamW have the same state
     name = OptimizerNames(args.optim).value.removesuffix("_fused")
     form["optim"] = name if optimizer is None else type(optimizer).__name__

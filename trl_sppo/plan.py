@@ -107,7 +107,9 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
     adopt_options(model_args)
-    form = form_of(args, base_of(str(model_args.model_name_or_path)), _adapter_of(model_args))
+    policy = str(model_args.model_name_or_path)
+    continued = policy if is_adapter(policy) else None
+    form = form_of(args, base_of(policy), _adapter_of(model_args), continued=continued)
     check_resume(args, {name: form[name] for name in form if name not in ("bits", "sharding")})
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only

@@ -61,7 +61,8 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         policy = cast(torch.nn.Module, self.model)
-        self._form = form_of(self.args, policy, None, self.optimizer, quantized_bits(policy, self.args))
+        bits = quantized_bits(policy, self.args)
+        self._form = form_of(self.args, policy, None, self.optimizer, bits, self._adapter)
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
         self._last_saved_step: int | None = None
         self._resumed = False

@@ -172,7 +172,8 @@ class SPPOTrainer(ScoringTrainer):
             )
         if args.resume_from_checkpoint:
             bits = quantized_bits(model, args, kwargs.get("quantization_config"))
-            form = form_of(args, model, kwargs.get("peft_config"), kwargs.get("optimizers", (None,))[0], bits)
+            optimizer = kwargs.get("optimizers", (None,))[0]
+            form = form_of(args, model, kwargs.get("peft_config"), optimizer, bits, self._adapter)
             check_resume(args, form)
         reward_funcs = _without_slash(_as_list(reward_funcs))
         preference_funcs = _as_list(preference_func)
