@@ -179,6 +179,17 @@ def test_completions_end_with_their_eos(folder):
     assert all(len(text) <= length for text, length in zip(texts, lengths, strict=True))
 
 
+@pytest.mark.parametrize("eos", [5, [5, 9], None])
+def test_all_tokens_that_end_a_training_completion_end_it_here(folder, eos):
+    """The tokenizer's, and those that the checkpoint names."""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained("policy-0").eval(), make_tokenizer()
+    model.generation_config.eos_token_id = eos
+    (group,) = sample_ids(model, tokenizer, [[3, 4]], Sampling(400, 12, temperature=2.0))
+    ends = {1, *([] if eos is None else [eos] if isinstance(eos, int) else eos)}
+    assert {ids[-1] for ids in group if len(ids) < 12} == ends
+    assert not any(ends & set(ids[:-1]) for ids in group)
+
+
 def test_a_panel_scores_like_the_trainer(folder, make_trainer):
     """The same reward model, on the same completions, in both."""
     torch.manual_seed(0)

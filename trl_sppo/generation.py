@@ -1,4 +1,4 @@
-"""Generation with transformers: only what was asked for acts."""
+"""Generation: only what was asked for acts, and which tokens end a completion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +31,9 @@ def only_requested_generation(model: Any) -> Iterator[None]:
     finally:
         config.clear()
         config.update(recommended)
+
+
+def end_tokens(config: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion, as in TRL: the tokenizer's EOS token, and all that the checkpoint names."""
+    ends: Any = getattr(config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or ())} - {None})

@@ -27,6 +27,7 @@ from trl.data_utils import is_conversational
 
 from .adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some
 from .checkpoints import read_beginning
+from .generation import end_tokens, only_requested_generation
 from .opponents import Groups, group_of, row_of
 from .stored_rollouts import COLUMNS, without_nulls
 from .trust import check_safetensors, own_code_is_refused
@@ -328,7 +329,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
         tokenizer.pad_token = tokenizer.eos_token
     prompt_ids = [tokenize_prompt(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts["prompt"]]
     if sampling.use_vllm:
-        ids = _sample_with_vllm(policy, base, prompt_ids, sampling)
+        ids = _sample_with_vllm(policy, base, tokenizer, prompt_ids, sampling)
     else:
         model: Any = load_policy(policy, sampling.trust_remote_code)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -395,25 +396,22 @@ def sample_ids(
     """
     torch.manual_seed(sampling.seed)
     repeated = [ids for ids in prompt_ids for _ in range(sampling.num_generations)]
-    # What the checkpoint recommends (a repetition penalty, say) would sample from another policy than the one trained
-    model.generation_config = GenerationConfig(  # type: ignore[assignment]
-        eos_token_id=model.generation_config.eos_token_id,  # type: ignore[union-attr]
-        bos_token_id=model.generation_config.bos_token_id,  # type: ignore[union-attr]
-    )
-    ends = set(torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id).view(-1).tolist())  # type: ignore[union-attr]
+    ends = end_tokens(model.generation_config, tokenizer)
     completions: list[list[int]] = []
     for start in tqdm(range(0, len(repeated), sampling.batch_size), desc=description):
         batch = {"input_ids": repeated[start : start + sampling.batch_size]}
         inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=sampling.max_completion_length,
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with only_requested_generation(model):
+            output = model.generate(  # type: ignore[operator]
+                **inputs,
+                max_new_tokens=sampling.max_completion_length,
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=ends,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         for row in output[:, inputs["input_ids"].size(1) :].tolist():
             end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
             completions.append(row[: end + 1])
@@ -422,7 +420,7 @@ def sample_ids(
 
 
 def _sample_with_vllm(
-    policy: str, base: str, prompt_ids: Sequence[list[int]], sampling: Sampling
+    policy: str, base: str, tokenizer: Any, prompt_ids: Sequence[list[int]], sampling: Sampling
 ) -> list[list[list[int]]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -431,6 +429,12 @@ def _sample_with_vllm(
     if policy != base:
         rank = cast(LoraConfig, config_of(policy)).r
         adapter = {"enable_lora": True, "max_lora_rank": next(size for size in VLLM_RANKS if size >= rank)}
+    try:
+        recommended = GenerationConfig.from_pretrained(base)
+    except OSError:  # there is no such file
+        config = AutoConfig.from_pretrained(base, trust_remote_code=sampling.trust_remote_code)
+        recommended = GenerationConfig.from_model_config(config)
+    ends = end_tokens(recommended, tokenizer)
     engine = LLM(
         model=base,
         seed=sampling.seed,
@@ -445,6 +449,7 @@ def _sample_with_vllm(
             n=sampling.num_generations,
             temperature=sampling.temperature,
             max_tokens=sampling.max_completion_length,
+            stop_token_ids=ends,
         ),  # no seed here: all prompts would have the same random numbers
         lora_request=LoRARequest("policy", 1, policy) if adapter else None,
     )
