@@ -9,12 +9,14 @@ import sys
 import pytest
 
 from trl_sppo.alone import alone_in
+from trl_sppo.evaluate import EvalArguments, evaluate, parse
 from trl_sppo.train import build_trainer
 
 
 HOLD = """
 import sys, time
 from trl_sppo.alone import alone_in
+from trl_sppo.evaluate import EvalArguments, evaluate, parse
 with alone_in(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -41,6 +43,14 @@ def test_the_second_run_is_refused_and_told_of_the_first(other_run, make_trainer
             getattr(trainer, method)()
     assert (tmp_path / "out" / "run_began.json").read_text() == "{}"  # nothing of the first one's was touched
     monkeypatch.setattr("trl_sppo.train.load_data", lambda *args: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    for name, score in (("a", 1.0), ("b", 0.0)):
+        row = {"prompt": "p", "completions": ["c"], "lengths": [1], "scores": {"judge": [score]}}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    argv = ["--model_name_or_path", "a.jsonl", "--opponent_name_or_path", "b.jsonl", "--output_dir"]
+    with pytest.raises(ValueError, match="in use by process"):
+        evaluate(parse(EvalArguments, "trl-sppo eval", [*argv, "out"]))
+    assert evaluate(parse(EvalArguments, "trl-sppo eval", [*argv, "other"]))["judge"][0].mean == 1
     with pytest.raises(ValueError, match=expected):
         build_trainer(["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"])
 

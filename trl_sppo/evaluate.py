@@ -10,6 +10,7 @@ from typing import Any, cast
 from datasets import Dataset, load_dataset
 from trl.data_utils import is_conversational
 
+from .alone import alone_in
 from .arguments import check_output_dir
 from .checkpoints import write_atomically
 from .checks import check_vllm_is_installed, how_to_make_prompts
@@ -313,6 +314,18 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
         columns = [set(prompts.column_names), *(set(row_of(groups[0])) for groups in players.values())]
         template = next((each for each in templates.values() if each), None)
         panel = args.load_panel(prompts["prompt"][0], set.intersection(*columns), template)
+    with alone_in(args.output_dir):
+        return _play(args, sides, prompts, players, templates, panel)
+
+
+def _play(
+    args: EvalArguments,
+    sides: dict[str, str],
+    prompts: Dataset,
+    players: dict[str, Groups],
+    templates: dict[str, Any],
+    panel: Panel | None,
+) -> dict[str, tuple[WinRate, WinRate]]:
     folder = Path(args.output_dir)
     sampled: dict[str, Path] = {}
     try:
