@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -112,7 +113,8 @@ def test_ctrl_c_while_a_process_imports(tmp_path, module):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])}
     command = [sys.executable, "-m", module, *(["check", "x"] if module == "trl_sppo" else [])]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
+    # Python ends itself by the signal, of which shells and `trl-sppo train` make 130
+    assert result.returncode in (130, -signal.SIGINT) and "Traceback" not in result.stderr, result.stderr
 
 
 def test_ctrl_c_while_a_trainer_is_built(monkeypatch, capsys):

@@ -426,7 +426,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
     assert run(*EVAL, *JUDGES, *sides) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    kept = sorted(path.name for path in Path("eval").iterdir())
+    kept = sorted(path.name for path in Path("eval").glob("[!.]*"))
     if moment == "sampling the first":
         assert said == "trl-sppo: interrupted." and kept == ["win_rates.json"]
         return

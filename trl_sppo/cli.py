@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt as interrupt:
-        print(f"\ntrl-sppo: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
+        print(f"trl-sppo: {str(interrupt) or 'interrupted.'}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

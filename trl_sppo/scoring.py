@@ -136,9 +136,9 @@ class ScoringTrainer(ResumableTrainer):
 
     def _check_prompts(self, args: SPPOConfig, sources: list, tokenizers: list, num_judges: int, kwargs: dict) -> None:
         """Through the templates of the policy and of reward models, of which none is loaded yet."""
-        policy = policy_reader(args, kwargs["model"], kwargs["processing_class"], kwargs.get("tools"))
         self._readers = reward_readers(args, sources, tokenizers, num_judges)
-        if kwargs.get("rollout_func") is None:  # which renders prompts itself
+        if kwargs.get("rollout_func") is None:  # which renders prompts itself, and samples what it likes
+            policy = policy_reader(args, kwargs["model"], kwargs["processing_class"], kwargs.get("tools"))
             self._readers.insert(0, policy)
         if kwargs.get("environment_factory") is None:  # environments may bring or change the prompts
             check_prompts(self._readers, named_datasets(kwargs["train_dataset"], kwargs["eval_dataset"]))
