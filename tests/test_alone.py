@@ -1,10 +1,13 @@
 """Two runs in one output directory: the second is refused, unless the first is dead."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,18 +68,23 @@ def test_a_dead_runs_mark_does_not_hold(other_run, make_trainer, how):
     assert trainer.state.global_step == 1
 
 
-def test_the_lock_of_a_dead_process_that_its_children_hold_is_passed_over(other_run, tmp_path):
-    owner = tmp_path / "out" / ".run.json"
+def test_the_lock_of_a_dead_process_that_its_children_hold_is_waited_for(other_run, tmp_path, monkeypatch):
+    owner = tmp_path / "out" / "_run.json"
     facts = json.loads(owner.read_text())
-    owner.write_text(json.dumps({**facts, "process": 2**22 + 1}))  # beyond the largest number of a process
+    dead = {**facts, "process": 2**22 + 1}  # beyond the largest number of a process
+    owner.write_text(json.dumps(dead))
+    monkeypatch.setattr("trl_sppo.alone.ORPHANS", 0.3)
+    with pytest.raises(ValueError, match="not seen from here: its children"), alone_in(str(tmp_path / "out")):
+        pass
+    for other, message in (({**dead, "host": "elsewhere"}, "on elsewhere"), ("torn", "in use by another process")):
+        owner.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=message), alone_in(str(tmp_path / "out")):
+            pass
+    owner.write_text(json.dumps(dead))
+    monkeypatch.setattr("trl_sppo.alone.ORPHANS", 30)
+    threading.Timer(0.5, other_run.kill).start()
     with alone_in(str(tmp_path / "out")):
-        pass
-    owner.write_text(json.dumps({**facts, "process": 2**22 + 1, "host": "elsewhere"}))
-    with pytest.raises(ValueError, match="on elsewhere"), alone_in(str(tmp_path / "out")):
-        pass
-    owner.write_text("torn")
-    with pytest.raises(ValueError, match="in use by another process"), alone_in(str(tmp_path / "out")):
-        pass
+        assert json.loads(owner.read_text())["process"] == os.getpid()
 
 
 def test_a_run_that_has_ended_leaves_the_folder_free(make_trainer, tmp_path):
@@ -91,13 +99,14 @@ def test_a_run_that_has_ended_leaves_the_folder_free(make_trainer, tmp_path):
     code = f"from trl_sppo.alone import alone_in\nwith alone_in({str(tmp_path / 'out')!r}): print('free')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "free\n", result.stderr
-    assert not (tmp_path / "out" / ".run.json").exists()
+    assert not (tmp_path / "out" / "_run.json").exists()
 
 
-def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
-    def acquire(self):
-        raise NotImplementedError("flock")
+@pytest.mark.parametrize("error", [OSError("no locks available"), None])
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog, error):
+    def flock(*args):
+        raise error
 
-    monkeypatch.setattr("trl_sppo.alone.FileLock.acquire", acquire)
-    with alone_in(str(tmp_path)):
-        assert "cannot be locked (flock)" in caplog.text
+    monkeypatch.setattr("trl_sppo.alone.fcntl", error and SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    with alone_in(str(tmp_path / str(error))):
+        assert f"cannot be locked ({error or 'this system has no flock'})" in caplog.text

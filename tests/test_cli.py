@@ -124,7 +124,7 @@ def test_ctrl_c_while_a_trainer_is_built(monkeypatch, capsys):
     monkeypatch.setattr(train, "build_trainer", interrupted)
     with pytest.raises(SystemExit) as exit:
         train.main([])
-    assert exit.value.code == 130 and capsys.readouterr().err == ""
+    assert exit.value.code == 130 and capsys.readouterr().err == "trl-sppo: interrupted.\n"
 
 
 def test_an_error_in_the_process_is_one_message_and_a_status(workdir):

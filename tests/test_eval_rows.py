@@ -5,10 +5,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import count_abc, make_tokenizer, more_abc
+import torch
+from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
 from test_evaluate import EVAL, JUDGES, PROMPTS, folder, run  # noqa: F401
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo import evaluate, ladder, policies
 from trl_sppo.opponents import EvaluationFiles, aligned, group_of, matched, row_of
@@ -426,7 +427,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
     assert run(*EVAL, *JUDGES, *sides) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    kept = sorted(path.name for path in Path("eval").glob("[!.]*"))
+    kept = sorted(path.name for path in Path("eval").glob("[!_]*"))
     if moment == "sampling the first":
         assert said == "trl-sppo: interrupted." and kept == ["win_rates.json"]
         return
@@ -477,3 +478,75 @@ def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):  # no
     assert (
         "needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]`" in capsys.readouterr().err
     )
+
+
+# ---- Found before anything is sampled
+
+
+def conversations(*rows) -> None:
+    lines = [json.dumps({"prompt": [{"role": role, "content": "ab"} for role in roles]}) for roles in rows]
+    Path("prompts/test.jsonl").write_text("\n".join(lines))
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}ab"
+SIDES = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
+
+
+@pytest.mark.parametrize(
+    ("rows", "who", "message"),
+    [
+        ((["user"], ["system", "user"]), "policy-0", "prompt 1 cannot be read by policy 'policy-0': no system"),
+        ((["user"], ["system", "user"]), "judge", "prompt 1 is refused by the chat template of judge 'judge': no sys"),
+        ((["user"], ["user", "assistant"]), None, "prompt 1 cannot be read by policy 'policy-1': it ends with an "),
+    ],
+)  # fmt: skip
+def test_prompts_that_cannot_be_read(folder, capsys, monkeypatch, rows, who, message):  # noqa: F811
+    conversations(*rows)
+    Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained("judge")
+    make_tokenizer().save_pretrained("judge")
+    if who:
+        make_tokenizer(chat_template=NO_SYSTEM).save_pretrained(who)
+    monkeypatch.setattr(evaluate, "sample", lambda *args: pytest.fail("too late"))
+    assert run(*EVAL, "--reward_model_name_or_path", "judge", *SIDES) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_files_that_are_empty_or_torn(folder, capsys, content):  # noqa: F811
+    Path("prompts/test.jsonl").write_text(content)
+    Path("file.jsonl").write_text(content)
+    assert run(*EVAL, *JUDGES, *SIDES) == 2
+    assert "dataset_name='prompts' with dataset_test_split='test' cannot be loaded" in capsys.readouterr().err
+    assert run("eval", *JUDGES, "--model_name_or_path", "file.jsonl", "--opponent_name_or_path", "file.jsonl") == 2
+    assert "'file.jsonl' cannot be read as json" in capsys.readouterr().err
+
+
+def test_a_judge_that_runs_out_of_memory_loses_no_completions(folder, capsys, monkeypatch):  # noqa: F811
+    def score(self, groups):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate.Panel, "score", score)
+    assert run(*EVAL, *JUDGES, *SIDES) == 2
+    error = capsys.readouterr().err
+    assert "OutOfMemoryError: CUDA out of memory" in error and "--model_name_or_path eval/model.parquet" in error
+
+
+def test_columns_with_empty_lists(folder, make_trainer):  # noqa: F811
+    """TRL's test for conversations fails on them."""
+    rows = Dataset.from_list(
+        [{"prompt": "ab", "tags": []}, {"prompt": "ab", "tags": ["x"]}, {"prompt": "c", "tags": []}]
+    )
+    trainer = make_trainer(
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+        trainer_kwargs={"eval_dataset": Dataset.from_list(rows)},
+    )
+    trainer.train()
+    assert "eval_win_rate_vs_previous/count_abc" in trainer.state.log_history[-2]
+
+
+def test_a_policy_that_was_trained_on_images_is_not_sampled_without_them(folder, capsys):  # noqa: F811
+    Path("run_began.json").write_text(json.dumps({"began_at": "2026", "images": True, "config": {}}))
+    assert run(*EVAL, *JUDGES, *SIDES) == 2
+    assert "policy 'policy-1' was trained on images" in capsys.readouterr().err

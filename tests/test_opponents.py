@@ -182,6 +182,26 @@ def test_a_win_rate_says_which_policy_is_the_best(evaluated, options, kwargs, me
         assert trainer.lr_scheduler.get_last_lr()[0] < 0.1
 
 
+def test_a_judge_that_scores_nothing_does_not_end_the_run(evaluated, caplog):
+    trainer = evaluated(trainer_kwargs={"eval_reward_funcs": lambda completions, **kwargs: [None] * len(completions)},
+                        **BEST)  # fmt: skip
+    assert trainer.state.global_step == 6 and trainer.state.best_model_checkpoint is None
+    assert "is not known: the judge has scored nothing" in caplog.text
+    assert not any("win_rate_vs" in name for name in evaluations(trainer)[0])
+
+
+def test_a_second_trainer_chooses_its_own_metric(evaluated, make_trainer):
+    first = evaluated(**BEST)
+    second = type(first)(first.model, length, first.args, first.train_dataset, EVAL_PROMPTS, first.processing_class)
+    assert second.args.metric_for_best_model == "eval_win_rate_vs_initial/length"
+
+
+def test_a_greedy_schedule_follows_a_win_rate_upwards(make_trainer):
+    kwargs = {"eval_dataset": EVAL_PROMPTS, "eval_reward_funcs": steadily}
+    trainer = make_trainer(trainer_kwargs=kwargs, **{**EVALUATING, "lr_scheduler_type": "greedy"})
+    assert trainer.args.lr_scheduler_kwargs["mode"] == "max"
+
+
 def test_a_loss_is_no_metric(evaluated):
     with pytest.raises(ValueError, match="metric_for_best_model='eval_loss' says nothing about the policy"):
         evaluated(**BEST, metric_for_best_model="eval_loss")

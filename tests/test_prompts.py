@@ -7,7 +7,7 @@ import pytest
 import torch
 import trl
 from conftest import CHAT_TEMPLATE, TINY, count_abc, make_tokenizer, more_abc
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from test_images import dataset as image_dataset
 from test_images import score, seeing  # noqa: F401
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -475,6 +475,9 @@ LAYOUTS = {
         {"chosen": "\n\nHuman: a\n\nAssistant: b c", "rejected": "\n\nHuman: a\n\nAssistant: b d"},
         ["\n\nHuman: a\n\nAssistant:"],
     ),
+    "a question with chosen and rejected": (
+        {"question": "ab", "chosen": "The answer is 4.", "rejected": "The result is 5."}, [[USER], "ab"],
+    ),
     "ShareGPT": (
         {"conversations": share(("system", "gh"), ("human", "ab"), ("gpt", "ef"), ("human", "cd"), ("gpt", "ef"))},
         [[SYSTEM, USER, ASSISTANT, OTHER]],
@@ -610,3 +613,14 @@ def test_a_dataset_without_prompts(make_trainer, tiny_model, tiny_tokenizer):
     reader = policy_reader(make_trainer().args, tiny_model, tiny_tokenizer)
     check_prompts([reader], {"train_dataset": Dataset.from_dict({"environment": ["a"]})})
     assert reader.lengths == {}
+
+
+def test_images_inside_messages_are_not_decoded(monkeypatch):
+    """They may be large, and the check leaves them to TRL."""
+    part = lambda row: [{"type": "image", "image": row["image"]}, {"type": "text", "text": "ab"}]  # noqa: E731
+    rows = [{"prompt": [{"role": "user", "content": part(row)}]} for row in image_dataset()]
+    kinds = {"type": Value("string"), "image": Image(), "text": Value("string")}
+    features = Features({"prompt": List({"role": Value("string"), "content": List(kinds)})})
+    dataset = Dataset.from_list(rows, features=features)
+    monkeypatch.setattr(Image, "decode_example", lambda *args, **kwargs: pytest.fail("decoded"))
+    check_prompts([], {"train_dataset": dataset})

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, more_abc
+from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
 from fixed import weights
 from peft import IA3Config, LoraConfig
-from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
 from trl_sppo.forms import differences, fingerprint
@@ -484,6 +492,35 @@ def test_what_a_resumed_run_may_change(start, tiny_policy, tmp_path, then, now):
     assert resumed.state.global_step == 2
 
 
+@pytest.mark.parametrize("kind", ["GPT-2", "mixture of experts"])
+def test_what_peft_settles_when_it_adds_an_adapter_is_no_difference(start, tmp_path, tiny_tokenizer, kind):
+    """`fan_in_fan_out` of Conv1D, ranks of the experts' fused weights."""
+    sizes = {"vocab_size": 31, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    if kind == "GPT-2":
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    else:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{
+            **TINY, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8,
+        }))  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    run = {"model": str(tmp_path / "base"), **adapter(target_modules="all-linear")}
+    start("run", max_steps=1, **run).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    resumed = start("again", max_steps=2, resume_from_checkpoint=checkpoint, **run)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 2
+
+
+def test_another_chat_template_is_another_run(start, tmp_path):
+    start("run", max_steps=1).train()
+    tokenizer = make_tokenizer(chat_template="{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="the tokenizer or its chat template was another one"):
+        start("again", trainer_kwargs={"processing_class": tokenizer}).train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")
+        )
+
+
 def test_a_checkpoint_of_an_earlier_version_says_nothing_of_its_form(start, tmp_path):
     start("run", max_steps=1).train()
     path = tmp_path / "run" / "checkpoint-1" / "manifest.json"
@@ -516,6 +553,8 @@ def test_the_checkpoint_is_looked_for_before_anything_is_loaded(start, monkeypat
         ({"base": "a", "base_weights": "1"}, {"base": "b", "base_weights": "1"}, []),
         ({"base": "a", "base_weights": "1"}, {"base": "a", "base_weights": None}, []),
         ({"adapter": {"r": 1}}, {}, []),
+        ({"initial_adapter": "1"}, {"initial_adapter": "2"}, ["the adapter that the run began with was another one"]),
+        ({"initial_adapter": None}, {"initial_adapter": "2"}, []),  # a model that was given in Python
     ],
 )
 def test_differences_of_forms(then, now, expected):

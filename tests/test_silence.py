@@ -5,19 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import count_abc, more_abc
+from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo.faults import RunError
 from trl_sppo.scoring import ScoringTrainer
 
 
-def stops_after(scored, per_rollout=2, length=1000, shuffle=True, may_pass=True) -> int | None:
+def stops_after(scored, per_rollout=2, length=1000, shuffle=True, may_pass=True, alone=True) -> int | None:
     """After how many prompts a run stops; `scored` says of each whether the source has scored it."""
-    trainer = SimpleNamespace(_silence={}, train_dataset=range(length), shuffle_dataset=shuffle)
+    dataset = iter([]) if length is None else range(length)
+    trainer = SimpleNamespace(_silence={}, train_dataset=dataset, shuffle_dataset=shuffle)
     for start in range(0, len(scored), per_rollout):
         rollout = torch.tensor(scored[start : start + per_rollout])
-        if ScoringTrainer._silent_prompts(trainer, "it", rollout, may_pass):
+        if ScoringTrainer._silent_prompts(trainer, "it", rollout, may_pass, alone):
             return start + len(rollout)
     return None
 
@@ -37,6 +39,9 @@ def test_prompts_of_other_tasks_in_any_order(share, per_rollout):
         ([False] * 300, {"length": 40}, 40),  # a whole epoch
         ([False] * 300, {"length": 2}, 2),
         ([False] * 300, {"may_pass": False}, 2),  # at once
+        ([False] * 300, {"alone": False, "length": 250}, 250),  # others vote meanwhile
+        ([False] * 2000, {"length": None}, 1000),  # a stream
+        ([True] * 2 + [False] * 2000, {"length": None}, 1002),
         ([True] * 100 + [False] * 300, {}, 106),  # not before three rollouts
         ([True] * 100 + [False] * 300, {"may_pass": False}, 106),
         ([True] * 100 + [False, False] * 2 + [True] * 2, {"may_pass": False}, None),
@@ -83,6 +88,17 @@ def test_a_task_that_comes_late_is_waited_for(make_trainer, sources, shuffle):
     trainer.train()
     unscorable = [row["win_rate/unscorable"] for row in trainer.state.log_history if "loss" in row]
     assert unscorable[0] == 1 and sorted(unscorable) == [0.0] * 2 + [1.0] * 18
+
+
+def test_a_reward_model_without_a_vote_does_not_end_the_run_of_a_function(make_trainer, tiny_policy, tmp_path):
+    Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained(tmp_path / "rm")
+    make_tokenizer().save_pretrained(tmp_path / "rm")
+    trainer = make_trainer(
+        reward_funcs=[str(tmp_path / "rm"), counting_only], reward_weights=[0.0, 1.0], per_device_train_batch_size=4,
+        max_steps=3, shuffle_dataset=False, trainer_kwargs={"train_dataset": mixed(20, every=10)},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize("sources", SOURCES, ids=["scores", "compares"])

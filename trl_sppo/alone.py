@@ -3,22 +3,27 @@
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.get_logger(__name__)
 
-LOCK, OWNER = (
-    ".run.lock",
-    ".run.json",
-)  # in the output directory; the operating system frees the lock of a dead process
+# In the output directory. Names that begin with _ are not pushed to a hub. The system frees the lock of a dead process
+LOCK, OWNER = "_run.lock", "_run.json"
+ORPHANS = 30.0  # seconds that the children of a dead process may hold its lock
 
 
 @contextmanager
@@ -35,34 +40,45 @@ def alone_in(folder: str) -> Iterator[None]:
     """
     owner = Path(folder) / OWNER
     owner.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(owner.with_name(LOCK)), timeout=0, is_singleton=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        _refuse_if_alive(folder, owner)
-    except (OSError, NotImplementedError) as error:
-        logger.warning_once(f"{folder} cannot be locked ({error}): do not start a second run in it.")
-    if lock.is_locked:
+    with open(owner.with_name(LOCK), "a") as lock:
+        deadline = time.monotonic() + ORPHANS
+        while not _is_locked_now(lock, folder):
+            problem, is_dead = _who_holds(owner)
+            if not is_dead or time.monotonic() > deadline:
+                raise ValueError(
+                    f"output_dir={folder!r} is in use by {problem}. Two runs would mix up their files: wait for its "
+                    "end, stop it, or give another output_dir."
+                )
+            time.sleep(0.2)
         facts = {"process": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
         owner.write_text(json.dumps(facts) + "\n")
-    try:
-        yield
-    finally:
-        if lock.is_locked:
+        try:
+            yield
+        finally:
             owner.unlink(missing_ok=True)
-            lock.release()
 
 
-def _refuse_if_alive(folder: str, owner: Path) -> None:
+def _is_locked_now(lock: Any, folder: str) -> bool:
+    """Take the lock. `False` if another process has it; where there are no locks, `True` with a warning."""
+    try:
+        if fcntl is None:
+            raise OSError("this system has no flock")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning_once(f"{folder} cannot be locked ({error}): do not start a second run in it.")
+    return True
+
+
+def _who_holds(owner: Path) -> tuple[str, bool]:
+    """In words, and whether that process is dead, as far as can be seen from here."""
     try:
         facts = json.loads(owner.read_text())
         process, host, since = facts["process"], facts["host"], facts["since"]
-    except (OSError, ValueError, LookupError):  # it begins, or ends, right now
-        process = host = since = None
+    except (OSError, ValueError, LookupError, TypeError):  # it begins, or ends, right now
+        return "another process", False
+    who = f"process {process} on {host}, which began at {since}"
     if host == socket.gethostname() and not psutil.pid_exists(process):
-        return  # its children hold the lock for a moment longer
-    who = "another process" if process is None else f"process {process} on {host}, which began at {since}"
-    raise ValueError(
-        f"output_dir={folder!r} is in use by {who}. Two runs would mix up their files: wait for its end, stop it, or "
-        "give another output_dir."
-    )
+        return f"{who} and is not seen from here: its children, or it is in another container", True
+    return who, False

@@ -87,11 +87,6 @@ def how_to_make_prompts(row: dict[str, Any]) -> str:
             line = f"`dataset.map(lambda row: {{'prompt': row[{name!r}]{before}}})`"
             line = from_sharegpt(name, before) if "from" in turns[-1] else line
             return f"A prompt is the conversation before the assistant's last message: {line}."
-    if "chosen" in row and "rejected" in row:
-        line = "`dataset.map(trl.extract_prompt)`"
-        if isinstance(row["chosen"], str) and "Assistant:" in row["chosen"]:
-            line = "`dataset.map(lambda row: {'prompt': row['chosen'].rpartition('Assistant:')[0] + 'Assistant:'})`"
-        return f"A prompt is what 'chosen' and 'rejected' both begin with: {line}."
     for name in TEXTS:
         if isinstance(row.get(name), str):
             content = f"row[{name!r}]"
@@ -106,6 +101,11 @@ def how_to_make_prompts(row: dict[str, Any]) -> str:
                     else f"`dataset.map(lambda row: {{'prompt': {content}}})`."
                 )
             )
+    if "chosen" in row and "rejected" in row:
+        line = "`dataset.map(trl.extract_prompt)`"
+        if isinstance(row["chosen"], str) and "Assistant:" in row["chosen"]:
+            line = "`dataset.map(lambda row: {'prompt': row['chosen'].rpartition('Assistant:')[0] + 'Assistant:'})`"
+        return f"A prompt is what 'chosen' and 'rejected' both begin with: {line}."
     return "Rename the column that holds prompts without completions: `dataset.rename_column('...', 'prompt')`."
 
 
@@ -579,7 +579,8 @@ def check_not_replaced(model: str, output_dir: str) -> None:
     if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
         raise ValueError(
             f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run writes its own over it. "
-            "Give another output_dir; to go on with the run that saved it, set resume_from_checkpoint=true."
+            "Give another output_dir. To go on with the run that saved it, give the model that it began with, and "
+            "resume_from_checkpoint=true."
         )
 
 

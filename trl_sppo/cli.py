@@ -64,7 +64,7 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from .train import fail, launch_arguments, make_parser, read_recipe, split_config
+    from .train import accelerate_config, fail, launch_arguments, make_parser, read_recipe, split_config
 
     parser = make_parser()
     if {"-h", "--help"} & set(argv):
@@ -73,6 +73,8 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     argv = split_config(argv)
     try:
         launch = launch_arguments(parser, argv)
+        if "--cpu" not in launch:
+            accelerate_config(None)  # the default one, which the launcher would read
         env = read_recipe(argv[argv.index("--config") + 1]).get("env", {}) if "--config" in argv else {}
     except ValueError as error:
         fail(error)

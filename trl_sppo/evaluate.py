@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from trl.data_utils import is_conversational
 
 from .alone import alone_in
@@ -19,7 +20,7 @@ from .loading import dataset_source
 from .opponents import Groups, matched, play_stored, row_of, without_images
 from .option_checks import find_chat_template_problems
 from .panel import Panel
-from .policies import Sampling, check_policy, is_file, load_completions, run_of, sample
+from .policies import Sampling, check_policy, is_file, load_completions, read_prompts, run_of, sample
 from .stored_rollouts import IMAGES, write_parquet
 from .train import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
 
@@ -176,11 +177,13 @@ class JudgeArguments:
         source = dataset_source(self.dataset_name, self.dataset_config)
         try:
             prompts: Any = load_dataset(**source, split=self.dataset_test_split)
-        except (OSError, ValueError, StopIteration) as error:  # the last if a file is empty
+            if len(prompts) == 0:
+                raise StopIteration
+        except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:  # a file may be empty
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "
-                f"loaded: {error or 'it is empty'}. Check the path, and name a split that it has, such as "
-                "--dataset_test_split train."
+                f"loaded: {error.__cause__ or error or 'it is empty'}. Check the path, and name a split that it has, "
+                "such as --dataset_test_split train."
             ) from error
         if "prompt" not in prompts.column_names:
             raise ValueError(
@@ -192,7 +195,7 @@ class JudgeArguments:
                 f"dataset_name={self.dataset_name!r} has a column 'prompts', but reward functions get all prompts "
                 "under this name. Rename or remove the column."
             )
-        images = [name for name in prompts.column_names if name in IMAGES]
+        images = [name for name in prompts.column_names if name in IMAGES or "Image(" in str(prompts.features[name])]
         if images:
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} has images (column {images[0]!r}), and policies are sampled here "
@@ -309,11 +312,14 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     prompts = args.load_prompts() if first is None else prompts_of(first[: args.max_prompts])
     players = {side: groups[: len(prompts)] for side, groups in players.items()}
     templates = _chat_template_kwargs(args, sides, prompts["prompt"][0])
+    for side in (side for side in sides if side not in players):  # before anything is sampled
+        read_prompts(sides[side], prompts, replace(args.sampling, chat_template_kwargs=templates[side]))
     panel = None
     if args.has_judges or not (len(players) == 2 and all("scores" in g for each in players.values() for g in each)):
         columns = [set(prompts.column_names), *(set(row_of(groups[0])) for groups in players.values())]
         template = next((each for each in templates.values() if each), None)
         panel = args.load_panel(prompts["prompt"][0], set.intersection(*columns), template)
+        panel.check_prompts(prompts["prompt"])
     with alone_in(args.output_dir):
         return _play(args, sides, prompts, players, templates, panel)
 
@@ -344,8 +350,9 @@ def _play(
         results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. {_kept(sampled)}".strip()) from None
-    except ValueError as error:
-        raise ValueError(f"{error} {_kept(sampled)}".strip()) from error
+    except Exception as error:  # of a judge, or for memory: what was sampled is not lost
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
+        raise ValueError(f"{said} {_kept(sampled)}".strip()) from error
     for side, groups in players.items():
         _write(folder / f"{side}.parquet", groups)
     if not results:

@@ -15,6 +15,8 @@ _FREE = {
     "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
     "lora_dropout",
 }  # fmt: skip
+# And what PEFT leaves as it is when it adds the adapter to a model. It settles the rest
+_SETTLED = {"peft_type", "r", "lora_alpha", "bias", "lora_bias", "init_lora_weights", "use_dora", "use_rslora"}
 _BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, of so many bytes
 
 
@@ -46,15 +48,15 @@ def form_of(
     Returns:
         `dict`, of what JSON can hold.
     """
-    unknown = _FREE
-    if peft_config is not None:
-        unknown = {*_FREE, "target_modules", "modules_to_save", "target_parameters"}  # settled when it is added
-    elif hasattr(model, "peft_config"):
+    is_added = peft_config is None and hasattr(model, "peft_config")
+    if is_added:
         peft_config = next(iter(cast(Any, model).peft_config.values()))
     path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     adapter = None
     if peft_config is not None:
-        adapter = {name: value for name, value in peft_config.to_dict().items() if name not in unknown}
+        settled = peft_config.to_dict()
+        names = settled.keys() - _FREE if is_added else settled.keys() & _SETTLED
+        adapter = {name: settled[name] for name in sorted(names)}
     form: dict[str, Any] = {"adapter": adapter, "bits": bits, "optim_args": args.optim_args}
     if adapter is not None or args.beta > 0:  # otherwise nothing of it is left
         form |= {"base": path, "base_weights": fingerprint(path)}
@@ -74,17 +76,22 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
+def digest(*facts: Any) -> str:
+    """The same for the same facts."""
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
 def fingerprint(folder: str) -> str | None:
     """The same for the same weights, wherever they are: of blocks of each file. `None` where there are no files."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         with open(path, "rb") as file:
             for i in range(_BLOCKS):
                 file.seek(max(size - _BLOCK, 0) * i // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:16] if files else None
+                hashed.update(file.read(_BLOCK))
+    return hashed.hexdigest()[:16] if files else None
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -96,6 +103,13 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if weights[0] != weights[1]:
             found.append(f"the base model was {then['base']!r}, now {now['base']!r} with other weights")
         then.pop("base", None)  # it may have been moved
+    for name, problem in (
+        ("initial_adapter", "the adapter that the run began with was another one"),
+        ("tokenizer", "the tokenizer or its chat template was another one"),
+    ):
+        each = then.pop(name, None), now.pop(name, None)
+        if None not in each and each[0] != each[1]:
+            found.append(problem)
     adapters = [form.pop("adapter") for form in (then, now) if "adapter" in form]
     if len(adapters) == 2 and (adapters[0] is None) != (adapters[1] is None):
         words = ["the whole policy" if each is None else f"an adapter ({each['peft_type']})" for each in adapters]

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import psutil
 from transformers import TrainerCallback
 
+from .quiet import SAME_SIGNAL
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher may pass on to its processes what the terminal has sent them already: that is the same signal
-SAME_SIGNAL = 3.0  # seconds
 # What `timeout` exits with, of the GNU coreutils
 EXIT_TIME_BUDGET = 124
 # Share of the time budget that is kept for the checkpoint

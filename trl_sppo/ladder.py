@@ -15,7 +15,7 @@ from .checks import check_vllm_is_installed
 from .evaluate import JudgeArguments, parse, prompts_of
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
-from .policies import check_policy, sample
+from .policies import check_policy, read_prompts, sample
 from .train import fail
 
 
@@ -111,6 +111,8 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
             check_vllm_is_installed()
         for step in missing:
             check_policy(str(checkpoints[step]), args.trust_remote_code, args.use_vllm)
+            read_prompts(str(checkpoints[step]), prompts, args.sampling)
+        panel.check_prompts(prompts["prompt"])
         for number, step in enumerate(missing):
             sampling = replace(args.sampling, seed=args.seed + number)
             players[step] = sample(str(checkpoints[step]), prompts, sampling)

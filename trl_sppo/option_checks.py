@@ -66,6 +66,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
 # What TRL gives to a chat template
 SET_BY_TRL = {
     "self", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict", "padding",
+    "continue_final_message", "return_tensors",
 }  # fmt: skip
 
 # How errors of TRL begin that do not say which options they are about

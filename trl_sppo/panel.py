@@ -119,18 +119,29 @@ class Panel:
             for group in groups:
                 group["scores"][name] = [_number(next(iterator)) for _ in group["completions"]]
 
+    def check_prompts(self, prompts: list) -> None:
+        """Raise `ValueError` if the chat template of a reward model refuses a conversation."""
+        for name, (_, tokenizer) in self.sources.items():
+            messages = tokenizer is not None and is_conversational({"prompt": prompts[0]})
+            for i, prompt in enumerate(prompts if messages else ()):
+                try:
+                    self._text(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
+                except Exception as error:  # templates raise whatever they like
+                    raise ValueError(
+                        f"prompt {i} is refused by the chat template of judge {name!r}: {error} Leave out such "
+                        "prompts, or change them."
+                    ) from error
+
+    def _text(self, tokenizer: Any, prompt: Any, completion: Any) -> str:
+        """What TRL's trainer gives a reward model."""
+        if not is_conversational({"prompt": prompt}):
+            return prompt + completion
+        conversation: Any = {"messages": [*prompt, *completion]}
+        return cast(Any, apply_chat_template(conversation, tokenizer, **self.chat_template_kwargs))["text"]
+
     @torch.inference_mode()
     def _ask_model(self, name: str, model: nn.Module, tokenizer: Any, prompts: list, completions: list) -> list[float]:
-        # The texts that TRL's trainer gives a reward model
-        if is_conversational({"prompt": prompts[0]}):
-            texts = [
-                apply_chat_template({"messages": [*prompt, *completion]}, tokenizer, **self.chat_template_kwargs)[
-                    "text"
-                ]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-        else:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        texts = [self._text(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in tqdm(range(0, len(texts), 256), desc=name):
             inputs = tokenizer(

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from .adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some
+from .adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some, tokenizer_of
 from .checkpoints import read_beginning
 from .generation import end_tokens, only_requested_generation
 from .opponents import Groups, group_of, row_of
@@ -112,6 +112,11 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
     """
     if is_file(policy):
         return
+    if run_of(policy).get("images"):
+        raise ValueError(
+            f"policy {policy!r} was trained on images, and policies are sampled here from texts only. Evaluate during "
+            "the training (eval_strategy), or give files of completions."
+        )
     check_safetensors("policy", policy)
     check_whole_model("policy", policy)
     if not is_adapter(policy):
@@ -251,9 +256,10 @@ def load_completions(path: str) -> Groups:
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
     try:
         rows: Any = datasets.load_dataset(kind, data_files=path, split="train")
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
         raise ValueError(
-            f"{path!r} cannot be read as {kind}: {error}. Completions come as .parquet, .jsonl or .csv."
+            f"{path!r} cannot be read as {kind}: {error or 'it is empty'}. Completions come as .parquet, .jsonl or "
+            ".csv."
         ) from error
     columns = rows.column_names
     if "prompt" not in columns or not {"completions", "completion"} & set(columns):
@@ -319,15 +325,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
             "from those of its training."
         )
     base = base_of(policy)
-    with own_code_is_refused(f"policy {policy!r}", OWN_CODE):
-        # An adapter is saved with the tokenizer of its training
-        has_tokenizer = (Path(policy) / "tokenizer_config.json").is_file()
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            policy if has_tokenizer else base, trust_remote_code=sampling.trust_remote_code
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    prompt_ids = [tokenize_prompt(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts["prompt"]]
+    tokenizer, prompt_ids = read_prompts(policy, prompts, sampling)
     if sampling.use_vllm:
         ids = _sample_with_vllm(policy, base, tokenizer, prompt_ids, sampling)
     else:
@@ -350,6 +348,37 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     ]
 
 
+def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any, list[list[int]]]:
+    """
+    Tokenize prompts as a policy reads them.
+
+    Args:
+        policy, prompts, sampling:
+            As for [`sample`].
+
+    Returns:
+        The policy's tokenizer, and the token ids of each prompt.
+
+    Raises:
+        `ValueError`: if a prompt cannot be read.
+    """
+    with own_code_is_refused(f"policy {policy!r}", OWN_CODE):  # an adapter is saved with the tokenizer of its training
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            tokenizer_of(policy), trust_remote_code=sampling.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    found = []
+    for i, prompt in enumerate(prompts["prompt"]):
+        try:
+            found.append(tokenize_prompt(tokenizer, prompt, sampling.chat_template_kwargs))
+        except Exception as error:  # chat templates raise whatever they like
+            raise ValueError(
+                f"prompt {i} cannot be read by policy {policy!r}: {error} Leave out such prompts, or change them."
+            ) from error
+    return tokenizer, found
+
+
 def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
     """What the policy reads, as in TRL. Raises `ValueError` if it would need a chat template and has none."""
     if not is_conversational({"prompt": prompt}):
@@ -359,6 +388,8 @@ def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: dict[str,
             f"the prompts are conversational, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Save "
             "one beside the policy, or give prompts as texts."
         )
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("it ends with an assistant message, after which another one would be opened.")
     messages = [without_nulls(message) for message in prompt]
     kwargs: Any = chat_template_kwargs or {}
     return list(

@@ -138,8 +138,13 @@ def _batches(name: str, dataset: AnyDataset, readers: Sequence[Reader]) -> Itera
     start = 0
     hidden = len(dataset) < MANY or any(r.args.disable_tqdm or r.args.local_process_index != 0 for r in readers)
     with tqdm(desc=f"prompts of {name}", total=len(dataset), leave=False, disable=hidden) as bar:
-        for batch in dataset.select_columns("prompt").iter(BATCH):
-            prompts = list(cast(Any, batch)["prompt"])
+        column, size = dataset.select_columns("prompt"), BATCH
+        has_images = "Image(" in str(column.features)
+        if has_images:  # which are not decoded here
+            column, size = column.with_format("arrow"), 50
+        for batch in column.iter(size):
+            values: Any = cast(Any, batch)["prompt"]
+            prompts = values.to_pylist() if has_images else list(values)
             yield start, prompts
             start += len(prompts)
             bar.update(len(prompts))

@@ -3,9 +3,14 @@
 import logging
 import signal
 import sys
+import time
 import warnings
 from types import FrameType
 from typing import Any
+
+
+# A launcher may pass on to its processes what the terminal has sent them already: that is the same signal
+SAME_SIGNAL = 3.0  # seconds
 
 
 def hush() -> None:
@@ -26,9 +31,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 def say_interrupts() -> None:
     """On Ctrl-C, one line instead of a traceback. For a process's own module, before its other imports."""
 
+    last = -SAME_SIGNAL
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a launcher passes on what the terminal has sent already
-        raise KeyboardInterrupt
+        nonlocal last
+        is_same, last = time.monotonic() - last < SAME_SIGNAL, time.monotonic()
+        if not is_same:
+            raise KeyboardInterrupt
 
     def say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):

@@ -22,12 +22,12 @@ from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_
 from .checks import quantized_bits
 from .config import SPPOConfig
 from .faults import how_to_go_on
-from .forms import form_of
+from .forms import digest, form_of
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 from .opponents import Opponents
 from .recording import RolloutRecorder
-from .stored_rollouts import installed_versions
+from .stored_rollouts import IMAGES, installed_versions
 
 
 logger = logging.get_logger(__name__)
@@ -63,6 +63,8 @@ class ResumableTrainer(GRPOTrainer):
         policy = cast(torch.nn.Module, self.model)
         bits = quantized_bits(policy, self.args)
         self._form = form_of(self.args, policy, None, self.optimizer, bits, self._adapter)
+        template = getattr(self.processing_class, "chat_template", None)
+        self._form["tokenizer"] = digest(template, self.eos_token_ids, len(self._tokenizer))
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
         self._last_saved_step: int | None = None
         self._resumed = False
@@ -154,9 +156,17 @@ class ResumableTrainer(GRPOTrainer):
         return {
             "policy": self.policy_name,
             **({"tools": tools} if tools else {}),
+            **({"images": True} if self._has_images() else {}),
             "versions": installed_versions(self.args.use_vllm),
             "config": {name: value for name, value in config.items() if value is not None},
         }
+
+    def _has_images(self) -> bool:
+        evaluated: Any = self.eval_dataset
+        datasets = [self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+        columns = [name for dataset in datasets for name in getattr(dataset, "column_names", None) or ()]
+        features = [str(getattr(dataset, "features", None)) for dataset in datasets]
+        return bool(set(IMAGES) & set(columns)) or any("Image(" in each for each in features)
 
     def _forget_earlier_training(self) -> None:
         """Of this trainer, in this process."""

@@ -27,7 +27,12 @@ from .stored_rollouts import stored_panel
 logger = logging.get_logger(__name__)
 
 PATIENCE = 100  # prompts that functions may leave without a score from the start, since they may be of another task
+STREAM = 1000  # as many, where nobody knows how many there are, and in which order
 CHANCE = 1e-6  # and later as many as come in a row with this probability, by the share of those with a score
+
+
+class DefaultMetric(str):
+    """The name of a metric that nobody has asked for."""
 
 
 class ScoringTrainer(ResumableTrainer):
@@ -124,15 +129,16 @@ class ScoringTrainer(ResumableTrainer):
     def _choose_metric(self) -> None:
         """Let a win rate say which policy is the best: transformers' default, the loss, says nothing about that."""
         args = self.args
-        if args.metric_for_best_model != "loss":
+        if args.metric_for_best_model != "loss" and not isinstance(args.metric_for_best_model, DefaultMetric):
             return
         voters = [*self.reward_source_names, *self.preference_func_names]
         names = [*cast(list, self._judges["reward_func_names"]), *self.eval_preference_func_names, *voters]
         prefix = f"eval_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else "eval"
-        args.metric_for_best_model, args.greater_is_better = f"{prefix}_win_rate_vs_initial/{names[0]}", True
-        if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        args.metric_for_best_model = DefaultMetric(f"{prefix}_win_rate_vs_initial/{names[0]}")
+        args.greater_is_better = True
+        if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, "greedy"):
             args.lr_scheduler_kwargs = {"mode": "max", **cast(dict, args.lr_scheduler_kwargs or {})}
-        logger.warning(f"metric_for_best_model is {args.metric_for_best_model!r}, by default the first judge's.")
+        logger.warning(f"metric_for_best_model is {args.metric_for_best_model!s}, by default the first judge's.")
 
     def _check_prompts(self, args: SPPOConfig, sources: list, tokenizers: list, num_judges: int, kwargs: dict) -> None:
         """Through the templates of the policy and of reward models, of which none is loaded yet."""
@@ -188,7 +194,16 @@ class ScoringTrainer(ResumableTrainer):
         kwargs["metric_key_prefix"] = metric_key_prefix
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         results = self._opponents.finish()
-        cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
+        metrics = cast(dict, output.metrics)
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in results.items()})
+        metric = self.args.metric_for_best_model
+        is_asked = isinstance(metric, DefaultMetric) and metric.startswith(f"{metric_key_prefix}_win_rate")
+        if is_asked and metric not in metrics and self.is_in_train and self.state.global_step > 0:
+            logger.warning_once(
+                f"{metric!s} is not known: the judge has scored nothing, or there is no evaluation of the initial "
+                "policy. This policy is not taken for the best."
+            )
+            metrics[str(metric)] = math.nan  # better than nothing: transformers would end the run
         return output
 
     def _stored_panel(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
@@ -234,7 +249,9 @@ class ScoringTrainer(ResumableTrainer):
         asked = (~answers.same).flatten(1).any(dim=1)  # not about groups of identical completions
         if self.model.training and self.preference_weights[i] > 0:
             may_pass = answers.problem == SAYS_NOTHING and not isinstance(self.preference_funcs[i], Endpoint)
-            num_silent = self._silent_prompts(f"oracle {i}", known[asked], may_pass)
+            votes = [*self.reward_weights.tolist(), *self.preference_weights]
+            alone = sum(weight > 0 for weight in votes) == 1
+            num_silent = self._silent_prompts(f"oracle {i}", known[asked], may_pass, alone)
             if num_silent:
                 raise RunError(
                     f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
@@ -249,7 +266,7 @@ class ScoringTrainer(ResumableTrainer):
                 f"preferences/{name}/lost goes on counting."
             )
 
-    def _silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool) -> int:
+    def _silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
         Count the prompts in a row of which a voter has said nothing.
 
@@ -260,6 +277,8 @@ class ScoringTrainer(ResumableTrainer):
                 Of which prompts of this rollout it has said something.
             may_pass (`bool`):
                 Whether it may say nothing of some prompts, as functions do that return `None` for other tasks.
+            alone (`bool`, *optional*, defaults to `True`):
+                Whether nothing is learned while it is silent. If others vote, it is given an epoch.
 
         Returns:
             `int`: their number if it is too large, else 0. A voter that may pass is given the time that its kind of
@@ -271,13 +290,14 @@ class ScoringTrainer(ResumableTrainer):
             return 0
         prompts, rollouts = prompts + len(scored), rollouts + 1
         self._silence[voter] = seen, num_scored, prompts, rollouts
-        length = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else PATIENCE
+        is_stream = not isinstance(self.train_dataset, Sized)
+        length = STREAM if is_stream else len(cast(Sized, self.train_dataset))
         if not may_pass:
             limit = 0.0
-        elif not self.shuffle_dataset:  # its kind of prompts may come last
+        elif is_stream or not self.shuffle_dataset:  # its kind of prompts may come last
             limit = length
         elif num_scored == 0:
-            limit = min(PATIENCE, length)
+            limit = min(PATIENCE, length) if alone else length
         else:
             limit = math.log(CHANCE) / math.log1p(-num_scored / (seen + 1))
         return prompts if prompts >= limit and (num_scored == 0 or rollouts >= 3) else 0
@@ -316,7 +336,11 @@ class ScoringTrainer(ResumableTrainer):
         voters = self.reward_weights.to(scores.device) > 0
         scored = ~scores[:, voters].isnan()
         prompts = scored.any(dim=1).view(-1, cast(int, self.num_generations)).any(dim=1)
-        is_model = [isinstance(source, (nn.Module, Endpoint)) for source in self.reward_funcs]
+        is_model = [
+            isinstance(source, (nn.Module, Endpoint))
+            for source, weight in zip(self.reward_funcs, self.reward_weights.tolist(), strict=True)
+            if weight > 0
+        ]
         num_silent = self._silent_prompts("reward sources", prompts, may_pass=not any(is_model))
         if num_silent:
             names = ", ".join(map(repr, self.reward_func_names))

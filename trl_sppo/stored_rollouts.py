@@ -329,7 +329,7 @@ def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
 
 def key_of(prompt: Any) -> str:
     """The same for equal prompts, however they were stored."""
-    if is_conversational({"prompt": prompt}):
+    if prompt and is_conversational({"prompt": prompt}):
         prompt = [without_nulls(message) for message in prompt]
     return json.dumps(prompt, sort_keys=True, default=str)
 

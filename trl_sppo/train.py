@@ -165,7 +165,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         hint = " Options are written `--name value`." if "=" in script else ""
         hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else hint
         raise ValueError(f"command line: {script!r} belongs to no option.{hint}")
-    accelerate_config(launch.config_file)  # which it would read, and end in a traceback
+    if launch.config_file is not None:
+        accelerate_config(launch.config_file)  # which it would read, and end in a traceback
     # accelerate starts several processes for the CPU only by mpirun, or if told that there were several GPUs
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
     strategy = any(getattr(launch, name) for name in (*strategies, "mpirun_hostfile"))
@@ -488,6 +489,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:  # before there is anything to go on from
+        print("trl-sppo: interrupted.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     try:
         if only_rollouts:
