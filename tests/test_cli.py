@@ -112,7 +112,9 @@ def test_ctrl_c_while_a_process_imports(tmp_path, module):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd(), *sys.path])}
     command = [sys.executable, "-m", module, *(["check", "x"] if module == "trl_sppo" else [])]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    # Where the tests run in the background of a shell, that ignores the signal for them
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, preexec_fn=heed)
     # Python ends itself by the signal, of which shells and `trl-sppo train` make 130
     assert result.returncode in (130, -signal.SIGINT) and "Traceback" not in result.stderr, result.stderr
 

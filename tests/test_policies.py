@@ -7,8 +7,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from conftest import TINY, make_tokenizer
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -201,6 +203,8 @@ def test_prefix_tuning_is_refused(make_adapter):
     trained = make_adapter(KINDS["prefix tuning"])
     with pytest.raises(ValueError, match="is of prefix tuning"):
         check_policy("adapter")
+    if Version(transformers.__version__) < Version("5.24"):
+        return  # there it does
     inputs = make_tokenizer()("ab", return_tensors="pt")
     output = trained.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True,
                               return_dict_in_generate=True, pad_token_id=0)  # fmt: skip

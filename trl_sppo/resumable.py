@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
@@ -358,6 +359,10 @@ class ResumableTrainer(GRPOTrainer):
         policy = cast(torch.nn.Module, self.model)
         dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if "ref" in getattr(policy, "peft_config", {}) and not self._is_sharded:
+            # Beside the folder of a second adapter, transformers 5.17 passes over the first, which is not in a folder
+            adapter = load_peft_weights(resume_from_checkpoint, device="cpu")
+            set_peft_model_state_dict(policy, adapter, adapter_name="default")
         for name, parameter in policy.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
 
