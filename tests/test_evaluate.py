@@ -264,7 +264,7 @@ def test_circles():
     assert "none beyond the noise" in "\n".join(ladder.verdict(matrix(0.52, 0.7, 0.8)))
 
 
-def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, folder, capsys):
+def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, folder, capsys, monkeypatch):
     trainer = make_trainer(
         model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1, max_steps=2,
         per_device_eval_batch_size=4, output_dir="run", learning_rate=0.1,
@@ -274,6 +274,15 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     assert run("ladder", "run") == 0
     assert "the checkpoints of steps [1], which no evaluation has sampled" in capsys.readouterr().err
     assert set(json.loads((folder / "run" / "ladder.json").read_text())["count_abc"]) == {"0", "2"}
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_sppo.panel.Panel.score", interrupt)
+        assert run("ladder", "run", *JUDGES) == 130
+    assert "Completions that were sampled are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
+    assert len(load_completions("run/ladder/step-000001.parquet")) == len(PROMPTS)
     assert run("ladder", "run", *JUDGES) == 0
     result = json.loads((folder / "run" / "ladder.json").read_text())
     assert set(result) == {"count_abc", "more_abc"} and set(result["more_abc"]) == {"0", "1", "2"}

@@ -341,7 +341,7 @@ def _play(
                 sampling = replace(args.sampling, seed=args.seed + number, chat_template_kwargs=templates[side])
                 players[side] = sample(policy, prompts, sampling)
                 (folder / "win_rates.json").unlink(missing_ok=True)  # of other completions
-                _write(folder / f"{side}.parquet", players[side])
+                write_groups(folder / f"{side}.parquet", players[side])
                 sampled[side] = folder / f"{side}.parquet"
             if panel is not None:
                 panel.score(players[side])
@@ -354,7 +354,7 @@ def _play(
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
         raise ValueError(f"{said} {_kept(sampled)}".strip()) from error
     for side, groups in players.items():
-        _write(folder / f"{side}.parquet", groups)
+        write_groups(folder / f"{side}.parquet", groups)
     if not results:
         raise ValueError("no judge has given both policies a score: there is nothing to compare.")
     lengths = {side: _mean_length(groups) for side, groups in players.items()}
@@ -437,7 +437,8 @@ def _unit_of_lengths(players: dict[str, Groups]) -> str:
     return "words"
 
 
-def _write(path: Path, groups: Groups) -> None:
+def write_groups(path: Path, groups: Groups) -> None:
+    """Write completions as Parquet, without images."""
     write_parquet(path, [without_images(group) for group in groups], None)
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
 from .checks import check_vllm_is_installed
-from .evaluate import JudgeArguments, parse, prompts_of
+from .evaluate import JudgeArguments, parse, prompts_of, write_groups
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
 from .policies import check_policy, read_prompts, sample
@@ -51,7 +51,9 @@ def main(argv: list[str]) -> int:
                 "kept: give --preference_funcs, or another judge."
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted. {run} is as it was.") from None
+        kept = _sampled(run, 0).parent
+        said = f"Completions that were sampled are in {kept}, for `trl-sppo eval`." if kept.exists() else ""
+        raise KeyboardInterrupt(f"interrupted. {said}".strip()) from None
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     for judge, matrix in ladders.items():
@@ -116,6 +118,7 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
         for number, step in enumerate(missing):
             sampling = replace(args.sampling, seed=args.seed + number)
             players[step] = sample(str(checkpoints[step]), prompts, sampling)
+            write_groups(_sampled(run, step), players[step])
         for groups in players.values():
             panel.score(groups)
     elif missing:
@@ -163,6 +166,11 @@ def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Gr
     name = which_evaluation_set(run, evaluation_set)
     found = {step: files.read(name, step) for step in files.steps(name)}
     return {step: groups for step, groups in found.items() if groups}
+
+
+def _sampled(run: Path, step: int) -> Path:
+    """Where completions of a checkpoint are written that no evaluation has sampled."""
+    return run / "ladder" / f"step-{step:06d}.parquet"
 
 
 def _prompts(players: dict[int, Groups], args: LadderArguments) -> Dataset:
