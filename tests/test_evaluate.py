@@ -1,13 +1,20 @@
 """`trl-sppo eval` and `trl-sppo ladder`, and what they stand on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 from trl_sppo import cli, ladder
 from trl_sppo.evaluation import WinRate
@@ -215,9 +222,15 @@ def test_a_panel_scores_like_the_trainer(folder, make_trainer):
                 assert again["scores"][name] == pytest.approx(group["scores"][name], abs=1e-5)
 
 
-def test_judges_of_the_same_name(folder):
-    with pytest.raises(ValueError, match="two judges have the same name"):
-        Panel([count_abc, count_abc], [], conversational=False)
+def test_judges_of_the_same_name_are_told_apart(folder):
+    for name in ("a", "b"):
+        Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained(f"{name}/rm")
+        make_tokenizer().save_pretrained(f"{name}/rm")
+    panel = Panel(["a/rm/", count_abc, "b/rm"], [more_abc, count_abc], conversational=False)
+    assert list(panel.sources) == ["rm_0", "count_abc_1", "rm_2"] and list(panel.oracles) == [
+        "more_abc",
+        "count_abc_4",
+    ]
 
 
 # ---- The ladder
@@ -432,8 +445,8 @@ def test_more_eval_messages(folder, capsys):
     assert "lies in output_dir" in capsys.readouterr().err
     assert run(*sides, "--reward_funcs", "test_evaluate.broken") == 2
     assert "judge 'broken' failed: ZeroDivisionError" in capsys.readouterr().err
-    assert run(*sides, "--reward_funcs", "conftest.count_abc", "--preference_funcs", "test_evaluate.namesake") == 2
-    assert "two judges have the same name" in capsys.readouterr().err
+    assert run(*sides, "--reward_funcs", "conftest.count_abc", "--preference_funcs", "test_evaluate.namesake") == 0
+    assert set(json.loads(Path("eval/win_rates.json").read_text())["win_rates"]) == {"count_abc_0", "count_abc_1"}
 
 
 def broken(prompts, **kwargs):

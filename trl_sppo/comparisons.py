@@ -31,6 +31,11 @@ def oracle_name(oracle: PreferenceFunc) -> str:
     return getattr(oracle, "__name__", type(oracle).__name__)
 
 
+def told_apart(names: list[str]) -> list[str]:
+    """Names with their places, where two are the same."""
+    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
 def check_oracle(oracle: PreferenceFunc) -> None:
     """Raise `ValueError` if a pairwise oracle could not be called."""
     try:

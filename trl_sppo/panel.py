@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .comparisons import NO_COLUMNS, PreferenceFunc, ask, check_oracle, oracle_name
+from .comparisons import NO_COLUMNS, PreferenceFunc, ask, check_oracle, oracle_name, told_apart
 from .evaluation import WinRate
 from .opponents import play, row_of
-from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models
+from .rewards import MicroBatchedRewardModel, RewardSource, load_reward_models, without_slash
 
 
 # Of the dataset's columns, reward functions do not get those that their own arguments have the names of
@@ -72,21 +72,29 @@ class Panel:
         self.both_orders = both_orders
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.accelerator = Accelerator()
+        reward_funcs = without_slash(reward_funcs)
         sources, tokenizers = load_reward_models(
-            reward_funcs, [None] * len(reward_funcs), conversational, trust_remote_code, chat_template_kwargs
+            reward_funcs,
+            [None] * len(reward_funcs),
+            conversational,
+            [name.rstrip("/") for name in trust_remote_code],
+            chat_template_kwargs,
         )
-        self.oracles = {oracle_name(oracle): oracle for oracle in preference_funcs}
+        names = [
+            get_config_model_id(cast(Any, source.config)).split("/")[-1]
+            if isinstance(source, nn.Module)
+            else oracle_name(source)
+            for source in sources
+        ]
+        names = told_apart([*names, *map(oracle_name, preference_funcs)])
+        self.oracles = dict(zip(names[len(sources) :], preference_funcs, strict=True))
         self.sources: dict[str, tuple[Any, Any]] = {}
-        for source, tokenizer in zip(sources, tokenizers, strict=True):
+        for name, source, tokenizer in zip(names[: len(sources)], sources, tokenizers, strict=True):
             if isinstance(source, nn.Module):
-                name = get_config_model_id(cast(Any, source.config)).split("/")[-1]
                 model = source.to(self.accelerator.device) if not hasattr(source, "hf_quantizer") else source
                 self.sources[name] = MicroBatchedRewardModel(model, batch_size), tokenizer
             else:
-                self.sources[oracle_name(source)] = source, None
-        if len(self.sources.keys() | self.oracles.keys()) < len(sources) + len(preference_funcs):
-            names = [*self.sources, *self.oracles]
-            raise ValueError(f"two judges have the same name: results are by name, which are {names}. Rename one.")
+                self.sources[name] = source, None
 
     def score(self, groups: list[dict[str, Any]]) -> None:
         """Give `"scores"` to groups, by each reward source: nested lists `{name: [S of them]}`."""

@@ -98,6 +98,11 @@ class MicroBatchedRewardModel(nn.Module):
         return SequenceClassifierOutput(logits=scores.unsqueeze(1))
 
 
+def without_slash(sources: Sequence[Any]) -> list[Any]:
+    """A folder by another spelling: its last part becomes the name of the reward source."""
+    return [source.rstrip("/") if isinstance(source, str) and not is_url(source) else source for source in sources]
+
+
 def load_reward_models(
     reward_funcs: Sequence[RewardSource],
     processing_classes: Sequence[PreTrainedTokenizerBase | None],

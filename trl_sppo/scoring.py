@@ -11,7 +11,7 @@ from transformers import SchedulerType
 from transformers.utils import logging
 
 from .checks import named_datasets
-from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle, on_own_copies, oracle_name
+from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle, on_own_copies, oracle_name, told_apart
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
 from .faults import RunError, is_of_another_process
@@ -108,13 +108,13 @@ class ScoringTrainer(ResumableTrainer):
         ]
         rewards = self.reward_func_names[num_hidden:]
         names = [*rewards, *(oracle_name(oracle) for oracle in preference_funcs)]
-        self.preference_func_names = _told_apart(names)[len(rewards) :]
+        self.preference_func_names = told_apart(names)[len(rewards) :]
         # A judge gives way: it must not change the names of what is trained on
         judge_names = [
             *self.reward_func_names[: len(judges)],
             *(oracle_name(oracle) for oracle in eval_preference_funcs),
         ]
-        judge_names = _told_apart([*names, *judge_names])[len(names) :]
+        judge_names = told_apart([*names, *judge_names])[len(names) :]
         self.eval_preference_func_names = judge_names[len(judges) :]
         self._judges = {
             "reward_funcs": self.reward_funcs[: len(judges)],
@@ -152,7 +152,7 @@ class ScoringTrainer(ResumableTrainer):
     @property
     def reward_source_names(self) -> list[str]:
         """TRL's names of the reward sources, told apart."""
-        return _told_apart(self.reward_func_names)
+        return told_apart(self.reward_func_names)
 
     @property
     def _mode(self) -> str:
@@ -349,10 +349,6 @@ class ScoringTrainer(ResumableTrainer):
                 f"{num_silent} prompts: there is nothing to compare. It must return one number for each of its "
                 "completions, None only where it cannot say."
             )
-
-
-def _told_apart(names: list[str]) -> list[str]:
-    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _no_reward(completions: list, **kwargs) -> list[float | None]:

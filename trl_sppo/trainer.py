@@ -38,7 +38,7 @@ from .make_rollouts import make_rollouts
 from .model_card import add_to_card
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .prompts import check_prompt_ids, check_rows, without_empty_images
-from .rewards import RewardSource
+from .rewards import RewardSource, without_slash
 from .rollouts import (
     IMAGE_FIELDS,
     Verdict,
@@ -51,7 +51,6 @@ from .rollouts import (
 )
 from .scoring import ScoringTrainer
 from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of
-from .trust import is_url
 from .weight_sync import prepare_weight_sync
 
 
@@ -175,11 +174,11 @@ class SPPOTrainer(ScoringTrainer):
             optimizer = kwargs.get("optimizers", (None,))[0]
             form = form_of(args, model, kwargs.get("peft_config"), optimizer, bits, self._adapter)
             check_resume(args, form)
-        reward_funcs = _without_slash(_as_list(reward_funcs))
+        reward_funcs = without_slash(_as_list(reward_funcs))
         preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
-        judges = _without_slash(_as_list(eval_reward_funcs))
+        judges = without_slash(_as_list(eval_reward_funcs))
         judges_classes = _as_list(eval_reward_processing_classes) or [None] * len(judges)
         eval_preference_funcs = _as_list(eval_preference_func)
         self.rollouts_to_train_on: Dataset | None = None
@@ -597,11 +596,6 @@ def _checked(rollout_func: Any) -> Any:
         return output
 
     return checked
-
-
-def _without_slash(sources: list) -> list:
-    """A folder by another spelling: its last part becomes the name of the reward source."""
-    return [source.rstrip("/") if isinstance(source, str) and not is_url(source) else source for source in sources]
 
 
 def _as_list(value) -> list:
