@@ -286,3 +286,10 @@ def test_filtered_sampling_is_warned_about(tmp_path, caplog, name, value):
 def test_plain_sampling_is_not_warned_about(tmp_path, caplog):
     config(tmp_path, temperature=0.7)
     assert "another distribution" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["eta", "beta", "learning_rate", "num_generations", "max_steps"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_python_refuses_to_print(name, sign):
+    with pytest.raises(ValueError, match=rf"{name} must be .*(20001 bits|got -?inf)"):
+        SPPOConfig("out", use_cpu=True, bf16=False, **{name: sign * 2**20_000})

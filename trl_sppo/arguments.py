@@ -112,8 +112,6 @@ def check_recipe(parser: TrlParser, recipe: dict[str, Any]) -> None:
 
 
 def _check_value(parser: TrlParser, action: Action, hint: Any, value: Any) -> None:
-    if isinstance(value, int) and value.bit_length() > 1024:  # beyond any float, and Python refuses to print it
-        raise ValueError(f"{action.dest} is a number of {value.bit_length()} bits, which is too large.")
     if isinstance(value, str) and (str in _members(hint) or not _items(hint)):
         try:
             parser._check_value(action, parser._get_value(action, value))

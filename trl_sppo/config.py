@@ -279,14 +279,13 @@ class SPPOConfig(GRPOConfig):
 
     def __post_init__(self):
         # All that is wrong is said at once
-        problems = [*self._find_problems_of_objective(), *find_number_problems(self)]
+        numbers = list(find_number_problems(self))
+        problems = [*self._find_problems_of_objective(), *numbers]
         problems += [*find_mapping_problems(self), *find_pair_problems(self), *find_launch_problems()]
         can_go_on = not problems  # else TRL might stumble over one of them
         problems += [*self._find_rejected_options(), *self._find_problems()]
         if self.save_strategy == "best" and self.metric_for_best_model is None:
-            self.metric_for_best_model = (
-                "loss"  # transformers' default elsewhere; the trainer takes a win rate instead
-            )
+            self.metric_for_best_model = "loss"  # as in other strategies. The trainer takes a win rate instead
         if can_go_on:
             try:
                 super().__post_init__()

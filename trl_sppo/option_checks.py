@@ -85,6 +85,7 @@ def find_number_problems(args: GRPOConfig) -> Iterator[str]:
         value = getattr(args, field_.name)
         if isinstance(value, int) and abs(value) >= 2**31:
             yield f"{field_.name} must be between -2^31 and 2^31, got {value.bit_length()} bits."
+            setattr(args, field_.name, math.inf)  # Python refuses to print the number, and other checks would
             continue
         if field_.type in (float, float | None) and type(value) is int:  # of which transformers refuses some
             setattr(args, field_.name, float(value))

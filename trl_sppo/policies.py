@@ -183,9 +183,7 @@ def _check_vllm_serves(adapter: str) -> None:
         )
 
 
-def load_policy(
-    policy: str, trust_remote_code: bool = False, is_trainable: bool = False, **kwargs: Any
-) -> PreTrainedModel | PeftModel:
+def load_policy(policy: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
     """
     Load a policy as it was trained.
 
@@ -198,8 +196,6 @@ def load_policy(
             `adapter_config.json`; a relative path is relative to the current directory, as in PEFT.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether it may run Python code of its own.
-        is_trainable (`bool`, *optional*, defaults to `False`):
-            Whether an adapter's weights are to require gradients.
         kwargs:
             Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
@@ -214,7 +210,7 @@ def load_policy(
         return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
     config = config_of(policy)
     model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
-    options: dict[str, Any] = {"is_trainable": is_trainable}
+    options: dict[str, Any] = {}
     if model.device.type == "meta":
         options |= {"low_cpu_mem_usage": True, "torch_device": "cpu"}
     fit = f"its base model {base_of(policy)!r} and its own {CONFIG}"

@@ -94,7 +94,9 @@ def check_prompts(readers: Sequence[Reader], datasets: dict[str, AnyDataset]) ->
 
 
 def without_empty_images(name: str, dataset: Any) -> Any:
-    """A dataset without a column of images in which there is none: TRL would look for images in it."""
+    """A dataset, or a `dict` of them, without columns of images that hold none: TRL would look for images there."""
+    if isinstance(dataset, dict):
+        return {key: without_empty_images(f"{name}[{key!r}]", each) for key, each in dataset.items()}
     for column in IMAGES if isinstance(dataset, Dataset) else ():
         if column in dataset.column_names:
             tables: Any = dataset.select_columns(column).with_format("arrow").iter(100)

@@ -207,13 +207,7 @@ class SPPOTrainer(ScoringTrainer):
             args.vllm_enable_sleep_mode = False
         conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         train_dataset = without_empty_images("train_dataset", train_dataset)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: without_empty_images(f"eval_dataset[{name!r}]", dataset)
-                for name, dataset in eval_dataset.items()
-            }
-        else:
-            eval_dataset = without_empty_images("eval_dataset", eval_dataset)
+        eval_dataset = without_empty_images("eval_dataset", eval_dataset)
         check_columns(
             args,
             named_datasets(train_dataset, eval_dataset),
