@@ -273,7 +273,7 @@ def engines(case: str) -> None:
 
 def pinned() -> None:
     """Rollouts of an iteration on their way to the device, from memory that is pinned and from memory that is not."""
-    from trl_sppo.rollouts import pin, to_device
+    from trl_sppo.batch import pin, to_device
 
     rows, columns = (16, 64) if args.rehearse else (512, 2048)
     batch = {name: torch.ones(rows, columns, dtype=torch.int64) for name in ("ids", "mask")}

@@ -11,7 +11,7 @@ import argparse
 
 from trl_sppo import cli, train
 from trl_sppo.ladder import stored_players
-from trl_sppo.opponents import play_stored
+from trl_sppo.play import play_stored
 from trl_sppo.quickstart.run import FOLDER
 
 

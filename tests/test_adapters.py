@@ -482,7 +482,7 @@ def test_an_adapter_scores_as_it_was_saved(make_trainer, tiny_model, tiny_policy
     trainer = make_trainer(reward_funcs=adapter, reward_batch_size=batch_size)
     tolerance = 0.02 if dtype == "bfloat16" else 1e-5  # padding changes the order of sums
     assert scores_of(trainer) == pytest.approx(expected, abs=tolerance)
-    assert trainer.reward_source_names == ["scorer"]
+    assert trainer.voters.sources.names == ["scorer"]
     (model,), (tokenizer,) = load_reward_models([adapter], [None], conversational=True)
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
     assert one_by_one(model) == pytest.approx(expected, abs=1e-6)
@@ -500,7 +500,7 @@ def test_two_adapters_of_one_base(make_trainer, tiny_policy, tmp_path):
             "eval_reward_funcs": save_reward_adapter(tiny_policy, tmp_path / "judge", seed=7),
         },
     )  # fmt: skip
-    assert trainer.reward_source_names == ["one", "two"]
+    assert trainer.voters.sources.names == ["one", "two"]
     assert scores_of(trainer, 0) == pytest.approx(as_peft_scores(one), abs=1e-5)
     assert scores_of(trainer, 1) == pytest.approx(as_peft_scores(two), abs=1e-5)
     assert trainer.describe()["judges"] == ["judge"]
@@ -604,11 +604,12 @@ def test_an_adapter_on_a_trained_head(tiny_policy, tmp_path):
 
 
 def test_eval_and_check_take_a_reward_adapter(recipe, rewards, tiny_policy, reward_adapter, tmp_path, capsys):
-    from trl_sppo.panel import Panel
+    from trl_sppo.panel import load_panel
+    from trl_sppo.play import score_groups
 
-    panel = Panel([reward_adapter], [], conversational=False)
+    panel = load_panel([reward_adapter], [], conversational=False)
     groups = [{"prompt": "", "completions": TEXTS}]
-    panel.score(groups)
+    score_groups(panel, groups)
     assert groups[0]["scores"]["scorer"] == pytest.approx(as_peft_scores(reward_adapter), abs=1e-5)
     argv = recipe(tiny_policy, "out")
     values = dict(zip((name[2:] for name in argv[::2]), argv[1::2], strict=True))

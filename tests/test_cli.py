@@ -472,5 +472,5 @@ def test_pairwise_oracles_from_a_recipe(workdir):
     options = {"preference_funcs": "conftest.more_abc", "both_orders": False, "logging_steps": 1}
     trainer = train.main(workdir(reward_funcs=None, **options))
     log = trainer.state.log_history[0]
-    assert trainer.preference_funcs == [more_abc]
+    assert trainer.voters.oracles == {"more_abc": more_abc}
     assert log["preferences/more_abc/lost"] == 0 and "preferences/more_abc/order_disagreement" not in log

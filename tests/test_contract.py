@@ -7,9 +7,8 @@ from trl import GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOTrainer
+from trl_sppo.batch import IMAGE_FIELDS
 from trl_sppo.resumable import ResumableTrainer
-from trl_sppo.rollouts import IMAGE_FIELDS
-from trl_sppo.scoring import ScoringTrainer
 
 
 SIGNATURES = {
@@ -49,7 +48,7 @@ def test_signature_of_the_log_probability_pass():
         "TRL changed GRPOTrainer._get_per_token_logps_and_entropies: SPPOTrainer passes the first four by position"
     )
     assert set(actual[7:]) == {*IMAGE_FIELDS, "compute_aux_loss"}, (
-        "TRL changed what a model with images needs: SPPOTrainer passes on trl_sppo.rollouts.IMAGE_FIELDS"
+        "TRL changed what a model with images needs: SPPOTrainer passes on trl_sppo.batch.IMAGE_FIELDS"
     )
 
 
@@ -62,16 +61,17 @@ def test_signatures_of_the_vllm_backend():
 def test_what_is_overridden_and_nothing_else():
     overridden = {
         kind: {name for name, value in vars(kind).items() if name in dir(GRPOTrainer) and callable(value)}
-        for kind in (SPPOTrainer, ScoringTrainer, ResumableTrainer)
+        for kind in (SPPOTrainer, ResumableTrainer)
     }
     assert overridden[SPPOTrainer] - {"__init__"} == {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards",
         "_get_per_token_logps_and_entropies", "_compute_loss", "create_model_card", "_prepare_inputs",
+        "evaluation_loop",
     }  # fmt: skip
-    assert overridden[ScoringTrainer] - {"__init__"} == {"_calculate_rewards", "evaluation_loop"}
     assert overridden[ResumableTrainer] - {"__init__"} == {
-        "train", "evaluate", "training_step", "get_batch_samples", "_get_train_sampler", "_finalize_training",
-        "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state", "_load_optimizer_and_scheduler",
+        "train", "evaluate", "_evaluate", "_get_grad_norm", "get_batch_samples", "_get_train_sampler",
+        "_finalize_training", "_save_checkpoint", "_load_from_checkpoint", "_load_rng_state",
+        "_load_optimizer_and_scheduler",
     }  # fmt: skip
 
 
@@ -89,16 +89,23 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
 
         monkeypatch.setattr(GRPOTrainer, name, record)
 
-    for name in ("_generate", "_get_per_token_logps_and_entropies", "_calculate_rewards"):
+    for name in ("_generate", "_get_per_token_logps_and_entropies"):
         spy(name)
+    scored = SPPOTrainer._calculate_rewards
+
+    def score(self, *args):
+        calls.append(("_calculate_rewards", args, scored(self, *args)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(SPPOTrainer, "_calculate_rewards", score)
     # 16 completions (4 groups of 4), 2 optimizer steps per generation batch: pi_t needs a log-probability pass
     trainer = make_trainer(steps_per_generation=2, max_steps=1)
     trainer.train()
     names = [name for name, _, _ in calls]
     assert names == [
-        "_generate",
-        "_calculate_rewards",  # SPPOTrainer's, right after generation; TRL's own later call gets the same scores
+        "_generate",  # SPPOTrainer's asks for the scores too
         "_get_per_token_logps_and_entropies",  # pi_t
+        "_calculate_rewards",  # gets these scores
         "_get_per_token_logps_and_entropies",  # pi_theta
     ], "TRL changed the order of a rollout: see the seams in trl_sppo/trainer.py"
 
@@ -107,7 +114,7 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
     _, completion_ids, tool_mask, completions, _, extra_fields, *_ = generated
     assert len(completion_ids) == len(completions) == 16 and isinstance(completion_ids[0], list)
     assert tool_mask is None and extra_fields == {}
-    scores = calls[1][2]
+    scores = calls[2][2]
     assert scores.shape == (16, 1), "SPPOTrainer takes (completions of all processes, reward sources) for the scores"
     logps, entropies, _ = calls[3][2]
     assert logps.shape == entropies.shape
@@ -127,11 +134,9 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
 
 def test_groups_are_consecutive(make_trainer, monkeypatch):
     seen = []
-    original = GRPOTrainer._calculate_rewards
+    original = GRPOTrainer._generate
     monkeypatch.setattr(
-        GRPOTrainer,
-        "_calculate_rewards",
-        lambda self, inputs, prompts, *args: seen.append(prompts) or original(self, inputs, prompts, *args),
+        GRPOTrainer, "_generate", lambda self, prompts: seen.append(prompts) or original(self, prompts)
     )
     make_trainer(max_steps=1).train()
     assert len(seen[0]) == 8 and all(len(set(seen[0][i : i + 4])) == 1 for i in (0, 4)), (

@@ -12,7 +12,8 @@ from test_evaluate import EVAL, JUDGES, PROMPTS, folder, run  # noqa: F401
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo import evaluate, ladder, policies
-from trl_sppo.opponents import EvaluationFiles, aligned, group_of, matched, row_of
+from trl_sppo.evaluation_files import EvaluationFiles, group_of, row_of
+from trl_sppo.play import aligned, matched, score_groups
 from trl_sppo.policies import load_completions
 
 
@@ -395,7 +396,7 @@ def test_the_ladder_prompts_as_the_run_did_and_reward_models_too(prompted, make_
     assert prompted == {"run/checkpoint-1": "abqz"} and set(trained_on) == {"abqz", "fghqz"}
     panel = ladder.LadderArguments(reward_model_name_or_path=["reward"], chat_template_kwargs=kwargs)
     again = [{name: group[name] for name in ("prompt", "completions")} for group in stored]
-    panel.load_panel(again[0]["prompt"], ["prompt"], kwargs).score(again)
+    score_groups(panel.load_panel(again[0]["prompt"], ["prompt"], kwargs), again)
     for before, after in zip(stored, again, strict=True):
         assert after["scores"]["reward"] == pytest.approx(before["scores"]["reward"], abs=1e-5)
 
@@ -420,7 +421,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
             signal.raise_signal(signal.SIGINT)
         return sample(*args)
 
-    target = (evaluate.Panel, "compare") if moment == "judging" else (evaluate, "sample")
+    target = (evaluate, "play") if moment == "judging" else (evaluate, "sample")
     monkeypatch.setattr(*target, interrupt if target[1] == "sample" else lambda *args: signal.raise_signal(2))
     Path("eval").mkdir()
     Path("eval/win_rates.json").write_text("of an earlier evaluation")
@@ -523,7 +524,7 @@ def test_a_judge_that_runs_out_of_memory_loses_no_completions(folder, capsys, mo
     def score(self, groups):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluate.Panel, "score", score)
+    monkeypatch.setattr(evaluate, "score_groups", score)
     assert run(*EVAL, *JUDGES, *SIDES) == 2
     error = capsys.readouterr().err
     assert "OutOfMemoryError: CUDA out of memory" in error and "--model_name_or_path eval/model.parquet" in error

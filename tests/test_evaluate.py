@@ -18,8 +18,9 @@ from transformers import (
 
 from trl_sppo import cli, ladder
 from trl_sppo.evaluation import WinRate
-from trl_sppo.opponents import EvaluationFiles
-from trl_sppo.panel import Panel
+from trl_sppo.evaluation_files import EvaluationFiles
+from trl_sppo.panel import load_panel
+from trl_sppo.play import score_groups
 from trl_sppo.policies import Sampling, load_completions, sample, sample_ids
 from trl_sppo.report import read_history
 from trl_sppo.stored_rollouts import write_parquet
@@ -216,7 +217,7 @@ def test_a_panel_scores_like_the_trainer(folder, make_trainer):
         trainer.train()
         stored = EvaluationFiles(trainer.args.output_dir).read("", 1)
         groups = [{name: group[name] for name in ("prompt", "completions", "lengths")} for group in stored]
-        Panel(["reward", count_abc], [], conversational=prompts is chats).score(groups)
+        score_groups(load_panel(["reward", count_abc], [], conversational=prompts is chats), groups)
         for group, again in zip(stored, groups, strict=True):
             for name in ("reward", "count_abc"):
                 assert again["scores"][name] == pytest.approx(group["scores"][name], abs=1e-5)
@@ -226,8 +227,8 @@ def test_judges_of_the_same_name_are_told_apart(folder):
     for name in ("a", "b"):
         Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained(f"{name}/rm")
         make_tokenizer().save_pretrained(f"{name}/rm")
-    panel = Panel(["a/rm/", count_abc, "b/rm"], [more_abc, count_abc], conversational=False)
-    assert list(panel.sources) == ["rm_0", "count_abc_1", "rm_2"] and list(panel.oracles) == [
+    panel = load_panel(["a/rm/", count_abc, "b/rm"], [more_abc, count_abc], conversational=False)
+    assert panel.sources.names == ["rm_0", "count_abc_1", "rm_2"] and list(panel.oracles) == [
         "more_abc",
         "count_abc_4",
     ]
@@ -292,7 +293,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trl_sppo.panel.Panel.score", interrupt)
+        patch.setattr("trl_sppo.evaluate.score_groups", interrupt)
         assert run("ladder", "run", *JUDGES) == 130
     assert "Completions that were sampled are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
     assert len(load_completions("run/ladder/step-000001.parquet")) == len(PROMPTS)

@@ -65,7 +65,7 @@ def test_panel_of_reward_models(tiny_policy, reward_model, prompts, options):
     trainer = example("panel_of_reward_models").main(
         tiny_policy, voters=[reward_model, reward_model], watcher=reward_model, dataset=prompts, **options
     )
-    assert trainer.describe()["without_vote"] == [trainer.reward_source_names[2]]
+    assert trainer.describe()["without_vote"] == [trainer.voters.sources.names[2]]
     assert any("preferences/panel_disagreement" in row for row in trainer.state.log_history)
 
 

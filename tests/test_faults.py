@@ -253,7 +253,7 @@ def test_a_judge_that_falls_silent(run_until, then, reason, monkeypatch):
     judge = Shaky(then)
 
     def fault(trainer):
-        trainer.preference_funcs[0] = judge
+        trainer.voters.oracles["more_abc"] = judge
         judge.calls = 1
 
     result = run_until(fault, reward_funcs=None, preference_funcs="conftest.more_abc", max_steps=9)
@@ -264,8 +264,8 @@ def test_a_judge_that_falls_silent(run_until, then, reason, monkeypatch):
 
 def test_an_llm_judge_that_is_not_there(run_until, monkeypatch):
     def fault(trainer):
-        trainer.preference_funcs[0] = LLMJudge("m", "http://127.0.0.1:9/v1", max_retries=0, timeout=1)
-        trainer._silence.clear()
+        trainer.voters.oracles["more_abc"] = LLMJudge("m", "http://127.0.0.1:9/v1", max_retries=0, timeout=1)
+        trainer.voters.load_state_dict({"silence": {}})
 
     result = run_until(fault, reward_funcs=None, preference_funcs="conftest.more_abc")
     assert_stopped(result, "preference_func 'more_abc' gave no usable answer to any comparison of")
@@ -277,7 +277,7 @@ def test_an_llm_judge_that_answers_nonsense_beside_a_reward_source(endpoint, run
     endpoint.answer = lambda number, request: (200, body)
 
     def fault(trainer):
-        trainer.preference_funcs[0] = LLMJudge("m", endpoint.url, max_retries=0)
+        trainer.voters.oracles["more_abc"] = LLMJudge("m", endpoint.url, max_retries=0)
 
     status, _, trainer = run_until(fault, preference_funcs="conftest.more_abc", logging_steps=1, max_steps=2)
     assert status == 0

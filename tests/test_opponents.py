@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from transformers import EarlyStoppingCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, win_rate
-from trl_sppo.opponents import EvaluationFiles
+from trl_sppo.evaluation_files import EvaluationFiles
 
 
 EVAL_PROMPTS = Dataset.from_dict({"prompt": ["ab", "fgh", "k", "l m", "no"], "topic": list("vwxyz")})

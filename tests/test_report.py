@@ -11,8 +11,8 @@ import pytest
 from conftest import count_abc
 from datasets import Dataset
 
+from trl_sppo.evaluation_files import EvaluationFiles
 from trl_sppo.ladder import stored_players
-from trl_sppo.opponents import EvaluationFiles
 from trl_sppo.report import RULES, diagnose, samples, write_report
 from trl_sppo.stored_rollouts import write_parquet
 

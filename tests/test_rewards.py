@@ -230,7 +230,7 @@ def test_number_of_processing_classes(make_trainer, reward_model):
 
 def test_a_reward_function_that_returns_the_wrong_number(make_trainer):
     trainer = make_trainer(reward_funcs=lambda completions, **kwargs: [1.0])
-    with pytest.raises(RuntimeError, match="returned 1 rewards, but 8 were expected"):
+    with pytest.raises(RuntimeError, match="returned 1 scores for 8 completions"):
         trainer.train()
 
 

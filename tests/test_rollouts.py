@@ -1,12 +1,10 @@
 """The verdict on a rollout: which rows each process carries on with. And where they live until they are used."""
 
-from types import SimpleNamespace
-
 import torch
-from trl import GRPOTrainer
 
-from trl_sppo import SPPOConfig, SPPOTrainer, preferences_from_scores
-from trl_sppo.rollouts import Verdict, take_rows, to_device, trim_completions
+from trl_sppo import SPPOConfig, preferences_from_scores
+from trl_sppo.batch import pin, take_rows, to_device, trim_completions
+from trl_sppo.targets import RolloutTargets
 
 
 # Three groups of three, of which the last ties
@@ -18,7 +16,7 @@ def verdicts(tmp_path, num_slices=1, num_processes=3, scores=SCORES, usable=None
     usable = torch.ones(len(scores), dtype=torch.bool) if usable is None else usable
     panel = [preferences_from_scores(scores.view(-1, 3))]
     usable = usable.view(-1, 3)
-    return [Verdict.of(panel, [1.0], usable, args, num_slices, num_processes, i) for i in range(num_processes)]
+    return [RolloutTargets.of(panel, [1.0], usable, args, num_slices, num_processes, i) for i in range(num_processes)]
 
 
 def test_every_process_carries_as_many_rows(tmp_path):
@@ -89,19 +87,20 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
     assert all(piece["completion_ids"].device.type == "cpu" for piece in trainer._buffered_inputs)
 
 
-def test_on_a_gpu_each_new_rollout_is_pinned_once(monkeypatch):
-    trainer = object.__new__(SPPOTrainer)
-    trainer.accelerator = SimpleNamespace(device=torch.device("cuda"))
-    trainer._buffered_inputs, trainer._pinned = None, False
-    rollouts = iter([["a", "b"], ["c", "d"]])
-
-    def prepare(self, generation_batch):
-        if generation_batch == "new":
-            self._buffered_inputs, self._pinned = next(rollouts), False  # as `_generate_and_score_completions` does
-        return self._buffered_inputs[0]
-
-    monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepare)
-    monkeypatch.setattr("trl_sppo.trainer.pin", lambda piece: f"pinned {piece}")
-    for batch in ("new", "used again", "new"):
-        trainer._prepare_inputs(batch)
-    assert trainer._buffered_inputs == ["pinned c", "pinned d"]
+def test_each_new_rollout_is_pinned_once(fixed, monkeypatch):
+    """On a GPU; elsewhere pinning changes nothing."""
+    pinned = []
+    monkeypatch.setattr(
+        "trl_sppo.trainer.pin", lambda piece, device: pinned.append(device) or {**piece, "pinned": True}
+    )
+    trainer = fixed(per_device_train_batch_size=8, steps_per_generation=2, num_iterations=2, max_steps=6)
+    used = []
+    compute = trainer._compute_loss
+    monkeypatch.setattr(
+        trainer, "_compute_loss", lambda model, inputs: used.append(inputs["pinned"]) or compute(model, inputs)
+    )
+    trainer.train()
+    assert used == [True] * 6  # two iterations, of which the second is used for half
+    assert pinned == [torch.device("cpu")] * 4
+    batch = {"kept": torch.ones(2)}
+    assert pin(batch, torch.device("cpu")) is batch

@@ -425,7 +425,7 @@ def test_secrets_reach_their_servers_and_nothing_else(tiny_policy, tmp_path, mon
             server.server.server_close()
     assert {header["key"] for header in rewards.headers} == {f"Bearer {SECRETS['VLLM_API_KEY']}"}
     assert {header["key"] for header in verdicts.headers} == {f"Bearer {SECRETS['OPENAI_API_KEY']}"}
-    (reward,), (judge,) = trainer.reward_funcs, trainer.preference_funcs
+    (reward,), (judge,) = trainer.reward_funcs, trainer.voters.oracles.values()
     assert reward.num_lost > 0 and judge.num_lost > 0
 
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]

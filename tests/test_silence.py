@@ -10,16 +10,18 @@ from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo.faults import RunError
-from trl_sppo.scoring import ScoringTrainer
+from trl_sppo.reward_sources import RewardSources
+from trl_sppo.voters import Voters
 
 
 def stops_after(scored, per_rollout=2, length=1000, shuffle=True, may_pass=True, alone=True) -> int | None:
     """After how many prompts a run stops; `scored` says of each whether the source has scored it."""
     dataset = iter([]) if length is None else range(length)
-    trainer = SimpleNamespace(_silence={}, train_dataset=dataset, shuffle_dataset=shuffle)
+    args = SimpleNamespace(shuffle_dataset=shuffle, preference_weights=None)
+    voters = Voters(args, RewardSources([], [], []), [], {}, None, dataset)
     for start in range(0, len(scored), per_rollout):
         rollout = torch.tensor(scored[start : start + per_rollout])
-        if ScoringTrainer._silent_prompts(trainer, "it", rollout, may_pass, alone):
+        if voters.silent_prompts("it", rollout, may_pass, alone):
             return start + len(rollout)
     return None
 

@@ -725,7 +725,7 @@ def test_a_reward_model_with_a_trailing_slash_is_named_by_its_folder(make_traine
         decoder().save_pretrained(tmp_path / name / "reward")
         make_tokenizer().save_pretrained(tmp_path / name / "reward")
     trainer = make_trainer(reward_funcs=[f"{tmp_path}/one/reward/", f"{tmp_path}/two/reward//"])
-    first, second = trainer.reward_source_names
+    first, second = trainer.voters.sources.names
     assert first.startswith("reward") and second.startswith("reward") and first != second
 
 

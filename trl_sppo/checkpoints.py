@@ -15,6 +15,7 @@ from .forms import differences
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"  # in each checkpoint
+FORMAT = 2  # of what a checkpoint holds besides what transformers saves
 BEGINNING = "run_began.json"  # in the output directory
 REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
@@ -47,6 +48,7 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
+        "format": FORMAT,
         "written_at": _now(),
         "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
         **facts,
@@ -243,6 +245,11 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         raise ValueError(
             f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
             f"a new run from its weights, set model_name_or_path={checkpoint!r} and another output_dir."
+        )
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{checkpoint} was written by an earlier version of trl_sppo, with its rollouts and counters in another "
+            f"form. Resume it with that version, {new_run}"
         )
     now, then = layout_of(args), manifest["layout"]
     changed = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]

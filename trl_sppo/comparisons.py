@@ -2,17 +2,17 @@
 
 import asyncio
 import inspect
+import os
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import update_wrapper
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import start_event_loop_in_daemon
 
 from .preferences import preferences_from_answers
 
@@ -213,26 +213,33 @@ def own_copy(value: Any) -> Any:
     return [own_copy(item) for item in value] if type(value) is list else value
 
 
-def on_own_copies(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A reward function that gets copies of its arguments, so that each source scores what was sampled."""
-
-    async def call_async(**kwargs: Any) -> Any:
-        return await function(**own_copy(kwargs))
-
-    def call(**kwargs: Any) -> Any:
-        return function(**own_copy(kwargs))
-
-    return update_wrapper(call_async if is_async_callable(function) else call, function)
-
-
 def ask(oracle: PreferenceFunc, **kwargs) -> Any:
-    """What an oracle or a reward function says. It gets copies; a coroutine is awaited."""
+    """What an oracle says. It gets copies; a coroutine is awaited."""
     output = oracle(**own_copy(kwargs))
     if inspect.iscoroutine(output):
-        # In a thread of its own: a notebook has an event loop running in this one
-        with ThreadPoolExecutor(1) as executor:
-            return executor.submit(asyncio.run, output).result()
+        (output,) = run_coroutines([output])
+        if isinstance(output, BaseException):
+            raise output
     return output
+
+
+def run_coroutines(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Results of coroutines that run together, or what they raised. All run in one event loop of this process."""
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*coroutines, return_exceptions=True)
+
+    if not coroutines:
+        return []
+    return asyncio.run_coroutine_threadsafe(together(), _event_loop(os.getpid())).result()
+
+
+@cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """A loop in a thread of its own: clients keep connections in it, and a notebook's own loop is running already."""
+    _, loop, is_ready = start_event_loop_in_daemon(name="trl_sppo")
+    is_ready.wait()
+    return loop
 
 
 def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:

@@ -16,10 +16,12 @@ from .arguments import check_output_dir
 from .checkpoints import write_atomically
 from .checks import check_vllm_is_installed, how_to_make_prompts
 from .evaluation import WinRate
+from .evaluation_files import Groups, row_of, without_images
+from .faults import RunError
 from .loading import dataset_source
-from .opponents import Groups, matched, play_stored, row_of, without_images
 from .option_checks import find_chat_template_problems
-from .panel import Panel
+from .panel import Panel, load_panel
+from .play import matched, play, play_stored, score_groups
 from .policies import Sampling, check_policy, is_file, load_completions, read_prompts, run_of, sample
 from .stored_rollouts import IMAGES, write_parquet
 from .train import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
@@ -159,7 +161,7 @@ class JudgeArguments:
                 "nobody judges: give --reward_model_name_or_path, --reward_funcs or --preference_funcs; at best one "
                 "that the policy was not trained on."
             )
-        return Panel(
+        return load_panel(
             [*(self.reward_model_name_or_path or []), *load_reward_funcs(self.reward_funcs or [])],
             load_preference_funcs(self.preference_funcs or []),
             conversational=is_conversational({"prompt": prompt}),
@@ -344,14 +346,15 @@ def _play(
                 write_groups(folder / f"{side}.parquet", players[side])
                 sampled[side] = folder / f"{side}.parquet"
             if panel is not None:
-                panel.score(players[side])
+                score_groups(panel, players[side])
         players = {side: players[side] for side in sides}
         unit = _unit_of_lengths(players)
-        results = panel.compare(*players.values()) if panel is not None else play_stored(*players.values())
+        ours, theirs = players.values()
+        results = play_stored(ours, theirs) if panel is None else play(ours, theirs, panel)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. {_kept(sampled)}".strip()) from None
     except Exception as error:  # of a judge, or for memory: what was sampled is not lost
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
+        said = str(error) if isinstance(error, (ValueError, RunError)) else f"{type(error).__name__}: {error}."
         raise ValueError(f"{said} {_kept(sampled)}".strip()) from error
     for side, groups in players.items():
         write_groups(folder / f"{side}.parquet", groups)

@@ -25,7 +25,7 @@ RESERVE = 0.05
 class Interruption(TrainerCallback):
     """
     Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
-    leaves room for, with a checkpoint. All processes end after the same micro-step.
+    leaves room for, with a checkpoint. Several processes end together, after a rollout or an optimizer step.
 
     Args:
         trainer:
@@ -42,8 +42,8 @@ class Interruption(TrainerCallback):
         if time_budget is not None:
             self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
         self._micro_step_began = 0.0
-        # The longest micro-step so far, with what follows it (evaluations, checkpoints): of those that begin with a
-        # rollout, and of the others
+        # The longest time between two looks at the clock, with evaluations and checkpoints: with a rollout,
+        # and without
         self._longest = {True: 0.0, False: 0.0}
         self._rollout = True  # whether the micro-step at hand begins with one
         self._epoch_has_ended = False
@@ -101,7 +101,8 @@ class Interruption(TrainerCallback):
         self.trainer.remember()
 
     def on_substep_end(self, args, state, control, **kwargs):
-        if self.is_over():
+        # Several processes agree by a message: inside an optimizer step only once, if it began with a rollout
+        if (self._rollout or self.trainer.accelerator.num_processes == 1) and self.is_over():
             self.trainer.roll_back()  # a resumed run begins with this optimizer step
             control.should_training_stop = True
 

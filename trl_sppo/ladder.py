@@ -14,7 +14,8 @@ from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
 from .checks import check_vllm_is_installed
 from .evaluate import JudgeArguments, parse, prompts_of, write_groups
 from .evaluation import WinRate
-from .opponents import EvaluationFiles, Groups, play_stored
+from .evaluation_files import EvaluationFiles, Groups
+from .play import play, play_stored, score_groups
 from .policies import check_policy, read_prompts, sample
 from .train import fail
 
@@ -120,7 +121,7 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
             players[step] = sample(str(checkpoints[step]), prompts, sampling)
             write_groups(_sampled(run, step), players[step])
         for groups in players.values():
-            panel.score(groups)
+            score_groups(panel, groups)
     elif missing:
         print(
             f"Left out: the checkpoints of steps {missing}, which no evaluation has sampled. With judges "
@@ -140,7 +141,7 @@ def climb(run: Path, args: LadderArguments) -> dict[str, Matrix]:
         )
     ladders: dict[str, Matrix] = {}
     for a, b in combinations(sorted(players), 2):
-        results = panel.compare(players[b], players[a]) if args.has_judges else play_stored(players[b], players[a])
+        results = play(players[b], players[a], panel) if args.has_judges else play_stored(players[b], players[a])
         for judge, (rate, _) in results.items():
             matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
             matrix[str(b)][str(a)] = rate

@@ -51,14 +51,12 @@ def make_rollouts(trainer: Any) -> str:
             if iteration == total:
                 break
             trainer._interruption.check_time()
-            trainer._step = iteration * period
             recorder.begin(iteration, inputs, trainer.num_generations, resumed=True)
             if recorder.is_complete:
                 recorder.skip()
             else:
-                trainer._generate_and_score_completions(inputs)
+                trainer._generate_and_score_completions(inputs, iteration, only_sample=True)
             progress.update()
-    trainer._step = 0
     return str(recorder.files.folder)
 
 

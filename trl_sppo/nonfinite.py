@@ -1,11 +1,12 @@
-"""Optimizer steps whose loss or gradient is no finite number: skipped, counted, and not for ever."""
+"""Optimizer steps whose gradient is not finite: skipped and counted, up to a limit."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from .faults import RunError
@@ -17,50 +18,61 @@ logger = logging.get_logger(__name__)
 MAX_SKIPPED_STEPS = 3
 
 
-class NonFiniteSteps(TrainerCallback):
+class NonFiniteSteps:
     """
-    Leaves the weights and the optimizer as they are where the loss or a gradient is not finite, in all processes, and
-    ends the run after `MAX_SKIPPED_STEPS` of these in a row, with their batch on disk.
-
-    DeepSpeed holds the gradients itself, and a scaler of float16 gradients looks at them itself: then this does not.
-
-    Args:
-        trainer:
-            A [`ResumableTrainer`].
+    Leaves the weights and the optimizer as they are where a gradient is not finite, and ends the run after
+    `MAX_SKIPPED_STEPS` of these in a row, with their batch on disk.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self) -> None:
+        self.forget()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        losses, trainer._losses_are_finite = trainer._losses_are_finite, []
-        if trainer.is_deepspeed_enabled or trainer.accelerator.scaler is not None:
-            return
-        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        local = (g.to_local() if hasattr(g, "to_local") else g for g in gradients)  # FSDP has a shard of each
-        flags = [*losses, *(g.isfinite().all() for g in local)]
-        finite = torch.stack([flag.to(args.device) for flag in flags]).all()
-        if not trainer.agree(int(not finite)):
-            trainer._skipped_in_a_row = 0
-            return
+    def forget(self) -> None:
+        """Begin to count."""
+        self.num_skipped = self._in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_skipped": self.num_skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
+
+    def passes(self, norm: torch.Tensor | float, trainer: Any) -> bool:
+        """
+        Look at the gradient of an optimizer step.
+
+        Args:
+            norm (`torch.Tensor` or `float`):
+                Its norm, the same on all processes.
+            trainer:
+                The [`ResumableTrainer`].
+
+        Returns:
+            `bool`: whether it is finite. If not, the gradients are taken away, and the optimizer passes over them.
+
+        Raises:
+            [`~faults.RunError`]: if it was not for too long.
+        """
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if math.isfinite(norm):
+            self._in_a_row = 0
+            return True
         for parameter in trainer.model.parameters():
-            parameter.grad = None  # which an optimizer passes over
-        trainer._skipped_steps += 1
-        trainer._skipped_in_a_row += 1
-        trainer._metrics["train"]["skipped_steps"] = [trainer._skipped_steps]
-        logger.warning(
-            f"optimizer step {state.global_step + 1} is skipped: its loss or gradient is not finite. "
-            f"{trainer._skipped_steps} so far."
-        )
-        if trainer._skipped_in_a_row == MAX_SKIPPED_STEPS:
-            folder = Path(args.output_dir) / f"nonfinite-step-{state.global_step + 1}"
+            parameter.grad = None
+        step = trainer.state.global_step + 1
+        self.num_skipped += 1
+        self._in_a_row += 1
+        logger.warning(f"optimizer step {step} is skipped: its gradient is not finite. {self.num_skipped} so far.")
+        if self._in_a_row == MAX_SKIPPED_STEPS:
+            folder = Path(trainer.args.output_dir) / f"nonfinite-step-{step}"
             save_batch(trainer, folder)
             raise RunError(
-                f"the loss or the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps in a row. The last "
-                f"batch is in {folder}. Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16; if the "
-                "weights themselves are broken, resume from an earlier checkpoint."
+                f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps in a row. The last batch is in "
+                f"{folder}. Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16; if the weights "
+                "themselves are broken, resume from an earlier checkpoint."
             )
+        return False
 
 
 def save_batch(trainer: Any, folder: Path) -> None:

@@ -1,105 +1,53 @@
-"""What the policies of a run answer to the evaluation prompts, kept, so that later ones play against earlier ones."""
+"""Opponents of a training's evaluations: the completions of earlier ones."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import pyarrow.parquet
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Features
+from transformers import SchedulerType, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .comparisons import PreferenceFunc, ask_oracle
-from .evaluation import WinRate, length_controlled_win_rate, outcomes_of_scores, win_rate
-from .stored_rollouts import (
-    COLUMNS,
-    IMAGES,
-    installed_versions,
-    key_of,
-    to_lists,
-    to_tensor,
-    unused,
-    write_parquet,
-)
+from .evaluation_files import TAKEN, EvaluationFiles, Groups, group_of, without_images
+from .play import play
+from .stored_rollouts import IMAGES, installed_versions, key_of, to_lists, write_parquet
 
 
 logger = logging.get_logger(__name__)
 
-# Columns of the dataset with these names are in a group's "dataset_columns": its own have them, or files no place
-TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
-FOLDER = "evaluations"  # in the output directory
 
-Groups = list[dict[str, Any]]
+class DefaultMetric(str):
+    """The name of a metric that nobody has asked for."""
 
 
-def group_of(row: dict[str, Any], **own: Any) -> dict[str, Any]:
-    """A row of the dataset as a group, with columns of the group's own."""
-    taken = {name: value for name, value in row.items() if name in TAKEN}
-    free = {name: value for name, value in row.items() if name not in TAKEN}
-    return {**free, **({"dataset_columns": taken} if taken else {}), **own}
-
-
-def row_of(group: dict[str, Any]) -> dict[str, Any]:
-    """The row of the dataset that a group is of, which judges get."""
-    free = {name: value for name, value in group.items() if name not in TAKEN}
-    return {**free, **(group.get("dataset_columns") or {})}
-
-
-def without_images(group: dict[str, Any]) -> dict[str, Any]:
-    """A group as it is written. Images are large."""
-    kept = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
-    return {
-        **{name: value for name, value in group.items() if name != "dataset_columns"},
-        **({"dataset_columns": kept} if kept else {}),  # Parquet has no place for an empty table
-    }
-
-
-class EvaluationFiles:
+def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
     """
-    The evaluations in an output directory: a file for each, a folder for each evaluation set if there are several.
+    Let a win rate say which policy is the best: transformers' default, the loss, says nothing about that.
 
     Args:
-        output_dir (`str`):
-            Folder of the run.
+        args ([`SPPOConfig`]):
+            Configuration, in which the metric is set.
+        judges (sequence of `str`):
+            Names of the judges. The first decides.
+        eval_dataset:
+            The evaluation set, or a `dict` of them, of which the first decides.
     """
-
-    def __init__(self, output_dir: str):
-        self.folder = Path(output_dir) / FOLDER
-
-    def path(self, name: str, step: int) -> Path:
-        return self.folder / name / f"step-{step:06d}.parquet"
-
-    def steps(self, name: str) -> list[int]:
-        """Optimizer steps at which there is an evaluation, in order."""
-        return sorted(int(path.stem.split("-")[1]) for path in (self.folder / name).glob("step-*.parquet"))
-
-    def names(self) -> list[str]:
-        """The evaluation sets: `"."` if there is only one."""
-        return sorted({str(path.parent.relative_to(self.folder)) for path in self.folder.rglob("step-*.parquet")})
-
-    def read(self, name: str, step: int) -> Groups | None:
-        """The rows of an evaluation, or `None` if there is none."""
-        path = self.path(name, step)
-        return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
-
-    def set_aside(self) -> None:
-        """Move what an earlier run has left here, so that the two are not mixed up."""
-        if self.folder.exists():
-            aside = unused(self.folder)
-            self.folder.rename(aside)
-            logger.warning(f"{self.folder} holds evaluations of an earlier run: they are now in {aside}.")
-
-    def rotate(self, step: int, limit: int | None) -> None:
-        """Of those up to a checkpoint at this step, keep the first and the last `limit`."""
-        if limit is not None:
-            for name in self.names():
-                for old in [each for each in self.steps(name) if each <= step][1:-limit]:
-                    self.path(name, old).unlink()
+    if args.metric_for_best_model != "loss" and not isinstance(args.metric_for_best_model, DefaultMetric):
+        return
+    prefix = f"eval_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else "eval"
+    args.metric_for_best_model = DefaultMetric(f"{prefix}_win_rate_vs_initial/{judges[0]}")
+    args.greater_is_better = True
+    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, "greedy"):
+        args.lr_scheduler_kwargs = {"mode": "max", **cast(dict, args.lr_scheduler_kwargs or {})}
+    logger.warning(f"metric_for_best_model is {args.metric_for_best_model!s}, by default the first judge's.")
 
 
-class Opponents:
+class Opponents(TrainerCallback):
     """
     Lets each evaluation of a training play against the first one and the one before, without sampling those again.
 
@@ -114,30 +62,43 @@ class Opponents:
         self.trainer = trainer
         self.args = trainer.args
         self.files = EvaluationFiles(self.args.output_dir)
-        self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
         self.forget()
 
     def forget(self) -> None:
-        """Of an earlier training of this trainer."""
-        self._memory.clear()
+        """Forget an earlier training of this trainer."""
+        self._steps: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
+        self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
         self._groups: Groups = []
         self._elsewhere: EvaluationFiles | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": {name: list(steps) for name, steps in self._steps.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = {name: list(steps) for name, steps in state["steps"].items()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The initial policy is the first opponent. A resumed run has that, or cannot have it any more
+        if state.global_step == 0 and args.eval_strategy != IntervalStrategy.NO and not args.eval_on_start:
+            self.trainer.evaluate()
 
     def resume_from(self, checkpoint: str) -> None:
         """Look for earlier evaluations beside this checkpoint too, which may be in another run's folder."""
         self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
 
-    def begin(self, name: str, num_prompts: int | None) -> None:
+    def begin(self, prefix: str, dataset: Any) -> None:
         """
         Begin an evaluation.
 
         Args:
-            name (`str`):
-                Of the evaluation set, `""` if there is only one.
-            num_prompts (`int`, *optional*):
-                How many it has, if that is known. Several processes may see some of them again at its end.
+            prefix (`str`):
+                Of its metrics: `"eval"`, and the name of the evaluation set if there are several.
+            dataset:
+                The evaluation set. Several processes may see some of its prompts again at the end.
         """
-        self._name, self._num_prompts, self._groups = name, num_prompts, []
+        self._prefix, self._name = prefix, prefix.removeprefix("eval").removeprefix("_")
+        self._num_prompts = len(dataset) if isinstance(dataset, Sized) else None
+        self._groups = []
 
     def add(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Any], lengths: torch.Tensor, scores: dict
@@ -155,7 +116,7 @@ class Opponents:
         """
         size = lengths.size(1)
         # Images are for oracles, and gathered only if there are any: they are large
-        has_oracles = bool(self.trainer.preference_funcs or self.trainer.eval_preference_funcs)
+        has_oracles = bool(self.trainer.voters.oracles or self.trainer.panel.oracles)
         names = [name for name in rows[0] if has_oracles or name not in IMAGES]
         prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
         texts = gather_object(list(completions))
@@ -182,11 +143,11 @@ class Opponents:
         Play against the opponents, and keep the answers for the next evaluation.
 
         Returns:
-            `dict[str, float]`: metrics.
+            `dict[str, float]`: metrics, with the prefix.
         """
         groups, self._groups = self._groups[: self._num_prompts], []
         trainer, step = self.trainer, self.trainer.state.global_step
-        steps = trainer._evaluated.get(self._name, [])
+        steps = self._steps.get(self._name, [])
         earlier = [each for each in steps if each < step]
         metrics: dict[str, float] = {}
         results: dict[int, dict[str, float]] = {}
@@ -202,12 +163,21 @@ class Opponents:
                 metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent[0]].items()}
         if trainer.is_in_train:
             self._keep(groups, step, steps)
+        metrics = {f"{self._prefix}_{name}": value for name, value in metrics.items()}
+        metric = self.args.metric_for_best_model
+        is_asked = isinstance(metric, DefaultMetric) and metric.startswith(f"{self._prefix}_win_rate")
+        if is_asked and metric not in metrics and trainer.is_in_train and step > 0:
+            logger.warning_once(
+                f"{metric!s} is not known: the judge has scored nothing, or there is no evaluation of the initial "
+                "policy. This policy is not taken for the best."
+            )
+            metrics[str(metric)] = math.nan  # better than nothing: transformers would end the run
         return metrics
 
     def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
         name = self._name
         groups = [without_images(group) for group in groups]
-        self.trainer._evaluated[name] = [*(each for each in steps if each < step), step]
+        self._steps[name] = [*(each for each in steps if each < step), step]
         kept = {(name, steps[0] if steps else step)}
         self._memory = {key: value for key, value in self._memory.items() if key[0] != name or key in kept}
         self._memory[name, step] = groups
@@ -251,160 +221,11 @@ class Opponents:
         if not any(key_of(group["prompt"]) in keys for group in groups):
             logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
             return {}
-        trainer = self.trainer
-        oracles = [*trainer.preference_funcs, *trainer.eval_preference_funcs]
-        names = [*trainer.preference_func_names, *trainer.eval_preference_func_names]
-        results = play(
-            groups,
-            opponents,
-            dict(zip(names, oracles, strict=True)),
-            both_orders=self.args.both_orders,
-            batch_size=self.args.preference_batch_size,
-            accelerator=trainer.accelerator,
-            log_metric=trainer._log_metric,
-            disable_tqdm=bool(self.args.disable_tqdm),
-        )
+        voters = self.trainer.voters  # whose scores the groups have
+        results = play(groups, opponents, self.trainer.panel, voters.oracles)
         metrics: dict[str, float] = {}
         for judge, (plain, controlled) in results.items():
             metrics |= {judge: plain.mean, f"{judge}/low": plain.low, f"{judge}/high": plain.high}
             metrics[f"{judge}/length_controlled"] = controlled.mean
         lengths = torch.tensor([group["lengths"] for group in opponents]).float()
         return {**metrics, "opponent_mean_length": lengths.mean().item()}
-
-
-def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    """
-    Play one policy's completions against another's, on the same prompts, by the scores that they have.
-
-    Args:
-        groups, opponents (`list[dict]`):
-            P rows each, with `"lengths"`, and `"scores"` by source.
-
-    Returns:
-        `dict`: for each source that scored both, the win rate and the length-controlled win rate. One that has scored
-        nothing is left out.
-    """
-    groups, opponents = aligned(groups, opponents)
-    return _rates(_outcomes(groups, opponents), groups, opponents)
-
-
-def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """
-    The rows of two policies that play against each other, in the order of the first.
-
-    Rows play against each other if they have the same prompt, each with one. Of several rows of a prompt, those play
-    against each other that are equal in the other columns of the dataset, as far as both sides have them; what is left
-    does so in its order.
-
-    Args:
-        groups, opponents (`list[dict]`):
-            Rows with `"prompt"`.
-
-    Returns:
-        Two lists of rows of the same length.
-
-    Raises:
-        `ValueError`: if there are none.
-    """
-    ours, theirs = matched(groups, opponents)
-    if not ours:
-        raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
-    if len(ours) < max(len(groups), len(opponents)):
-        logger.warning(f"two policies play on the {len(ours)} prompts that both have answered.")
-    return ours, theirs
-
-
-def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """See [`aligned`]: possibly no rows, and nothing is said of those left out."""
-    waiting: dict[str, Groups] = {}
-    for group in opponents:
-        waiting.setdefault(key_of(group["prompt"]), []).append(group)
-    found: dict[int, dict[str, Any]] = {}
-    for strictly in (True, False):
-        for i, group in enumerate(groups):
-            rivals = waiting.get(key_of(group["prompt"]), []) if i not in found else []
-            place = next((k for k, each in enumerate(rivals) if not strictly or _same_columns(group, each)), None)
-            if place is not None:
-                found[i] = rivals.pop(place)
-    return [groups[i] for i in sorted(found)], [found[i] for i in sorted(found)]
-
-
-def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    ours, theirs = row_of(group), row_of(other)
-    return all(
-        key_of(ours[name]) == key_of(theirs[name]) for name in ours.keys() & theirs.keys() - {"prompt", *IMAGES}
-    )
-
-
-def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
-    outcomes = {}
-    for name in groups[0].get("scores", ()):
-        if name in opponents[0].get("scores", ()):
-            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
-            outcomes[name] = outcomes_of_scores(*scores)
-    return outcomes
-
-
-def _rates(outcomes: dict[str, torch.Tensor], groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
-    return {
-        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
-        for name, outcome in outcomes.items()
-        if not outcome.isnan().all()
-    }
-
-
-def play(
-    groups: Groups,
-    opponents: Groups,
-    oracles: dict[str, PreferenceFunc],
-    *,
-    both_orders: bool,
-    batch_size: int,
-    accelerator: Any,
-    log_metric: Callable[[str, float], None],
-    disable_tqdm: bool,
-) -> dict[str, tuple[WinRate, WinRate]]:
-    """
-    Play one policy's completions against another's, on the same prompts.
-
-    Args:
-        groups, opponents (`list[dict]`):
-            P rows each, with `"prompt"`, `"completions"`, `"lengths"` and `"scores"` by source, and further columns,
-            which oracles get.
-        oracles (`dict`):
-            Pairwise oracles by name, which compare every completion with every one of the opponent's.
-        both_orders, batch_size, accelerator, log_metric, disable_tqdm:
-            See [`~comparisons.ask_oracle`].
-
-    Returns:
-        `dict`: for each judge (the sources that scored both, then the oracles) the win rate and the length-controlled
-        win rate. A judge that says nothing is left out.
-    """
-    groups, opponents = aligned(groups, opponents)
-    outcomes = _outcomes(groups, opponents)
-    size = len(groups[0]["completions"])
-    total = size + len(opponents[0]["completions"])
-    rows = [row_of(group) for group in groups]
-    for name, oracle in oracles.items():
-        answers = ask_oracle(
-            oracle,
-            [group["prompt"] for group in groups for _ in range(total)],
-            [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
-            {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
-            group_size=total,
-            first_side=size,
-            both_orders=both_orders,
-            batch_size=batch_size,
-            accelerator=accelerator,
-            log_metric=log_metric,
-            disable_tqdm=disable_tqdm,
-        )
-        if answers.num_lost:
-            logger.warning(
-                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
-                f"lost, since {answers.problem}. They take no part in the win rate."
-            )
-        if answers.num_lost < answers.num_asked or not answers.num_asked:
-            outcomes[name] = answers.preferences[:, :size, size:]
-    return _rates(outcomes, groups, opponents)

@@ -1,4 +1,4 @@
-"""Rollouts of a run, written as they come about, and found again when the run is resumed."""
+"""The recorder of rollouts: writes them as they are made, and finds them again when a run is resumed."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from .comparisons import Answers
 from .stored_rollouts import (
     COLUMNS,
     IMAGES,
@@ -17,10 +18,13 @@ from .stored_rollouts import (
     RolloutFiles,
     installed_versions,
     same_prompts,
+    stored_panel,
     to_lists,
     to_tensor,
     without_nulls,
 )
+from .targets import RolloutTargets
+from .voters import preferences_of_sources
 
 
 logger = logging.get_logger(__name__)
@@ -63,6 +67,7 @@ class RolloutRecorder:
     def _forget(self) -> None:
         # One row per group: of the whole rollout, and the same on all processes, if it is given or recalled
         self.groups: list[dict[str, Any]] = []
+        self._on_disk: set[str] = set()  # columns of the iteration's file, on the main process
         self._mine: dict[int, dict[str, Any]] = {}  # with all columns, those that this process has completions of
         self._recalled = False
 
@@ -101,6 +106,8 @@ class RolloutRecorder:
         if self.accelerator.is_main_process:
             groups = self.files.read(self._iteration)
             if groups is not None:
+                self._on_disk = set(groups[0])
+                groups = self.files.with_scored(self._iteration, groups)
                 state = self.files.state(self._iteration, scored="win_rates" in groups[0])
                 if groups[0]["run"] != self._run() or not same_prompts(groups, prompts) or not state.is_dir():
                     self.files.set_aside(self._iteration)  # before the random states are written over
@@ -113,7 +120,7 @@ class RolloutRecorder:
         trainer = self.trainer
         options = {name: value for name, value in self.args.to_dict().items() if not name.startswith(NEUTRAL)}
         options["policy"] = trainer.policy_name
-        options["sources"] = [trainer.reward_source_names, trainer.preference_func_names]
+        options["sources"] = [trainer.voters.sources.names, list(trainer.voters.oracles)]
         options["num_processes"] = self.accelerator.num_processes
         return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -241,8 +248,10 @@ class RolloutRecorder:
                     "run": run,
                     "versions": versions,
                 })  # fmt: skip
+            self.files.forget_scored(self._iteration)  # of another run
         self._save_random_state(scored=False)
-        self._write()
+        if self.accelerator.is_main_process:
+            self._write()
 
     @property
     def is_scored(self) -> bool:
@@ -259,35 +268,47 @@ class RolloutRecorder:
         """Recalled answers of a pairwise oracle, of shape `(groups, K, K)`."""
         return to_tensor([group["answers"][name] for group in self.groups])
 
-    def scored(
-        self,
-        scores: dict[str, torch.Tensor],
-        answers: dict[str, torch.Tensor],
-        preferences: torch.Tensor,
-        win_rates: torch.Tensor,
-    ) -> None:
+    def scored(self, scores: dict[str, torch.Tensor], answers: dict[str, Answers], targets: RolloutTargets) -> None:
         """
-        Write down what was said of the completions.
+        Write down what was said of the completions, beside them.
 
         Args:
             scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
                 By reward source.
-            answers (`dict[str, torch.Tensor]` of shape `(groups, K, K)`):
+            answers (`dict`):
                 By pairwise oracle.
-            preferences (`torch.Tensor` of shape `(groups, K, K)`), win_rates (`torch.Tensor` of shape `(groups, K)`):
-                Of the panel.
+            targets ([`RolloutTargets`]):
+                What that comes to.
         """
         if self.is_scored or not self._writes:
             return
         if self.accelerator.is_main_process:
+            matrices = {name: answer.matrix for name, answer in answers.items()}
             for g, group in enumerate(self.groups):
-                for name, tables in (("scores", scores), ("answers", answers)):
+                for name, tables in (("scores", scores), ("answers", matrices)):
                     if tables:
                         group[name] = {source: to_lists(table[g]) for source, table in tables.items()}
-                group["preferences"] = to_lists(preferences[g])
-                group["win_rates"] = to_lists(win_rates[g])
+                group["preferences"] = to_lists(targets.preferences[g])
+                group["win_rates"] = to_lists(targets.win_rates[g])
         self._save_random_state(scored=True)
-        self._write()
+        if self.recalls and self.accelerator.is_main_process:
+            self.files.write_scored(self._iteration, self.groups)
+
+    def given_votes(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+        """
+        The votes that given rollouts bring with them.
+
+        Args:
+            ended (`torch.Tensor` of bool, of shape `(groups, K)`):
+                Whether a completion ends with an EOS token.
+
+        Returns:
+            Preference matrices of shape `(groups, K, K)`, and their weights.
+        """
+        panel, scores = stored_panel(self.groups, ended.size(1))
+        if scores is not None:
+            return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
+        return [preferences.to(ended.device) for preferences in panel], [1.0] * len(panel)
 
     def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
         """
@@ -301,13 +322,14 @@ class RolloutRecorder:
         """
         if self.given:
             self._put_logps(batch, kept.tolist())
-        elif self._writes and "old_per_token_logps" in batch:
-            rows = zip(batch["old_per_token_logps"].cpu(), self._lengths, strict=True)
-            known = [None if row[:length].isnan().any() else row[:length].tolist() for row, length in rows]
-            weights = batch.get("importance_sampling_ratio")
-            columns = {"logps": self._on_main(known)}
-            if weights is not None:
-                columns["importance_weights"] = self._on_main(weights.flatten().tolist())
+        elif self._writes:
+            columns: dict[str, list] = {}
+            if "old_per_token_logps" in batch:
+                rows = zip(batch["old_per_token_logps"].cpu(), self._lengths, strict=True)
+                known = [None if row[:length].isnan().any() else row[:length].tolist() for row, length in rows]
+                columns["logps"] = self._on_main(known)
+            if "importance_sampling_ratio" in batch:
+                columns["importance_weights"] = self._on_main(batch["importance_sampling_ratio"].flatten().tolist())
             if self.accelerator.is_main_process:
                 for name, values in columns.items():
                     for g, group in enumerate(self.groups):
@@ -348,5 +370,7 @@ class RolloutRecorder:
             self.accelerator.wait_for_everyone()
 
     def _write(self) -> None:
-        if self.accelerator.is_main_process:
+        """On the main process, unless all is on disk."""
+        if self._on_disk != self.groups[0].keys():
             self.files.write(self._iteration, self.groups, getattr(self.trainer.train_dataset, "features", None))
+            self._on_disk = set(self.groups[0])

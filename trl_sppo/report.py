@@ -9,6 +9,7 @@ from typing import Any
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
 from .evaluate import parse
+from .evaluation_files import Groups
 from .ladder import (
     LadderArguments,
     check_matplotlib,
@@ -19,7 +20,7 @@ from .ladder import (
     verdict,
     which_evaluation_set,
 )
-from .opponents import Groups, aligned, play_stored
+from .play import aligned, play_stored
 from .stored_rollouts import to_tensor
 from .train import fail
 

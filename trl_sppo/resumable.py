@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -51,13 +51,12 @@ class ResumableTrainer(GRPOTrainer):
     """
 
     args: SPPOConfig
+    model: torch.nn.Module
 
     _adapter: str | None = None  # folder of the adapter that is continued
 
-    # Attributes that a resumed run needs, besides what transformers saves: numbers, tensors, and containers of them
-    _saved = [
-        "_step", "_tr_loss", "_globalstep_last_logged", "_skipped_steps", "_skipped_in_a_row", "_evaluated",
-    ]  # fmt: skip
+    # Attributes of TRL's and transformers' trainers that a resumed run needs, besides what transformers saves
+    _saved = ["_step", "_tr_loss", "_globalstep_last_logged"]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -71,10 +70,10 @@ class ResumableTrainer(GRPOTrainer):
         self._resumed = False
         self._recorder = RolloutRecorder(self)
         self._opponents = Opponents(self)
-        self._evaluated: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
-        self._losses_are_finite: list[torch.Tensor] = []  # of the micro-batches of the optimizer step at hand
-        self._skipped_steps = self._skipped_in_a_row = 0
-        self.add_callback(NonFiniteSteps(self))
+        self._nonfinite = NonFiniteSteps()
+        # By name: what has a state of its own, which a resumed run needs
+        self._parts: dict[str, Any] = {"opponents": self._opponents, "nonfinite": self._nonfinite}
+        self.add_callback(self._opponents)
         self._interruption = Interruption(self, self.args.time_budget)
         self.add_callback(self._interruption)
 
@@ -134,16 +133,8 @@ class ResumableTrainer(GRPOTrainer):
             if not self._recorder.given:
                 self._recorder.files.set_aside()
             self._opponents.files.set_aside()
-        options = self.args.load_best_model_at_end, self.args.save_total_limit, self.args.eval_on_start
-        # The initial policy is the first opponent of evaluations. A resumed run has that, or cannot have it any more
-        self.args.eval_on_start = checkpoint is None and (
-            self.args.eval_on_start or self.args.eval_strategy != IntervalStrategy.NO
-        )
-        try:
-            with self._interruption.listening():
-                output = super().train(checkpoint, *args, **kwargs)
-        finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit, self.args.eval_on_start = options
+        with self._interruption.listening():
+            output = super().train(checkpoint, *args, **kwargs)
         if self._interruption.exit_code is not None:
             if self.is_world_process_zero():
                 print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
@@ -173,10 +164,8 @@ class ResumableTrainer(GRPOTrainer):
         """Of this trainer, in this process."""
         self._step, self._buffered_inputs = 0, None
         self._boundary = self._last_saved_step = None
-        self._losses_are_finite = []
-        self._skipped_steps = self._skipped_in_a_row = 0
         self._metrics["train"].clear()
-        self._evaluated = {}
+        self._nonfinite.forget()
         self._opponents.forget()
 
     def _from_main_process(self, find: Callable[[], Any]) -> Any:
@@ -185,6 +174,8 @@ class ResumableTrainer(GRPOTrainer):
 
     def agree(self, code: int) -> int:
         """The largest of the numbers that the processes have."""
+        if self.accelerator.num_processes == 1:
+            return code
         return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
 
     # ---- The state between two optimizer steps
@@ -229,11 +220,11 @@ class ResumableTrainer(GRPOTrainer):
         """Go back to where the optimizer step at hand began. What it has done so far changed no weight."""
         assert self._boundary is not None
         self._set_state(self._boundary)
-        self._losses_are_finite = []
 
     def _get_state(self) -> dict[str, Any]:
         return {
             **{name: copy.deepcopy(getattr(self, name)) for name in self._saved},
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "num_input_tokens_seen": self.state.num_input_tokens_seen,
             "slices": None if self.needs_rollout() else self._buffered_inputs,
@@ -242,8 +233,9 @@ class ResumableTrainer(GRPOTrainer):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         for name in self._saved:
-            if name in state:  # a checkpoint of an earlier version may lack it
-                setattr(self, name, copy.deepcopy(state[name]))
+            setattr(self, name, copy.deepcopy(state[name]))
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
         self._tr_loss = self._tr_loss.to(self.args.device)
         self._metrics["train"].clear()
         self._metrics["train"].update(state["metrics"])
@@ -280,16 +272,27 @@ class ResumableTrainer(GRPOTrainer):
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self.state.global_step > 0:
+            return {}  # that of eval_on_start, which the run has had when it began
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
     def _finalize_training(self, *args, **kwargs):
         if self._interruption.exit_code is not None:
-            # The run is not over: neither is there a best model yet, nor a checkpoint to be deleted for it
-            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+            # The run is not over: there is no best model yet, to be loaded, and to delete the last checkpoint for
+            self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses_are_finite.append(loss.isfinite())
-        return loss
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed holds the gradients itself, and a scaler of float16 gradients looks at them itself
+        if (
+            not self.is_deepspeed_enabled
+            and self.accelerator.scaler is None
+            and not self._nonfinite.passes(norm, self)
+        ):
+            self._metrics["train"]["skipped_steps"] = [self._nonfinite.num_skipped]
+        return norm
 
     def micro_batches_of_step(self) -> list[dict[str, Any]]:
         """This process's micro-batches of the optimizer step at hand."""
@@ -312,10 +315,12 @@ class ResumableTrainer(GRPOTrainer):
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
         self.accelerator.wait_for_everyone()
-        # Older checkpoints go only when this one is whole
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        # transformers would delete older checkpoints before this one is whole: it gets options without a limit
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
+            self.args = args
             if not self.args.save_only_model:
                 state = self._get_state()
                 del state["random"]  # transformers has saved it
@@ -337,14 +342,16 @@ class ResumableTrainer(GRPOTrainer):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
-            self.args.save_total_limit = limit
+            self.args = args
         self._last_saved_step = step
         if main:
             shutil.rmtree(aside, ignore_errors=True)
             iteration = -(-self._step // self._micro_steps_per_iteration)  # the next to be sampled
             self._recorder.files.rotate(iteration, self.args.rollouts_total_limit)
             self._opponents.files.rotate(step, self.args.rollouts_total_limit)
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(
+                str(folder.parent), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
 
     def save_random_state(self, folder: Path) -> None:
         """Save the state of this process's random generators in a folder of the rollouts."""

@@ -98,6 +98,13 @@ class MicroBatchedRewardModel(nn.Module):
         return SequenceClassifierOutput(logits=scores.unsqueeze(1))
 
 
+def in_micro_batches(sources: Sequence[Any], batch_size: int) -> list[Any]:
+    """Let the reward models among these score in micro-batches."""
+    return [
+        MicroBatchedRewardModel(source, batch_size) if isinstance(source, nn.Module) else source for source in sources
+    ]
+
+
 def without_slash(sources: Sequence[Any]) -> list[Any]:
     """A folder by another spelling: its last part becomes the name of the reward source."""
     return [source.rstrip("/") if isinstance(source, str) and not is_url(source) else source for source in sources]
@@ -196,6 +203,7 @@ def load_reward_models(
     for source, tokenizer in zip(reward_funcs, tokenizers, strict=True):
         if isinstance(source, str):
             source = _load(source, source in trust_remote_code, quantization)
+        if isinstance(source, PreTrainedModel):
             # By which a classifier finds the last token of a text. An adapter's base has another one, or none
             source.config.get_text_config().pad_token_id = cast(Any, tokenizer).pad_token_id
         models.append(source)

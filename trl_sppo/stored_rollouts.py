@@ -42,6 +42,8 @@ COLUMNS = {
     "versions": {name: Value("string") for name in ("trl_sppo", "trl", "transformers", "torch", "vllm")},
 }  # fmt: skip
 
+SCORED = ("scores", "answers", "preferences", "win_rates")
+
 IMAGES = ("image", "images")  # columns of the dataset that are not written
 
 ROW = "row_of_rollouts"
@@ -93,6 +95,26 @@ class RolloutFiles:
         """The rows of an iteration, or `None` if it has not been written."""
         path = self.path(iteration)
         return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
+
+    # Until an iteration's file is whole, what was said of its completions lies beside it
+
+    def write_scored(self, iteration: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Write what was said of an iteration's completions, beside its file."""
+        columns = [name for name in SCORED if name in groups[0]]
+        rows = [{name: group[name] for name in columns} for group in groups]
+        write_parquet(self.state(iteration, scored=True) / self.path(iteration).name, rows, None)
+
+    def with_scored(self, iteration: int, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of an iteration, with what was said of them, if the file has nothing of that yet."""
+        path = self.state(iteration, scored=True) / self.path(iteration).name
+        if "win_rates" in groups[0] or not path.is_file():
+            return groups
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [{**group, **row} for group, row in zip(groups, rows, strict=True)]
+
+    def forget_scored(self, iteration: int) -> None:
+        """Delete what was said of completions that are sampled anew."""
+        shutil.rmtree(self.state(iteration, scored=True), ignore_errors=True)
 
     def set_aside(self, iteration: int = 0) -> None:
         """

@@ -1,6 +1,5 @@
 """[`SPPOTrainer`]: SPPO on TRL's GRPO trainer. Wiring only; the formulas are in `preferences` and `objectives`."""
 
-import math
 import textwrap
 from collections import deque
 from functools import wraps
@@ -8,11 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.extras.profiling import profiling_context
 
 from .adapters import continue_adapter, is_adapter, keep_reference, load_weights
+from .batch import IMAGE_FIELDS, Rollout, count_kept, loss_mask, pin, take_rows, to_device, trim_completions
 from .checks import (
     check_columns,
     check_datasets,
@@ -29,7 +31,7 @@ from .checks import (
     named_datasets,
     quantized_bits,
 )
-from .comparisons import PreferenceFunc
+from .comparisons import PreferenceFunc, oracle_name, told_apart
 from .config import SPPOConfig
 from .faults import RunError, is_of_another_process
 from .forms import form_of
@@ -37,27 +39,32 @@ from .generation import only_requested_generation
 from .make_rollouts import make_rollouts
 from .model_card import add_to_card
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
-from .prompts import check_prompt_ids, check_rows, without_empty_images
-from .rewards import RewardSource, without_slash
-from .rollouts import (
-    IMAGE_FIELDS,
-    Verdict,
-    loss_mask,
-    pin,
-    preferences_of_sources,
-    take_rows,
-    to_device,
-    trim_completions,
-)
-from .scoring import ScoringTrainer
+from .opponents import choose_metric
+from .panel import Panel, place
+from .prompts import check_prompt_ids, check_prompts, check_rows, without_empty_images
+from .readers import policy_reader, reward_readers
+from .resumable import ResumableTrainer
+from .reward_sources import RewardSources, names_of
+from .rewards import RewardSource, in_micro_batches, load_reward_models, without_slash
+from .step_metrics import StepMetrics
 from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of
+from .targets import RolloutTargets
+from .voters import Voters
 from .weight_sync import prepare_weight_sync
 
 
 logger = logging.get_logger(__name__)
 
+KEPT = " What was sampled is kept: a resumed run scores it without sampling again."
 
-class SPPOTrainer(ScoringTrainer):
+NOTHING_TO_LEARN = (
+    "no completion of this batch can be trained on: nothing is learned from it. If this goes on, the reward sources "
+    "do not tell the completions of a prompt apart, or sampling makes them equal (temperature), or all are truncated "
+    "(mask_truncated_completions)."
+)
+
+
+class SPPOTrainer(ResumableTrainer):
     """
     Trainer for Self-Play Preference Optimization (SPPO), https://huggingface.co/papers/2405.00675.
 
@@ -119,8 +126,6 @@ class SPPOTrainer(ScoringTrainer):
     trainer.train()
     ```
     """
-
-    _saved = [*ScoringTrainer._saved, "_sums"]
 
     _tag_names = ["trl", "sppo"]
     _name = "SPPO"
@@ -219,28 +224,43 @@ class SPPOTrainer(ScoringTrainer):
         check_model(model, args, has_adapter, needs_tokenizer=processing_class is None, adapter=self._adapter)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
-        self._verdict: Verdict | None = None  # set while a rollout is being made
-        self._scores = torch.empty(0)  # likewise
-        self._only_samples = False  # `rollout` is at work
-        self._sums: dict[str, torch.Tensor] = {}  # metrics of the optimizer step: numerators and denominators
-        self._pinned = False  # whether TRL's buffer of rollouts is
+        sources, tokenizers = load_reward_models(
+            [*judges, *reward_funcs],
+            [*judges_classes, *processing_classes],
+            conversational,
+            [name.rstrip("/") for name in args.reward_trust_remote_code or ()],
+            cast(Any, args.chat_template_kwargs),
+            args.reward_quantization,
+            check=lambda sources, tokenizers: self._check_prompts(
+                args, sources, tokenizers, len(judges), model=model, processing_class=processing_class,
+                datasets=named_datasets(train_dataset, eval_dataset), **kwargs,
+            ),
+        )  # fmt: skip
+        self._rollout: Rollout | None = None  # while it is being made
         if kwargs.get("rollout_func") is not None:
             kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
+        # TRL insists on a reward source, also where all votes are those of oracles or of stored rollouts
+        without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs,
+            reward_funcs=[_no_reward] if without_source else sources[len(judges) :],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            reward_processing_classes=processing_classes,
-            preference_funcs=preference_funcs,
-            judges=judges,
-            judges_processing_classes=judges_classes,
-            eval_preference_funcs=eval_preference_funcs,
-            conversational=conversational,
+            reward_processing_classes=[None] if without_source else tokenizers[len(judges) :],
             **kwargs,
         )
+        if without_source:  # nothing is to be logged of it
+            for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del cast(list, each)[0]
+            self.reward_weights = self.reward_weights[1:]
+        self.reward_funcs = in_micro_batches(self.reward_funcs, args.reward_batch_size)
+        self.voters = self._make_voters(preference_funcs)
+        self.panel = self._make_panel(sources[: len(judges)], tokenizers[: len(judges)], eval_preference_funcs)
+        choose_metric(args, [*self.panel.names, *self.voters.names], self.eval_dataset)
+        self._step_metrics = StepMetrics(self.accelerator)
+        self._parts |= {"voters": self.voters, "step_metrics": self._step_metrics}
         policy = cast(Any, self.model)
         if self._adapter is not None:
             load_weights("model", policy, self._adapter)
@@ -249,6 +269,60 @@ class SPPOTrainer(ScoringTrainer):
         check_trainable(policy)
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
+
+    def _check_prompts(
+        self, args: SPPOConfig, sources: list, tokenizers: list, num_judges: int, *, model, processing_class, datasets,
+        tools=None, rollout_func=None, environment_factory=None, **kwargs,
+    ) -> None:  # fmt: skip
+        """Through the templates of the policy and of reward models, of which none is loaded yet."""
+        self._readers = reward_readers(args, sources, tokenizers, num_judges)
+        if rollout_func is None:  # which renders prompts itself, and samples what it likes
+            self._readers.insert(0, policy_reader(args, model, processing_class, tools))
+        if environment_factory is None:  # environments may bring or change the prompts
+            check_prompts(self._readers, datasets)
+
+    def _make_voters(self, oracles: list[PreferenceFunc]) -> Voters:
+        names = [*self.reward_func_names, *map(oracle_name, oracles)]
+        return Voters(
+            self.args,
+            RewardSources(
+                told_apart(self.reward_func_names),
+                self.reward_funcs,
+                self.reward_processing_classes,
+                cast(dict, self.chat_template_kwargs),
+            ),
+            self.reward_weights.tolist(),
+            dict(zip(told_apart(names)[len(self.reward_func_names) :], oracles, strict=True)),
+            self.accelerator,
+            self.train_dataset,
+        )
+
+    def _make_panel(self, sources: list, tokenizers: list, oracles: list[PreferenceFunc]) -> Panel:
+        # A judge gives way: it must not change the names of what is trained on
+        voters = [*self.reward_func_names, *map(oracle_name, self.voters.oracles.values())]
+        names = told_apart([*voters, *names_of(sources), *map(oracle_name, oracles)])[len(voters) :]
+        return Panel(
+            RewardSources(
+                names[: len(sources)],
+                in_micro_batches(place(sources, self.accelerator), self.args.reward_batch_size),
+                tokenizers,
+                cast(dict, self.chat_template_kwargs),
+                kind="judge",
+            ),
+            dict(zip(names[len(sources) :], oracles, strict=True)),
+            self.accelerator,
+            both_orders=self.args.both_orders,
+            batch_size=self.args.preference_batch_size,
+            log_metric=self._log_metric,
+            disable_tqdm=bool(self.args.disable_tqdm),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **self.voters.describe(), "judges": self.panel.names}
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     def rollout(self) -> str:
         """
@@ -265,12 +339,8 @@ class SPPOTrainer(ScoringTrainer):
         Raises:
             `ValueError`: if models are sharded, or nothing would be written, or another run uses the folder.
         """
-        self._only_samples = True
-        try:
-            with self.alone():
-                return make_rollouts(self)
-        finally:
-            self._only_samples = False
+        with self.alone():
+            return make_rollouts(self)
 
     def _logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of the tokens of all completions of a batch under the policy."""
@@ -287,81 +357,92 @@ class SPPOTrainer(ScoringTrainer):
     # ---- Seam 1: the rollout. TRL generates, computes log-probabilities, then scores. Here scores come right after
     # generation, so that the log-probability passes can skip the completions that will not be trained on.
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
+    def _generate_and_score_completions(
+        self, inputs: list[dict[str, Any]], iteration: int | None = None, only_sample: bool = False
+    ) -> dict[str, torch.Tensor | Any]:
+        """`iteration` and `only_sample` are [`SPPOTrainer.rollout`]'s."""
+        training = self.model.training
         if not self.environment_factories:  # these may bring the prompts
-            check_rows(inputs, self._readers, self.model.training)
-        self._rollout_inputs = inputs
-        # Of an earlier iteration, if that one was interrupted
-        self._verdict, self._sums = None, {}
-        self._rollout_metrics[self._mode] = {}
-        if self.model.training:
-            self._buffered_inputs, self._pinned = None, False
-        batch = super()._generate_and_score_completions(inputs)
-        verdict, self._verdict = self._verdict, None
-        assert verdict is not None  # _generate has set it
-        if self.model.training:
-            if self._only_samples and "old_per_token_logps" not in batch:
-                batch["old_per_token_logps"] = self._logps(batch)
-            self._recorder.finish(batch, self._local(verdict.kept))
+            check_rows(inputs, self._readers, training)
+        if training:
+            self._buffered_inputs = None  # before memory is taken for the next
+            iteration = self._step // self._micro_steps_per_iteration if iteration is None else iteration
+        self._step_metrics.begin_rollout(self._mode)
+        self._rollout = Rollout(inputs, iteration, only_sample)
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+            targets = self._rollout.targets
+            assert targets is not None  # _generate has set them
+            if training:
+                if only_sample and "old_per_token_logps" not in batch:
+                    batch["old_per_token_logps"] = self._logps(batch)
+                self._recorder.finish(batch, self._local(targets.kept))
+        finally:
+            self._rollout = None
 
         unmeasured = [] if self.reward_funcs else ["reward", "reward_std", "frac_reward_zero_std"]
-        if not self.model.training:  # no log-probabilities to compare vLLM's with
+        if not training:  # no log-probabilities to compare vLLM's with
             unmeasured += [name for name in self._metrics["eval"] if name.startswith("sampling/")]
         for name in unmeasured:
             self._metrics[self._mode].pop(name, None)
         # The table of completions shows what is regressed instead of GRPO's advantage
         table = cast(deque, self._logs["advantages"])
-        targets = sppo_targets(verdict.regressed, self.args.eta, verdict.baseline).flatten().tolist()
-        for _ in range(min(len(table), len(targets))):
+        shown = sppo_targets(targets.regressed, self.args.eta, targets.baseline).flatten().tolist()
+        for _ in range(min(len(table), len(shown))):
             table.pop()
-        table.extend(targets)
+        table.extend(shown)
 
         del batch["advantages"]
-        batch["win_rates"] = self._local(verdict.regressed)
-        batch["baseline"] = self._local(verdict.baseline)
-        batch["kept"] = self._local(verdict.kept)
+        batch["win_rates"] = self._local(targets.regressed)
+        batch["baseline"] = self._local(targets.baseline)
+        batch["kept"] = self._local(targets.kept)
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
-            batch = take_rows(batch, verdict.rows)
-            batch["kept"] = torch.arange(len(verdict.rows), device=verdict.rows.device) < verdict.num_kept
+            batch = take_rows(batch, targets.rows)
+            batch["kept"] = torch.arange(len(targets.rows), device=targets.rows.device) < targets.num_kept
         # Between uses rollouts live in CPU memory
         return to_device(batch, torch.device("cpu"))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor | Any]:
+        is_new = self.model.training and self.needs_rollout()
         inputs = super()._prepare_inputs(generation_batch)
-        slices = self._buffered_inputs  # none in an evaluation before training
-        if slices and not self._pinned and self.accelerator.device.type == "cuda":
+        if is_new:
+            slices, per_step = cast(list, self._buffered_inputs), self.args.gradient_accumulation_steps
+            for i, num_kept in enumerate(count_kept(slices, per_step, self.accelerator)):
+                for each in slices[i * per_step : (i + 1) * per_step]:
+                    each["num_kept"] = num_kept
             for i in range(len(slices)):  # one by one, so that memory holds no iteration twice
-                slices[i] = pin(slices[i])
-            self._pinned = True
+                slices[i] = pin(slices[i], self.accelerator.device)
+            inputs = slices[self._step % len(slices)]
         return inputs
 
     def _generate(self, prompts: list):
-        training = self.model.training
+        training, rollout = self.model.training, self._rollout
         group_size = self.num_generations if training else self.num_generations_eval
-        assert group_size is not None and self.args.steps_per_generation is not None  # GRPOConfig has set them
+        assert rollout is not None and group_size is not None  # GRPOConfig has set it
         recorder = self._recorder if training else None
         if recorder is not None:
-            iteration = self._step // self._micro_steps_per_iteration
-            resumed = self._resumed or self._only_samples
-            recorder.begin(iteration, self._rollout_inputs, group_size, resumed)
+            resumed = self._resumed or rollout.only_sampled
+            recorder.begin(cast(int, rollout.iteration), rollout.inputs, group_size, resumed)
         generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions, sampling_logps, extra_fields, *_ = generated
         if recorder is not None:
             recorder.sampled(prompt_ids, completion_ids, completions, tool_mask, sampling_logps)
 
         # Like TRL, hand what a `rollout_func` returned besides the completions to the reward functions
-        inputs = [{name: value for name, value in row.items() if name != ROW} for row in self._rollout_inputs]
+        inputs = [{name: value for name, value in row.items() if name != ROW} for row in rollout.inputs]
         for name, value in extra_fields.items():
             for i, row in enumerate(inputs):
                 if not isinstance(value, list) or i < len(value):
                     row[name] = value[i] if isinstance(value, list) else value
-        if recorder is not None and recorder.is_scored:
-            self._scores = scores = recorder.scores(self.reward_source_names)
+        known = recorder if recorder is not None and recorder.is_scored else None
+        asked = prompts, completions, _columns(inputs)
+        for_functions = self._for_reward_functions(completion_ids)
+        if known is not None:
+            scores = known.scores(self.voters.sources.names)
         else:
-            self._scores = scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-            if training:
-                self._check_scores(scores)
-        by_judge = {} if training else self._ask_judges(inputs, prompts, completions, completion_ids, group_size)
+            scores = self.voters.score(*asked, **for_functions)
+        rollout.scores = scores
+        by_judge = {} if training else self._ask_judges(asked, for_functions, group_size)
 
         # Of each completion: the tokens that the policy sampled, whether it came to its end, what it is
         pad = self._tokenizer.pad_token_id
@@ -372,38 +453,64 @@ class SPPOTrainer(ScoringTrainer):
         ended = [len(ids) > 0 and ids[-1] in ends for ids in completion_ids]
         fingerprints = [hash(tuple(ids)) for ids in completion_ids]
         local = torch.tensor([lengths, ended, fingerprints], device=scores.device).T.contiguous()
-        num_slices = self.args.steps_per_generation if training else 1
         lengths, ended, fingerprints = self.accelerator.gather(local).T.view(3, -1, group_size)
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
 
         by_source = scores.T.reshape(scores.size(1), *lengths.shape)
-        panel, weights = preferences_of_sources(by_source, self.reward_weights.tolist(), ended == 1, self.args)
-        answers = self._ask_oracles(inputs, prompts, completions, group_size)
-        panel += [answer.preferences.to(scores.device) for answer in answers.values()]
-        weights = [*weights, *self.preference_weights]
+        answers, metrics = self._ask_oracles(*asked, group_size, None if known is None else known.answers)
+        if training:
+            self.voters.check_silence(scores, answers, group_size)
+        panel, weights = self.voters.panel(by_source, answers, ended == 1)
         if not panel:  # nobody is asked: the rollouts bring their own
-            panel, weights = self._stored_panel(ended == 1)
-        self._verdict = Verdict.of(
+            panel, weights = self._recorder.given_votes(ended == 1)
+        rollout.targets = targets = RolloutTargets.of(
             panel,
             weights,
             usable=usable,
             args=self.args,
-            num_slices=num_slices,
+            num_slices=cast(int, self.args.steps_per_generation) if training else 1,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
         )
-        self._log_verdict(self._verdict, lengths.float(), fingerprints)
+        metrics |= {name: value.item() for name, value in targets.metrics(lengths.float(), fingerprints).items()}
+        self._step_metrics.add_of_rollout(self._mode, metrics)
+        self._log_completion_extra("win_rate", self._local(targets.win_rates).tolist())
+        by_name = dict(zip(self.voters.sources.names, by_source, strict=True))
         if recorder is not None:
-            recorder.scored(
-                dict(zip(self.reward_source_names, by_source, strict=True)),
-                {name: answer.matrix for name, answer in answers.items()},
-                self._verdict.preferences,
-                self._verdict.win_rates,
-            )
-        if not training:
-            by_judge |= zip(self.reward_source_names, by_source, strict=True)
-            self._opponents.add(inputs, completions, lengths, by_judge)
+            if not targets.kept.any():
+                logger.warning(NOTHING_TO_LEARN)
+            recorder.scored(by_name, answers, targets)
+        else:
+            self._opponents.add(inputs, completions, lengths, by_judge | by_name)
         return generated
+
+    def _for_reward_functions(self, completion_ids: list) -> dict[str, Any]:
+        """What TRL gives to reward functions besides prompts, completions and columns."""
+        return {
+            "completion_ids": completion_ids,
+            "trainer_state": self.state,
+            "log_extra": self._log_completion_extra,
+            "log_metric": self._log_metric,
+            **({} if self.environments is None else {"environments": self.environments}),
+            "if_one_fails": KEPT * (self.model.training and self._recorder.recalls),
+            "timed": lambda name: profiling_context(self, name),
+        }
+
+    def _ask_judges(self, asked: tuple, for_functions: dict[str, Any], group_size: int) -> dict[str, torch.Tensor]:
+        """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
+        scores = self.panel.sources.score(*asked, **for_functions).to(self.accelerator.device)
+        columns = dict(zip(self.panel.sources.names, self.accelerator.gather(scores).T, strict=True))
+        for name, column in columns.items():
+            if not column.isnan().all():
+                self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
+        return {name: column.reshape(-1, group_size) for name, column in columns.items()}
+
+    def _ask_oracles(self, prompts: list, completions: list, columns: dict[str, list], group_size: int, known: Any):
+        if not self.voters.oracles:
+            return {}, {}
+        everywhere = gather_object(prompts), gather_object(completions)
+        columns = {name: gather_object(values) for name, values in columns.items()}
+        return self.voters.compare(*everywhere, columns, group_size, self._log_metric, known)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         known = self._recorder.completion_ids(prompt_ids) if self.model.training else None
@@ -426,20 +533,9 @@ class SPPOTrainer(ScoringTrainer):
         return [ids or [self._tokenizer.pad_token_id] for ids in completion_ids], logprobs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
-        if self._verdict is not None:  # TRL asks again, after its log-probability passes
-            return self._scores
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-    def _log_verdict(self, verdict: Verdict, lengths: torch.Tensor, fingerprints: torch.Tensor) -> None:
-        if self.model.training and not verdict.kept.any():
-            logger.warning(
-                "no completion of this batch can be trained on: nothing is learned from it. If this goes on, the "
-                "reward sources do not tell the completions of a prompt apart, or sampling makes them equal "
-                "(temperature), or all are truncated (mask_truncated_completions)."
-            )
-        self._log_completion_extra("win_rate", self._local(verdict.win_rates).tolist())
-        metrics = self._rollout_metrics[self._mode]
-        metrics.update({name: value.item() for name, value in verdict.metrics(lengths, fingerprints).items()})
+        # `_generate` has asked, before TRL's log-probability passes
+        assert self._rollout is not None and self._rollout.scores is not None
+        return self._rollout.scores
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's part of values over the completions of all processes."""
@@ -448,15 +544,14 @@ class SPPOTrainer(ScoringTrainer):
     # ---- Seam 2: log-probabilities
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
-        if self._verdict is None or kwargs.get("num_images") is not None:
+        rollout = self._rollout
+        if rollout is None or rollout.targets is None or kwargs.get("num_images") is not None:
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
         # During a rollout: only for the rows that will be trained on, and in evaluations for none. The others are NaN,
         # which TRL's vLLM importance correction reads as "unknown", and which would not stay unnoticed in a loss.
         if not self.model.training:
             return torch.full((len(input_ids), args[0]), torch.nan, device=input_ids.device), None, None
-        rows = self._verdict.rows[: self._verdict.num_logps]
-        if self._only_samples:
-            rows = torch.arange(len(input_ids), device=input_ids.device)
+        rows = rollout.rows_with_logps(len(input_ids))
         outputs = super()._get_per_token_logps_and_entropies(
             model, input_ids[rows], attention_mask[rows], *args, **kwargs
         )
@@ -471,22 +566,21 @@ class SPPOTrainer(ScoringTrainer):
         if mode == "eval":
             # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed
             regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
-            num_items = self._count_kept([inputs]) / self.accelerator.num_processes
+            num_items = count_kept([inputs], 1, self.accelerator)[0] / self.accelerator.num_processes
             loss, _ = sppo_loss(
                 torch.zeros_like(regressed),
                 regressed,
                 eta=self.args.eta,
                 baseline=inputs["baseline"],
-                num_items=num_items.to(regressed.device),
+                num_items=num_items,
             )
-            self._log_sums({}, mode)
+            self._log_step(mode)
             return loss.to(self.accelerator.device)
-        num_items = self._count_kept(self.micro_batches_of_step())
         # Rows that are not trained on cost nothing. Only if there are other processes, and nothing is to be trained on
         # here, one row stays: every process has to take part.
         rows = inputs["kept"].nonzero().squeeze(1)
         if len(rows) == 0 and self.accelerator.num_processes == 1:
-            self._log_sums({}, mode)
+            self._log_step(mode)
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
         if len(rows) == 0:
             rows = rows.new_zeros(1)
@@ -514,7 +608,7 @@ class SPPOTrainer(ScoringTrainer):
         per_token_log_ratios = torch.where(mask, per_token_logps - old_per_token_logps, 0.0)
         ratio = inputs.get("importance_sampling_ratio")
         # Gradients are averaged over processes and summed over micro-batches
-        num_items = num_items / self.accelerator.num_processes
+        num_items = inputs["num_kept"] / self.accelerator.num_processes
         loss, metrics = sppo_loss(
             per_token_log_ratios.sum(dim=1),
             inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan),
@@ -545,7 +639,8 @@ class SPPOTrainer(ScoringTrainer):
         if ratio is not None:
             weights = ratio.squeeze(1)[inputs["kept"]]
             metrics["importance_weight"] = torch.stack([weights.sum(), inputs["kept"].sum()])
-        self._log_sums(metrics, mode)
+        self._step_metrics.add(metrics)
+        self._log_step(mode)
         return loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -554,26 +649,29 @@ class SPPOTrainer(ScoringTrainer):
         if self.is_world_process_zero():
             add_to_card(Path(str(self.args.output_dir)) / "README.md", self)
 
-    def _log_sums(self, metrics: dict[str, torch.Tensor], mode: str) -> None:
-        """Add up numerators and denominators over the micro-batches of an optimizer step, then over the processes."""
-        for name, sums in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + sums.float()
-        if mode == "train" and not self.accelerator.sync_gradients:
-            return
-        values = dict(self._rollout_metrics[mode])
-        if self._sums:
-            sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
-            for name, (numerator, denominator) in zip(self._sums, sums.tolist(), strict=True):
-                values[name] = numerator / denominator if denominator else math.nan
-            self._sums = {}
-        for name, value in values.items():
-            if not math.isnan(value):  # there was nothing to measure
+    def _log_step(self, mode: str) -> None:
+        """Log the metrics of an optimizer step at its last micro-batch."""
+        if mode == "eval" or self.accelerator.sync_gradients:
+            for name, value in self._step_metrics.finish(mode).items():
                 self._metrics[mode][name].append(value)
 
-    def _count_kept(self, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
-        """Number of completions in these micro-batches that are trained on, over all processes."""
-        count = torch.stack([micro_batch["kept"].sum() for micro_batch in micro_batches]).sum()
-        return self.accelerator.reduce(count.to(self.accelerator.device), reduction="sum").clamp(min=1)
+    # ---- Evaluation
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._opponents.begin(metric_key_prefix, dataloader.dataset)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        cast(dict, output.metrics).update(self._opponents.finish())
+        return output
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """The dataset's columns besides the prompt."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+
+
+def _no_reward(completions: list, **kwargs) -> list[float | None]:
+    return [None] * len(completions)
 
 
 def _checked(rollout_func: Any) -> Any:
@@ -585,7 +683,7 @@ def _checked(rollout_func: Any) -> Any:
         if not all(output.get("completion_ids", ())):
             raise RunError(
                 "rollout_func gave a completion without tokens. Give at least the EOS token, which ends an empty "
-                "answer."
+                "completion."
             )
         return output
 

@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .. import cli, train
 from ..evaluation import WinRate
 from ..ladder import stored_players
-from ..opponents import Groups, play_stored
+from ..play import Groups, play_stored
 from ..report import write_report
 from . import assets
 

@@ -1,7 +1,6 @@
-"""What becomes of a rollout between its scores and its loss: a verdict on its completions, and which rows stay."""
+"""Targets of a rollout: from preferences to the rows that are trained on, and what they are regressed to."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,48 +15,13 @@ from .diagnostics import (
     win_rate_spread,
 )
 from .objectives import head_to_head, log_mean_exp_baseline, select_completions
-from .preferences import mean_preferences, preferences_from_scores, sum_of_scores, win_rates
-
-
-# What the forward pass of a model with images needs besides tokens
-IMAGE_FIELDS = (
-    "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
-    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
-
-
-def preferences_of_sources(
-    scores: torch.Tensor, weights: list[float], ended: torch.Tensor, args: SPPOConfig
-) -> tuple[list[torch.Tensor], list[float]]:
-    """
-    The votes of the reward sources.
-
-    Args:
-        scores (`torch.Tensor` of shape `(sources, groups, K)`):
-            Scores, NaN where a source could not score.
-        weights (`list[float]`):
-            Weight of each source.
-        ended (`torch.Tensor` of bool, of shape `(groups, K)`):
-            Whether a completion ends with an EOS token.
-        args ([`SPPOConfig`]):
-            How to compare.
-
-    Returns:
-        Preference matrices of shape `(groups, K, K)`, and their weights.
-    """
-    if args.reward_aggregation == "sum" and len(scores) > 0:
-        watching = [k for k, weight in enumerate(weights) if weight == 0]  # logged and compared, without a vote
-        total = sum_of_scores(scores, weights).unsqueeze(0)
-        scores, weights = torch.cat([total, scores[watching]]), [sum(weights), *[0.0] * len(watching)]
-    if args.missing_eos_penalty is not None:
-        scores = scores - args.missing_eos_penalty * ~ended
-    return [preferences_from_scores(source, args.comparison, args.bt_temperature) for source in scores], weights
+from .preferences import mean_preferences, win_rates
 
 
 @dataclass
-class Verdict:
+class RolloutTargets:
     """
-    What is made of the preferences about a rollout. All processes come to the same one, from gathered preferences.
+    What the preferences about a rollout come to: the same on all processes, from gathered preferences.
 
     Args:
         panel (`list[torch.Tensor]` of shape `(groups, K, K)`):
@@ -102,9 +66,9 @@ class Verdict:
         num_slices: int,
         num_processes: int,
         process_index: int,
-    ) -> "Verdict":
+    ) -> "RolloutTargets":
         """
-        Judge a rollout.
+        Turn the preferences about a rollout into targets.
 
         Args:
             panel (`list[torch.Tensor]` of shape `(groups, K, K)`):
@@ -173,36 +137,3 @@ class Verdict:
             "completions/winners_mean_length": lengths[self.win_rates > 0.5].mean(),
             "completions/losers_mean_length": lengths[self.win_rates < 0.5].mean(),
         }
-
-
-def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """The given rows of every tensor of a batch that has rows."""
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-        for name, value in batch.items()
-    }
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with all its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def pin(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch in CPU memory, made ready for being copied to a GPU while that computes."""
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
-    names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
-    return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
-
-
-def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """Completion tokens that the policy sampled: neither padding nor a tool's words."""
-    mask = batch["completion_mask"]
-    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
