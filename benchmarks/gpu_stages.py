@@ -278,7 +278,7 @@ def pinned() -> None:
     rows, columns = (16, 64) if args.rehearse else (512, 2048)
     batch = {name: torch.ones(rows, columns, dtype=torch.int64) for name in ("ids", "mask")}
     size = sum(tensor.nbytes for tensor in batch.values())
-    for name, prepared in (("pageable", batch), ("pinned", pin(batch) if ON_GPU else batch)):
+    for name, prepared in (("pageable", batch), ("pinned", pin(batch, DEVICE))):
         to_device(prepared, DEVICE)
         seconds = statistics.median(peak_of(partial(to_device, prepared, DEVICE))[0] for _ in range(5))
         emit("Rollouts to the device", memory=name, MB=size / 1e6, ms=1000 * seconds, GB_per_s=size / seconds / 1e9)

@@ -293,7 +293,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trl_sppo.evaluate.score_groups", interrupt)
+        patch.setattr("trl_sppo.ladder.score_groups", interrupt)
         assert run("ladder", "run", *JUDGES) == 130
     assert "Completions that were sampled are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
     assert len(load_completions("run/ladder/step-000001.parquet")) == len(PROMPTS)

@@ -74,8 +74,9 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
         return to_device(batch, device)
 
     taken = []
-    monkeypatch.setattr("trl_sppo.trainer.to_device", record)
-    monkeypatch.setattr("trl_sppo.trainer.take_rows", lambda *args: taken.append(len(moves)) or take_rows(*args))
+    for module in ("trainer", "batch"):
+        monkeypatch.setattr(f"trl_sppo.{module}.to_device", record)
+        monkeypatch.setattr(f"trl_sppo.{module}.take_rows", lambda *args: taken.append(len(moves)) or take_rows(*args))
     trainer = fixed(
         per_device_train_batch_size=4, steps_per_generation=4, train_on="best_and_worst", max_steps=4, num_iterations=1
     )

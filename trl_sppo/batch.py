@@ -1,10 +1,11 @@
 """Rollouts in memory, between generation and loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .stored_rollouts import ROW
 from .targets import RolloutTargets
 
 
@@ -23,10 +24,16 @@ class Rollout:
     Args:
         inputs (`list[dict]`):
             This process's rows of the dataset, one for each completion.
+        group_size (`int`):
+            Completions per prompt, K.
         iteration (`int`, *optional*):
             Number of the iteration. `None` in an evaluation.
         only_sampled (`bool`, *optional*, defaults to `False`):
             Whether it is written down and not trained on: then all completions get log-probabilities.
+        prompts, completions, completion_ids (`list`):
+            This process's, once they are sampled.
+        tool_mask (`list`, *optional*):
+            0 for tokens that are a tool's.
         scores (`torch.Tensor` of shape `(completions of all processes, sources)`, *optional*):
             By the reward sources, once they are asked.
         targets ([`RolloutTargets`], *optional*):
@@ -34,10 +41,45 @@ class Rollout:
     """
 
     inputs: list[dict[str, Any]]
-    iteration: int | None
+    group_size: int
+    iteration: int | None = None
     only_sampled: bool = False
+    prompts: list = field(default_factory=list)
+    completions: list = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    tool_mask: list[list[int]] | None = None
     scores: torch.Tensor | None = None
     targets: RolloutTargets | None = None
+
+    def rows(self, extra_fields: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of the dataset, with what a `rollout_func` has returned besides the completions, as in TRL."""
+        rows = [{name: value for name, value in row.items() if name != ROW} for row in self.inputs]
+        for name, value in extra_fields.items():
+            for i, row in enumerate(rows):
+                if not isinstance(value, list) or i < len(value):
+                    row[name] = value[i] if isinstance(value, list) else value
+        return rows
+
+    def facts(self, ends: list[int], pad: int) -> torch.Tensor:
+        """
+        What is known of the completions by their tokens.
+
+        Args:
+            ends (`list[int]`):
+                Tokens that end a completion.
+            pad (`int`):
+                The token that stands for a completion without tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(N, 3)`: the number of tokens that the policy sampled, whether the completion came
+            to its end, and a number that is equal for equal completions.
+        """
+        mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
+        empty = [pad] if pad not in ends else None
+        return torch.tensor([
+            [0 if ids == empty else sum(row), bool(ids) and ids[-1] in (*ends, pad), hash(tuple(ids))]
+            for ids, row in zip(self.completion_ids, mask, strict=True)
+        ])  # fmt: skip
 
     def rows_with_logps(self, num_rows: int) -> torch.Tensor:
         """Of this process's rows, those that need log-probabilities under the policy that sampled them."""
@@ -45,6 +87,11 @@ class Rollout:
         if self.only_sampled:
             return torch.arange(num_rows, device=self.targets.rows.device)
         return self.targets.rows[: self.targets.num_logps]
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """The dataset's columns besides the prompt."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
 def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
@@ -68,6 +115,41 @@ def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return batch
     return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def rows_to_train_on(batch: dict[str, Any], device: torch.device, at_least_one: bool, trim: bool) -> dict[str, Any]:
+    """
+    Rows of a micro-batch that are trained on, on the device. Others cost nothing.
+
+    Args:
+        batch (`dict`):
+            A micro-batch, in CPU memory.
+        device (`torch.device`):
+            Where to.
+        at_least_one (`bool`):
+            Whether one row stays where none is trained on: every process has to take part in a forward pass.
+        trim (`bool`):
+            Whether to cut the columns that only completions of other rows needed.
+    """
+    rows = batch["kept"].nonzero().squeeze(1)
+    if len(rows) == 0 and at_least_one:
+        rows = rows.new_zeros(1)
+    longest = int(batch["completion_mask"][rows].sum(dim=1).max()) if len(rows) else 0
+    # First to the device: rows that were taken from pinned memory would not be pinned
+    batch = to_device(batch, device)
+    if "num_images" not in batch:
+        batch = take_rows(batch, rows.to(device))
+        if trim:
+            batch = trim_completions(batch, max(longest, 1))
+    return batch
+
+
+def model_inputs(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of TRL's log-probability pass, after the model."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    images = {name: batch[name] for name in IMAGE_FIELDS if name in batch}
+    return (ids, mask, batch["completion_ids"].size(1)), images
 
 
 def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:

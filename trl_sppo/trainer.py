@@ -14,7 +14,17 @@ from transformers.utils import logging
 from trl.extras.profiling import profiling_context
 
 from .adapters import continue_adapter, is_adapter, keep_reference, load_weights
-from .batch import IMAGE_FIELDS, Rollout, count_kept, loss_mask, pin, take_rows, to_device, trim_completions
+from .batch import (
+    Rollout,
+    columns_of,
+    count_kept,
+    loss_mask,
+    model_inputs,
+    pin,
+    rows_to_train_on,
+    take_rows,
+    to_device,
+)
 from .checks import (
     check_columns,
     check_datasets,
@@ -47,7 +57,7 @@ from .resumable import ResumableTrainer
 from .reward_sources import RewardSources, names_of
 from .rewards import RewardSource, in_micro_batches, load_reward_models, without_slash
 from .step_metrics import StepMetrics
-from .stored_rollouts import ROW, is_judged, load_rollouts, prompts_of
+from .stored_rollouts import is_judged, load_rollouts, prompts_of
 from .targets import RolloutTargets
 from .voters import Voters
 from .weight_sync import prepare_weight_sync
@@ -342,18 +352,6 @@ class SPPOTrainer(ResumableTrainer):
         with self.alone():
             return make_rollouts(self)
 
-    def _logps(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Log-probabilities of the tokens of all completions of a batch under the policy."""
-        with torch.no_grad():
-            return self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                batch["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-                **{name: batch[name] for name in IMAGE_FIELDS if name in batch},
-            )[0]
-
     # ---- Seam 1: the rollout. TRL generates, computes log-probabilities, then scores. Here scores come right after
     # generation, so that the log-probability passes can skip the completions that will not be trained on.
 
@@ -368,14 +366,19 @@ class SPPOTrainer(ResumableTrainer):
             self._buffered_inputs = None  # before memory is taken for the next
             iteration = self._step // self._micro_steps_per_iteration if iteration is None else iteration
         self._step_metrics.begin_rollout(self._mode)
-        self._rollout = Rollout(inputs, iteration, only_sample)
+        group_size = cast(int, self.num_generations if training else self.num_generations_eval)
+        self._rollout = Rollout(inputs, group_size, iteration, only_sample)
         try:
             batch = super()._generate_and_score_completions(inputs)
             targets = self._rollout.targets
             assert targets is not None  # _generate has set them
             if training:
                 if only_sample and "old_per_token_logps" not in batch:
-                    batch["old_per_token_logps"] = self._logps(batch)
+                    args, kwargs = model_inputs(batch)
+                    kwargs["batch_size"] = self.args.per_device_train_batch_size
+                    with torch.no_grad():
+                        logps, *_ = self._get_per_token_logps_and_entropies(self.model, *args, **kwargs)
+                    batch["old_per_token_logps"] = logps
                 self._recorder.finish(batch, self._local(targets.kept))
         finally:
             self._rollout = None
@@ -416,50 +419,37 @@ class SPPOTrainer(ResumableTrainer):
         return inputs
 
     def _generate(self, prompts: list):
-        training, rollout = self.model.training, self._rollout
-        group_size = self.num_generations if training else self.num_generations_eval
-        assert rollout is not None and group_size is not None  # GRPOConfig has set it
-        recorder = self._recorder if training else None
-        if recorder is not None:
+        rollout, recorder = self._rollout, self._recorder
+        assert rollout is not None
+        if rollout.iteration is not None:
             resumed = self._resumed or rollout.only_sampled
-            recorder.begin(cast(int, rollout.iteration), rollout.inputs, group_size, resumed)
+            recorder.begin(rollout.iteration, rollout.inputs, rollout.group_size, resumed)
         generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions, sampling_logps, extra_fields, *_ = generated
-        if recorder is not None:
+        rollout.prompts, rollout.completions = prompts, completions
+        rollout.completion_ids, rollout.tool_mask = completion_ids, tool_mask
+        if rollout.iteration is not None:
             recorder.sampled(prompt_ids, completion_ids, completions, tool_mask, sampling_logps)
+        self._ask_all(rollout, rollout.rows(extra_fields))
+        return generated
 
-        # Like TRL, hand what a `rollout_func` returned besides the completions to the reward functions
-        inputs = [{name: value for name, value in row.items() if name != ROW} for row in rollout.inputs]
-        for name, value in extra_fields.items():
-            for i, row in enumerate(inputs):
-                if not isinstance(value, list) or i < len(value):
-                    row[name] = value[i] if isinstance(value, list) else value
+    def _ask_all(self, rollout: Rollout, rows: list[dict[str, Any]]) -> None:
+        """From completions to targets."""
+        recorder = self._recorder if rollout.iteration is not None else None
         known = recorder if recorder is not None and recorder.is_scored else None
-        asked = prompts, completions, _columns(inputs)
-        for_functions = self._for_reward_functions(completion_ids)
-        if known is not None:
-            scores = known.scores(self.voters.sources.names)
-        else:
-            scores = self.voters.score(*asked, **for_functions)
-        rollout.scores = scores
-        by_judge = {} if training else self._ask_judges(asked, for_functions, group_size)
+        asked = rollout.prompts, rollout.completions, columns_of(rows)
+        for_functions = self._for_reward_functions(rollout.completion_ids)
+        names = self.voters.sources.names
+        rollout.scores = scores = self.voters.score(*asked, **for_functions) if known is None else known.scores(names)
+        by_judge = self._ask_judges(asked, for_functions, rollout.group_size) if recorder is None else {}
 
-        # Of each completion: the tokens that the policy sampled, whether it came to its end, what it is
-        pad = self._tokenizer.pad_token_id
-        lengths = [len(ids) if tool_mask is None else sum(tool_mask[i]) for i, ids in enumerate(completion_ids)]
-        if pad not in self.eos_token_ids:
-            lengths = [0 if ids == [pad] else n for ids, n in zip(completion_ids, lengths, strict=True)]
-        ends = [*self.eos_token_ids, pad]
-        ended = [len(ids) > 0 and ids[-1] in ends for ids in completion_ids]
-        fingerprints = [hash(tuple(ids)) for ids in completion_ids]
-        local = torch.tensor([lengths, ended, fingerprints], device=scores.device).T.contiguous()
-        lengths, ended, fingerprints = self.accelerator.gather(local).T.view(3, -1, group_size)
+        facts = rollout.facts(self.eos_token_ids, self._tokenizer.pad_token_id).to(scores.device)
+        lengths, ended, fingerprints = self.accelerator.gather(facts).T.view(3, -1, rollout.group_size)
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
-
         by_source = scores.T.reshape(scores.size(1), *lengths.shape)
-        answers, metrics = self._ask_oracles(*asked, group_size, None if known is None else known.answers)
-        if training:
-            self.voters.check_silence(scores, answers, group_size)
+        answers, metrics = self._ask_oracles(*asked, rollout.group_size, None if known is None else known.answers)
+        if recorder is not None:
+            self.voters.check_silence(scores, answers, rollout.group_size)
         panel, weights = self.voters.panel(by_source, answers, ended == 1)
         if not panel:  # nobody is asked: the rollouts bring their own
             panel, weights = self._recorder.given_votes(ended == 1)
@@ -468,21 +458,20 @@ class SPPOTrainer(ResumableTrainer):
             weights,
             usable=usable,
             args=self.args,
-            num_slices=cast(int, self.args.steps_per_generation) if training else 1,
+            num_slices=1 if recorder is None else cast(int, self.args.steps_per_generation),
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
         )
         metrics |= {name: value.item() for name, value in targets.metrics(lengths.float(), fingerprints).items()}
         self._step_metrics.add_of_rollout(self._mode, metrics)
         self._log_completion_extra("win_rate", self._local(targets.win_rates).tolist())
-        by_name = dict(zip(self.voters.sources.names, by_source, strict=True))
-        if recorder is not None:
-            if not targets.kept.any():
-                logger.warning(NOTHING_TO_LEARN)
-            recorder.scored(by_name, answers, targets)
-        else:
-            self._opponents.add(inputs, completions, lengths, by_judge | by_name)
-        return generated
+        by_name = dict(zip(names, by_source, strict=True))
+        if recorder is None:
+            self._opponents.add(rows, rollout.completions, lengths, by_judge | by_name)
+            return
+        if not targets.kept.any():
+            logger.warning(NOTHING_TO_LEARN)
+        recorder.scored(by_name, answers, targets)
 
     def _for_reward_functions(self, completion_ids: list) -> dict[str, Any]:
         """What TRL gives to reward functions besides prompts, completions and columns."""
@@ -576,32 +565,16 @@ class SPPOTrainer(ResumableTrainer):
             )
             self._log_step(mode)
             return loss.to(self.accelerator.device)
-        # Rows that are not trained on cost nothing. Only if there are other processes, and nothing is to be trained on
-        # here, one row stays: every process has to take part.
-        rows = inputs["kept"].nonzero().squeeze(1)
-        if len(rows) == 0 and self.accelerator.num_processes == 1:
+        several = self.accelerator.num_processes > 1
+        if not several and not inputs["kept"].any():
             self._log_step(mode)
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
-        if len(rows) == 0:
-            rows = rows.new_zeros(1)
-        longest = max(int(inputs["completion_mask"][rows].sum(dim=1).max()), 1)
-        # First to the device: rows that were taken from pinned memory would not be pinned
-        inputs = to_device(inputs, self.accelerator.device)
-        if "num_images" not in inputs:
-            inputs = take_rows(inputs, rows.to(self.accelerator.device))
-            if self.pad_to_multiple_of is None:
-                inputs = trim_completions(inputs, longest)
-
-        completion_ids = inputs["completion_ids"]
+        trim = self.pad_to_multiple_of is None
+        inputs = rows_to_train_on(inputs, self.accelerator.device, at_least_one=several, trim=trim)
         mask = loss_mask(inputs)
+        args, kwargs = model_inputs(inputs)
         per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            completion_ids.size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs[name] for name in IMAGE_FIELDS if name in inputs},
+            model, *args, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled, **kwargs
         )
         # π_t sampled the batch. TRL leaves its log-probs out where the batch is used before the policy changes.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
@@ -663,11 +636,6 @@ class SPPOTrainer(ResumableTrainer):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         cast(dict, output.metrics).update(self._opponents.finish())
         return output
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
-    """The dataset's columns besides the prompt."""
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
 def _no_reward(completions: list, **kwargs) -> list[float | None]:
