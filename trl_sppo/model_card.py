@@ -58,7 +58,7 @@ def _training(trainer: Any) -> str:
 
 def _adapter(config: Any, trainer: Any) -> str:
     rank = f", r = {config.r}" if hasattr(config, "r") else ""
-    continued = f", continued from {trainer.policy_name}" if trainer._adapter else ""
+    continued = f", continued from {trainer.policy_name}" if trainer.adapter else ""
     return f"{config.peft_type.value}{rank}{continued}"
 
 

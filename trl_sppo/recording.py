@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -47,21 +48,23 @@ class RolloutRecorder:
     Args:
         trainer:
             An [`SPPOTrainer`].
+        given ([`~datasets.Dataset`], *optional*):
+            The rollouts of `args.rollouts`.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Any, given: Dataset | None):
         self.trainer = trainer
         self.args = trainer.args
         self.accelerator = trainer.accelerator
         self.files = RolloutFiles(self.args.output_dir)
-        self.given = self.args.rollouts is not None
+        self.rollouts: Any = given
+        self.given = given is not None
         self._writes = self.args.save_rollouts and not self.given
         # What tools, environments and a `rollout_func` do cannot be done again from tokens
         repeatable = not (trainer.tools or trainer.environment_factories or trainer.rollout_func)
         self.recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
         self._recalled = False
         self._has_warned = False
-        self.rollouts = trainer.rollouts_to_train_on  # a dataset, if they are given
         self._forget()
 
     def _forget(self) -> None:

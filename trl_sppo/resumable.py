@@ -5,12 +5,14 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -48,27 +50,34 @@ class ResumableTrainer(GRPOTrainer):
     TRL forgets the rollouts of an iteration when a run ends inside it, and starts each resumed run with the order that
     the prompts have in the first epoch. Here a checkpoint also holds the rollouts that are still to be trained on, and
     it counts only once it is whole.
+
+    Args:
+        adapter (`str`, *optional*):
+            Folder of the adapter that is continued.
+        given_rollouts ([`~datasets.Dataset`], *optional*):
+            Rollouts that are trained on instead of sampling.
+        args, kwargs:
+            Arguments of [`~trl.GRPOTrainer`].
     """
 
     args: SPPOConfig
     model: torch.nn.Module
 
-    _adapter: str | None = None  # folder of the adapter that is continued
-
     # Attributes of TRL's and transformers' trainers that a resumed run needs, besides what transformers saves
     _saved = ["_step", "_tr_loss", "_globalstep_last_logged"]
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.adapter = adapter
         policy = cast(torch.nn.Module, self.model)
         bits = quantized_bits(policy, self.args)
-        self._form = form_of(self.args, policy, None, self.optimizer, bits, self._adapter)
+        self._form = form_of(self.args, policy, None, self.optimizer, bits, adapter)
         template = getattr(self.processing_class, "chat_template", None)
         self._form["tokenizer"] = digest(template, self.eos_token_ids, len(self._tokenizer))
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
         self._last_saved_step: int | None = None
         self._resumed = False
-        self._recorder = RolloutRecorder(self)
+        self._recorder = RolloutRecorder(self, given_rollouts)
         self._opponents = Opponents(self)
         self._nonfinite = NonFiniteSteps()
         # By name: what has a state of its own, which a resumed run needs
@@ -187,7 +196,7 @@ class ResumableTrainer(GRPOTrainer):
     @property
     def policy_name(self) -> str:
         """Where the policy came from: the path or id of its model, or the folder of the adapter that is continued."""
-        return self._adapter or cast(Any, self.model).config._name_or_path
+        return self.adapter or cast(Any, self.model).config._name_or_path
 
     @property
     def _output_dir(self) -> str:
@@ -203,6 +212,16 @@ class ResumableTrainer(GRPOTrainer):
     def _micro_steps_per_iteration(self) -> int:
         assert self.args.steps_per_generation is not None  # GRPOConfig has set it
         return self.args.steps_per_generation * self.num_iterations
+
+    def generation_batches(self, batches: Any) -> Iterator[list[dict[str, Any]]]:
+        """Each generation batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each."""
+        for epoch in count():
+            self.state.epoch = epoch
+            batch = None
+            for batch in islice(batches, 0, None, self._micro_steps_per_iteration):
+                yield batch
+            if batch is None or self.args.max_steps <= 0:
+                break
 
     def needs_rollout(self) -> bool:
         """Whether the next micro-step begins an iteration."""

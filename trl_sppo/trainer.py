@@ -179,15 +179,16 @@ class SPPOTrainer(ResumableTrainer):
             check_trainable(model)
         if isinstance(model, str):
             check_not_replaced(model, str(args.output_dir))
+        adapter: str | None = None
         if isinstance(model, str) and is_adapter(model):
-            self._adapter = model.rstrip("/")
+            adapter = model.rstrip("/")
             model, kwargs["peft_config"], processing_class = continue_adapter(
-                self._adapter, args, kwargs.get("peft_config"), processing_class
+                adapter, args, kwargs.get("peft_config"), processing_class
             )
         if args.resume_from_checkpoint:
             bits = quantized_bits(model, args, kwargs.get("quantization_config"))
             optimizer = kwargs.get("optimizers", (None,))[0]
-            form = form_of(args, model, kwargs.get("peft_config"), optimizer, bits, self._adapter)
+            form = form_of(args, model, kwargs.get("peft_config"), optimizer, bits, adapter)
             check_resume(args, form)
         reward_funcs = without_slash(_as_list(reward_funcs))
         preference_funcs = _as_list(preference_func)
@@ -196,16 +197,16 @@ class SPPOTrainer(ResumableTrainer):
         judges = without_slash(_as_list(eval_reward_funcs))
         judges_classes = _as_list(eval_reward_processing_classes) or [None] * len(judges)
         eval_preference_funcs = _as_list(eval_preference_func)
-        self.rollouts_to_train_on: Dataset | None = None
+        given_rollouts: Dataset | None = None
         if args.rollouts is not None:
             if train_dataset is not None:
                 raise TypeError(
                     f"train_dataset is given, but also rollouts={args.rollouts!r}, which bring the prompts. Leave one "
                     "of them out."
                 )
-            self.rollouts_to_train_on = load_rollouts(args.rollouts, cast(int, args.num_generations))
-            train_dataset = prompts_of(self.rollouts_to_train_on)
-        judged = self.rollouts_to_train_on is not None and is_judged(self.rollouts_to_train_on)
+            given_rollouts = load_rollouts(args.rollouts, cast(int, args.num_generations))
+            train_dataset = prompts_of(given_rollouts)
+        judged = given_rollouts is not None and is_judged(given_rollouts)
         check_sources(args, reward_funcs, processing_classes, preference_funcs, has_environment, judged)
         check_judges(args, reward_funcs, judges, judges_classes, eval_preference_funcs)
         check_quantization(args, model, kwargs.get("quantization_config"))
@@ -231,7 +232,7 @@ class SPPOTrainer(ResumableTrainer):
             [*preference_funcs, *eval_preference_funcs],
             has_environment,
         )
-        check_model(model, args, has_adapter, needs_tokenizer=processing_class is None, adapter=self._adapter)
+        check_model(model, args, has_adapter, needs_tokenizer=processing_class is None, adapter=adapter)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         sources, tokenizers = load_reward_models(
@@ -259,6 +260,8 @@ class SPPOTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=[None] if without_source else tokenizers[len(judges) :],
+            adapter=adapter,
+            given_rollouts=given_rollouts,
             **kwargs,
         )
         if without_source:  # nothing is to be logged of it
@@ -272,9 +275,9 @@ class SPPOTrainer(ResumableTrainer):
         self._step_metrics = StepMetrics(self.accelerator)
         self._parts |= {"voters": self.voters, "step_metrics": self._step_metrics}
         policy = cast(Any, self.model)
-        if self._adapter is not None:
-            load_weights("model", policy, self._adapter)
-        if args.beta > 0 and (self._adapter is not None or "ref" in getattr(policy, "peft_config", {})):
+        if adapter is not None:
+            load_weights("model", policy, adapter)
+        if args.beta > 0 and (adapter is not None or "ref" in getattr(policy, "peft_config", {})):
             keep_reference(policy, args.disable_dropout)
         check_trainable(policy)
         if args.use_vllm:
