@@ -27,7 +27,7 @@ class RewardSources:
     Args:
         names (sequence of `str`):
             Their names.
-        sources (sequence of `nn.Module` or callable):
+        sources (list of `nn.Module` or callable):
             Reward models on their device, and reward functions. These may be asynchronous.
         tokenizers (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
             Of the reward models.
@@ -40,13 +40,13 @@ class RewardSources:
     def __init__(
         self,
         names: Sequence[str],
-        sources: Sequence[Any],
+        sources: list[Any],
         tokenizers: Sequence[Any],
         chat_template_kwargs: dict[str, Any] | None = None,
         kind: str = "reward source",
     ):
         self.names = list(names)
-        self.sources = list(sources)
+        self.sources = sources  # the trainer's own list, whose entries may be replaced as in TRL
         self.tokenizers = list(tokenizers)
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.kind = kind
