@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trl_sppo import check, train
 from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
+from trl_sppo.options import load_preference_funcs
 
 
 PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart")
@@ -380,6 +381,6 @@ def test_dry_run(path, tmp_path, monkeypatch):
 
 def test_the_published_judge_by_name(monkeypatch):
     monkeypatch.setattr("trl_sppo.judges.pairrm.PairRMJudge", lambda name: {"llm-blender/PairRM-hf": print}[name])
-    assert train.load_preference_funcs(["trl_sppo.judges.published.pairrm"]) == [print]
+    assert load_preference_funcs(["trl_sppo.judges.published.pairrm"]) == [print]
     with pytest.raises(ValueError, match=r"no attribute 'pairmr'\. It has: pairrm"):
-        train.load_preference_funcs(["trl_sppo.judges.published.pairmr"])
+        load_preference_funcs(["trl_sppo.judges.published.pairmr"])

@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_callback import DefaultFlowCallback
 
 from trl_sppo import train
+from trl_sppo.options import make_parser
 
 
 RECIPE = {
@@ -59,7 +60,7 @@ NEEDS = {
 
 ALIASES = {"reward_model_name_or_path": "reward model '"}  # as its message has it
 
-PARSER = train.make_parser()
+PARSER = make_parser()
 HINTS = {name: hint for each in PARSER.dataclass_types for name, hint in get_type_hints(each).items()}
 OPTIONS = sorted({action.dest for action in PARSER._actions} - {"help"})
 FLAGS = [option for action in PARSER._actions for option in action.option_strings if option not in ("-h", "--help")]

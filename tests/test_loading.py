@@ -7,10 +7,11 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 from test_cli import message, workdir  # noqa: F401
+from trl import DatasetMixtureConfig
 
 from trl_sppo import cli, train
 from trl_sppo.evaluate import JudgeArguments
-from trl_sppo.loading import dataset_source
+from trl_sppo.loading import dataset_source, load_data
 
 
 TEXTS = ["ab", "fgh", "cd e", "xyz"]
@@ -41,7 +42,7 @@ def here(tmp_path, monkeypatch):
 
 def loaded(streaming: bool = False, evaluate: bool = False, datasets=None, split: str = "train", **options):
     script = train.SPPOScriptArguments(dataset_streaming=streaming, dataset_train_split=split, **options)
-    return train.load_data(script, train.DatasetMixtureConfig(datasets=datasets or []), evaluate)
+    return load_data(script, DatasetMixtureConfig(datasets=datasets or []), evaluate)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])

@@ -11,12 +11,12 @@ from typing import Any, cast
 from datasets import Dataset
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
-from .checks import check_vllm_is_installed
+from .checks_arguments import check_vllm_is_installed
 from .evaluate import JudgeArguments, parse, prompts_of, write_groups
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
+from .options import fail
 from .policies import check_policy, read_prompts, sample
-from .train import fail
 
 
 # matrix[a][b]: win rate of a against b

@@ -20,8 +20,8 @@ from .ladder import (
     which_evaluation_set,
 )
 from .opponents import Groups, aligned, play_stored
+from .options import fail
 from .stored_rollouts import to_tensor
-from .train import fail
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import SchedulerType
 from transformers.utils import logging
 
-from .checks import named_datasets
+from .checks_sources import named_datasets
 from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle, on_own_copies, oracle_name, told_apart
 from .config import SPPOConfig
 from .diagnostics import order_disagreement

@@ -13,22 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .adapters import continue_adapter, is_adapter, keep_reference, load_weights
-from .checks import (
-    check_columns,
-    check_datasets,
-    check_judges,
+from .checks_arguments import check_resume, check_vllm
+from .checks_models import (
     check_model,
     check_new_adapter,
     check_not_replaced,
     check_quantization,
-    check_resume,
     check_sharding,
-    check_sources,
     check_trainable,
-    check_vllm,
-    named_datasets,
     quantized_bits,
 )
+from .checks_sources import check_columns, check_datasets, check_judges, check_sources, named_datasets
 from .comparisons import PreferenceFunc
 from .config import SPPOConfig
 from .faults import RunError, is_of_another_process
