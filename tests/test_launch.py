@@ -99,17 +99,12 @@ def test_zero3_on_the_cpu(recipe, tmp_path):
     [
         (TRL_SPPO, ["--num_processes", "2"], "num_processes is 2, but training would run in 1, with other batches"),
         (
-            [*ACCELERATE, "--cpu", "--num_processes", "2", *MODULE],
-            ["--use_cpu"],
-            "`accelerate launch` was asked for several processes (or else something has set MASTER_ADDR: unset it)",
-        ),
-        (
             [*TRL_SPPO, "--accelerate_config", "multi_gpu", "--main_process_port", "0"],
             ["--num_processes", "2"],
             "num_processes is 2, but training would run in 1, with other batches",  # twice one, that is
         ),
     ],
-    ids=["one process", "accelerate --cpu", "two without use_cpu"],
+    ids=["one process", "two without use_cpu"],
 )
 def test_a_quiet_fallback_is_an_error(recipe, tmp_path, command, options, expected):
     argv = recipe(model_name_or_path="./nowhere")  # nothing is loaded, not even looked for
@@ -132,15 +127,12 @@ def test_what_was_asked_for_is_found_out(recipe, capsys, monkeypatch):
 
     argv = recipe(per_device_train_batch_size=4)
     parse_arguments(argv)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # alone, it says nothing
-    parse_arguments(argv)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE=2 is set in the environment, but no RANK is" in message(capsys, argv)  # left in a shell
     assert "Run `unset WORLD_SIZE`." in message(capsys, [*argv, "--use_cpu"])  # torch would wait for the other
     monkeypatch.setenv("RANK", "0")  # of `torchrun`, or `accelerate launch --multi_gpu`
     assert "2 processes were launched (WORLD_SIZE), but training would run in 1" in message(capsys, argv)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     parse_arguments(argv)
 
 

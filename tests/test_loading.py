@@ -100,7 +100,7 @@ def test_mixtures(here):
             r"datasets\[0\].path='data.jsonl' is one file.*remove its data_files",
         ),
         ({"path": "data.jsonl", "split": "test"}, 'datasets cannot be loaded: Unknown split "test"'),
-        ({"path": "words.txt"}, r"datasets\[0\].path='words.txt' is a file, but none that ends in .jsonl, .json"),
+        ({"path": "words.txt"}, r"datasets\[0\].path='words.txt' is a file, but must end in .jsonl, .json"),
         ({"path": "broken.jsonl"}, "datasets cannot be loaded: "),
     ],
 )
@@ -126,9 +126,7 @@ def test_what_cannot_be_loaded(here):
         lambda name: loaded(dataset_name=name),
         lambda name: JudgeArguments(dataset_name=name).load_prompts(),
     ):
-        with pytest.raises(
-            ValueError, match=r"'prompts.txt' is a file, but none that ends in .jsonl, .json, .parquet"
-        ):
+        with pytest.raises(ValueError, match=r"'prompts.txt' is a file, but must end in .jsonl, .json, .parquet"):
             load("prompts.txt")
     Path("broken.jsonl").write_text('{"prompt": "ab"}\n{"prompt": ')
     with pytest.raises(ValueError, match=r"dataset 'broken.jsonl' .* cannot be read"):

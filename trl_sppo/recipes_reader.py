@@ -118,23 +118,22 @@ def _explain(name: str, value: Any, action: Action | None, error: ValidationErro
     problems = [each for each in error.errors() if len(each["loc"]) == depth]
     parts = problems[0]["loc"]  # among them the names of a union's members
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if not _is_type(part))
-    rules = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in problems)
-    rule = "must be " + " or ".join(rules)
-    if problems[0]["type"] in ("missing", "extra_forbidden", "string_pattern_mismatch"):
-        rule = f"is wrong: {problems[0]['msg']}"
-    elif action is not None and action.choices is not None:
-        rule = "must be " + " or ".join(map(repr, action.choices))
-    fix = ""
+    choices = (action.choices if action is not None else None) or ()
+    rules = list(map(repr, choices)) or [each["msg"].removeprefix("Input should be ") for each in problems]
+    rule = " must be " + " or ".join(dict.fromkeys(rules))
+    if not problems[0]["msg"].startswith("Input should be "):
+        rule = f": {problems[0]['msg']}"
     number = next(find_number_texts(name, value), None)
+    fix = ""
     if value is None:
         fix = " Leave it out for its default."
     elif number is not None:
         fix = f" {number.partition('. ')[2]}"
-    elif value is False and action is not None and "no" in (action.choices or ()):
+    elif value is False and "no" in choices:
         fix = " YAML reads a bare no as false: write 'no', in quotes."
-    elif "a valid string" in rules and not isinstance(value, (list, dict)):
+    elif "a valid string" in rules:
         fix = " Put it in quotes if it is meant as text."
-    return f"{name}{where} {rule}, got {_short.repr(problems[0]['input'])}.{fix}"
+    return f"{name}{where}{rule}, got {_short.repr(problems[0]['input'])}.{fix}"
 
 
 def _is_type(part: int | str) -> bool:
