@@ -1,7 +1,7 @@
 """Checks of a trainer's arguments, before any model is loaded."""
 
 import importlib.util
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from .forms import form_of
 
 
 def check_resume(args: SPPOConfig, form: dict[str, Any] | None = None) -> None:
-    """Raise `ValueError` if the checkpoint to resume from is not there, or belongs to a run of another form."""
+    """Raise `ValueError` if the checkpoint to resume from is missing, or belongs to a different run."""
     resume: Any = args.resume_from_checkpoint
     if resume and str(resume).lower() != "false":
         checkpoint = find_checkpoint(resume, str(args.output_dir))
@@ -35,14 +35,14 @@ def check_resume(args: SPPOConfig, form: dict[str, Any] | None = None) -> None:
 
 def check_vllm(args: SPPOConfig) -> None:
     """
-    Check that the vLLM that is asked for can work here.
+    Check that vLLM works here, if it is requested.
 
     Args:
         args ([`SPPOConfig`]):
             Configuration.
 
     Raises:
-        `ValueError`: if server mode is asked for without a CUDA device.
+        `ValueError`: for server mode without a CUDA device.
         `ImportError`: if vLLM is not installed.
     """
     if not args.use_vllm:
@@ -85,17 +85,15 @@ def check_optimizer(args: SPPOConfig) -> None:
             return  # it is created from the policy's own parameters
         optimizer = kind([nn.Parameter(torch.zeros(1))], **kwargs)
         scheduler = SchedulerType(args.lr_scheduler_type)
-        option, value = (
-            "lr_scheduler_type",
-            f"{scheduler.value!r} with {args.lr_scheduler_kwargs=}".replace("args.", ""),
-        )
-        get_scheduler(scheduler, optimizer, 1, 10, cast(Any, args.lr_scheduler_kwargs))
+        more: Any = args.lr_scheduler_kwargs
+        option, value = "lr_scheduler_type", f"{scheduler.value!r} with lr_scheduler_kwargs={more!r}"
+        get_scheduler(scheduler, optimizer, 1, 10, more)
     except Exception as error:
         raise ValueError(f"{option}={value} does not work here: {error}") from error
 
 
 def check_activation_checkpointing(args: SPPOConfig) -> None:
-    """Raise `ValueError` if torch does not take the options of activation checkpointing."""
+    """Raise `ValueError` if torch does not accept the options of activation checkpointing."""
     options: Any = args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not options:
         return

@@ -32,7 +32,7 @@ def policy_config(model: str, args: SPPOConfig) -> Any:
 
 
 def check_adapter(args: ModelConfig) -> None:
-    """Raise `ValueError` if an adapter of these sizes cannot be, or one is needed and not asked for."""
+    """Raise `ValueError` for invalid sizes of an adapter, or if an adapter is needed and `use_peft` is not set."""
     for name in ("lora_r", "lora_alpha"):
         if not 1 <= getattr(args, name) <= 2**16:
             raise ValueError(f"{name} must be between 1 and {2**16}, got {getattr(args, name)}.")
@@ -40,11 +40,11 @@ def check_adapter(args: ModelConfig) -> None:
         raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}: it is a probability.")
     for name in ("load_in_8bit", "load_in_4bit"):
         if getattr(args, name) and not args.use_peft:
-            raise ValueError(f"{name}=True needs use_peft=True: what is quantized cannot be trained, an adapter can.")
+            raise ValueError(f"{name}=True needs use_peft=True: quantized weights cannot be trained, an adapter can.")
 
 
 def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any = None) -> int | None:
-    """4 or 8, if the policy is, or would be, in bitsandbytes' format. An unknown path is no matter of this check."""
+    """4 or 8 if bitsandbytes quantizes the policy. `None` for an unknown path, which `check_model` reports."""
     kwargs: Any = args.model_init_kwargs or {}
     config = quantization_config or kwargs.get("quantization_config")
     if config is None and isinstance(model, str):
@@ -65,7 +65,7 @@ def check_quantization(
     args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
 ) -> None:
     """
-    Check what a policy in 4 or 8 bit cannot be combined with.
+    Check that a policy in 4 or 8 bit is not combined with what it does not work with.
 
     Args:
         args ([`SPPOConfig`]):
@@ -73,9 +73,9 @@ def check_quantization(
         model (`str` or `nn.Module`):
             The policy.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            How the policy is to be quantized.
+            How to quantize the policy.
         on_cpu (`bool`, *optional*):
-            Whether the training is to run on a CPU. By default, whether this process does.
+            Whether the training runs on a CPU. By default, whether this process does.
 
     Raises:
         `ValueError`: for vLLM, and for evaluations during a training on the CPU in 4 bit.
@@ -104,7 +104,7 @@ def check_sharding(
     args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
 ) -> None:
     """
-    Check what does not work when FSDP or DeepSpeed shards the models.
+    Check that no option is set that does not work under FSDP or DeepSpeed.
 
     Args:
         args ([`SPPOConfig`]):
@@ -115,7 +115,7 @@ def check_sharding(
             Which of them shards. By default, what accelerate has set up in this process.
 
     Raises:
-        `ValueError`: if it is asked for.
+        `ValueError`: if one is.
     """
     if deepspeed is None:
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
@@ -142,7 +142,7 @@ def check_sharding(
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise `ValueError` if no parameter that a policy uses requires a gradient: it would be saved as it came."""
+    """Raise `ValueError` if no parameter that a policy uses requires a gradient."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     if not any(idle.isdisjoint(name.split(".")) for name in trained):
@@ -156,7 +156,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_new_adapter(peft_config: Any) -> None:
-    """Raise `ValueError` if the adapter that it describes would be frozen."""
+    """Raise `ValueError` if the new adapter would be frozen."""
     if getattr(peft_config, "inference_mode", False):
         raise ValueError(
             "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
@@ -171,7 +171,7 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     check_whole_model("model", model)
     kind = getattr(
         transformers, (config.architectures or [""])[0], None
-    )  # as TRL: the class that the checkpoint names
+    )  # like TRL, the class that the checkpoint names
     if kind is not None:
         check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 
@@ -199,7 +199,7 @@ def check_model(
             Folder of the adapter that is continued.
 
     Raises:
-        `ValueError`: if the policy cannot be had from safetensors, or the initial policy that `beta` needs.
+        `ValueError`: if the policy, or the initial policy that `beta` needs, cannot be loaded from safetensors.
     """
     if not isinstance(model, str):
         # An adapter is switched off for that
@@ -229,11 +229,11 @@ def check_model(
 
 
 def check_not_replaced(model: str, output_dir: str) -> None:
-    """Raise `ValueError` if the run would write its own checkpoints over the one that it begins from."""
+    """Raise `ValueError` if the run would overwrite the checkpoint that it starts from."""
     path = Path(model).resolve()
     if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
         raise ValueError(
-            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run writes its own over it. "
-            "Give another output_dir. To go on with the run that saved it, give the model that it began with, and "
+            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run would overwrite it. Set "
+            "another output_dir. To continue the run that saved it, set the model that this run started from, and "
             "resume_from_checkpoint=true."
         )

@@ -29,7 +29,7 @@ NOT_FOR_FUNCTIONS = {"completion", "completion_ids"}
 def named_datasets(
     train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
 ) -> dict[str, AnyDataset]:
-    """Datasets by the names that messages give them."""
+    """Datasets by their names in messages."""
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -39,12 +39,12 @@ def named_datasets(
 
 
 def columns_of(dataset: AnyDataset) -> list[str]:
-    """Names of its columns. A stream may have to be asked for a row."""
+    """Names of its columns. Reads a row of a stream that does not know them."""
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def from_sharegpt(column: str, turns: str = "") -> str:
-    """A line of Python that makes prompts of messages with "from" and "value", or of a slice of them."""
+    """A line of Python that turns messages with "from" and "value", or a slice of them, into prompts."""
     return (
         "`dataset.map(lambda row: {'prompt': [{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], "
         f"turn['from']), 'content': turn['value']}} for turn in row[{column!r}]{turns}]}})`"
@@ -53,7 +53,7 @@ def from_sharegpt(column: str, turns: str = "") -> str:
 
 def how_to_make_prompts(row: dict[str, Any]) -> str:
     """
-    How a dataset without prompts gets them.
+    Explain how to add prompts to a dataset without them.
 
     Args:
         row (`dict`):
@@ -101,15 +101,15 @@ def check_columns(
     has_environment: bool = False,
 ) -> None:
     """
-    Check that no column has the name of an argument of those who get the columns.
+    Check that no column has the name of another argument of the functions that get the columns.
 
     Args:
         args ([`SPPOConfig`]):
             Configuration.
         datasets (`dict`):
-            Datasets by the names that messages give them.
+            Datasets by their names in messages.
         functions, eval_functions (`list`):
-            Reward sources, and those that judge in evaluations only. Models get no columns.
+            Reward sources, and judges of evaluations. Models get no columns.
         oracles (`list`):
             Pairwise oracles.
         has_environment (`bool`, *optional*, defaults to `False`):
@@ -155,7 +155,7 @@ def check_sources(
     judged: bool = False,
 ) -> None:
     """
-    Check who says which completion is better, and with how many votes.
+    Check reward sources and pairwise oracles, and their weights.
 
     Args:
         args ([`SPPOConfig`]):
@@ -165,10 +165,10 @@ def check_sources(
         has_environment (`bool`):
             Whether there is an environment, which may bring a reward of its own.
         judged (`bool`, *optional*, defaults to `False`):
-            Whether the completions to train on bring preferences or scores with them.
+            Whether the rollouts to train on bring preferences or scores.
 
     Raises:
-        `ValueError`: if nobody says it, or the options do not fit.
+        `ValueError`: if there are none, or an option does not fit them.
     """
     nobody = not reward_funcs and not preference_funcs and not has_environment
     evaluate = IntervalStrategy(args.eval_strategy).value
@@ -220,7 +220,7 @@ def check_judges(
     args: SPPOConfig, reward_funcs: list, judges: list, processing_classes: list, preference_funcs: list
 ) -> None:
     """
-    Check those that judge in evaluations only, and whose own code may run.
+    Check the judges of evaluations, and `reward_trust_remote_code`.
 
     Args:
         args ([`SPPOConfig`]):
@@ -231,7 +231,7 @@ def check_judges(
             `eval_reward_funcs`, `eval_reward_processing_classes` and `eval_preference_func` of [`SPPOTrainer`].
 
     Raises:
-        `ValueError`: if there is no evaluation, or the options do not fit.
+        `ValueError`: if there is no evaluation, or an option does not fit them.
     """
     for oracle in preference_funcs:
         check_oracle(oracle)
@@ -261,7 +261,7 @@ def check_datasets(
     needs_prompts: bool = True,
 ) -> bool:
     """
-    Check what can be checked without a model.
+    Check the form of the datasets.
 
     Args:
         args ([`SPPOConfig`]):
@@ -269,13 +269,13 @@ def check_datasets(
         train_dataset, eval_dataset:
             Datasets, as for [`SPPOTrainer`].
         needs_prompts (`bool`, *optional*, defaults to `True`):
-            Whether the datasets have to bring the prompts. Environments may bring their own.
+            Whether the datasets must have prompts. Environments may have their own.
 
     Returns:
         `bool`: whether the prompts are conversational.
 
     Raises:
-        `TypeError` or `ValueError`: for what could not be trained on.
+        `TypeError` or `ValueError`: for a dataset that could not be trained on.
     """
     if not needs_prompts:
         return True
