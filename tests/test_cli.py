@@ -327,7 +327,7 @@ def test_recipe_files(tmp_path, capsys):
         ({"model_name_or_path": None}, "no model: give model_name_or_path"),
         ({"model_name_or_path": "./nowhere"}, "model './nowhere' is neither a folder with a config.json nor"),
         ({"dataset_name": None}, "no dataset: give dataset_name"),
-        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) is no folder that is there"),
+        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) does not exist here"),
         ({"dataset_train_split": "trian"}, "the dataset has no split 'trian', but ['test', 'train']"),
         ({"reward_funcs": None}, "nothing says which completion is better: pass `reward_funcs`"),
         ({"reward_funcs": "nowhere.f"}, "reward function 'nowhere.f' (--reward_funcs) could not be imported"),
@@ -342,10 +342,13 @@ def test_recipe_files(tmp_path, capsys):
         ({"beta": -0.1}, "beta must be finite and not negative, got -0.1"),
         ({"preference_funcs": "nowhere.f"}, "pairwise oracle 'nowhere.f' (--preference_funcs) could not be imported"),
         ({"preference_funcs": "judge"}, "pairwise oracle 'judge' (--preference_funcs) could not be imported"),
-        ({"preference_funcs": "conftest.TINY"}, "pairwise oracle 'conftest.TINY' (--preference_funcs) is no function"),
-        ({"reward_weights": 1.0}, "reward_weights must be a list, one weight per source, got 1.0"),
+        (
+            {"preference_funcs": "conftest.TINY"},
+            "pairwise oracle 'conftest.TINY' (--preference_funcs) is not a function",
+        ),
+        ({"reward_weights": 1.0}, "recipe recipe.yaml: reward_weights must be a valid list, got 1.0."),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got [1.0, 2.0]"),
-        ({"reward_funcs": "conftest.TINY"}, "reward function 'conftest.TINY' (--reward_funcs) is no function"),
+        ({"reward_funcs": "conftest.TINY"}, "reward function 'conftest.TINY' (--reward_funcs) is not a function"),
     ],
 )
 def test_bad_input(workdir, capsys, changes, expected):
@@ -398,8 +401,8 @@ def test_dotted_paths_with_py_in_a_name():
 
 ACCELERATE_CONFIGURATIONS = [
     ("distributed_type: [", "cannot be read: while parsing"),
-    ("", "cannot be read: it is no mapping"),
-    ("- a", "cannot be read: it is no mapping"),
+    ("", "cannot be read: it is not a mapping"),
+    ("- a", "cannot be read: it is not a mapping"),
     ("eta: 3\ndistributed_type: 'NO'", "had unknown keys (['eta'])"),
     ("num_processes: 2", "A `distributed_type` must be specified"),
     ("distributed_type: MANY_GPU", "cannot be read: 'MANY_GPU' is not a valid DistributedType"),

@@ -122,9 +122,10 @@ def accelerate_config(file: str | None) -> Any:
         if isinstance(error, (AttributeError, TypeError)):
             error = ValueError("it is not a mapping of the options of `accelerate config`")
         how = "Correct the file" if file else "Correct or delete the file, which `accelerate config` has written"
+        file, said = file or config_args.default_config_file, str(error).rstrip(".")
         raise ValueError(
-            f"the accelerate configuration {file or config_args.default_config_file} cannot be read: {error}. {how}; "
-            "`accelerate config --config_file FILE` writes a new one."
+            f"the configuration of accelerate {file} cannot be read: {said}. {how}; `accelerate config --config_file "
+            "FILE` writes a new one."
         ) from error
 
 
