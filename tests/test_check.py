@@ -11,8 +11,9 @@ import yaml
 from conftest import TINY, make_tokenizer
 from recipe_files import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import ModelConfig
 
-from trl_sppo import check, train
+from trl_sppo import SPPOConfig, check, train
 from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
 from trl_sppo.options import load_preference_funcs
 
@@ -334,8 +335,8 @@ SIZE = ModelSize(
 )  # fmt: skip
 def test_a_row_of_the_budget(options, model_options, place, row, value):
     options = {"max_completion_length": 4, "per_device_train_batch_size": 8, "steps_per_generation": 4, **options}
-    args = train.SPPOConfig(use_cpu=True, bf16=False, **options)
-    model_args = train.ModelConfig(**{"dtype": "bfloat16", **model_options})
+    args = SPPOConfig(use_cpu=True, bf16=False, **options)
+    model_args = ModelConfig(**{"dtype": "bfloat16", **model_options})
     rows = budget(args, model_args, SIZE, [SIZE], Placement(1e6, prompt_length=8, **place))
     assert rows[row] == value
 
