@@ -11,9 +11,11 @@ import yaml
 from conftest import TINY, make_tokenizer
 from recipe_files import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import ModelConfig
 
-from trl_sppo import check, train
+from trl_sppo import SPPOConfig, check, train
 from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
+from trl_sppo.options import load_preference_funcs
 
 
 PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart")
@@ -107,7 +109,7 @@ def test_what_looks_wrong(run, options, words):
             ["--reward_funcs", "my_rewards.brevty"],
             "there is no 'brevty' in {folder}/my_rewards.py. Did you mean brevity?",
         ),
-        (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) is no folder that is there"),
+        (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) does not exist here"),
         (["--dataset_name", "empty"], "dataset 'empty' (--dataset_name) has an empty file"),
         (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
         (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
@@ -117,7 +119,7 @@ def test_what_looks_wrong(run, options, words):
         (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
         (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not what torch.utils.checkpoint takes"),
         (["--resume_from_checkpoint", "missing"], "missing"),
-        (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be made"),
+        (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
         (["--dataset_streaming", "true"], "dataset_streaming=True needs max_steps"),
         (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "there is none"),
@@ -333,8 +335,8 @@ SIZE = ModelSize(
 )  # fmt: skip
 def test_a_row_of_the_budget(options, model_options, place, row, value):
     options = {"max_completion_length": 4, "per_device_train_batch_size": 8, "steps_per_generation": 4, **options}
-    args = train.SPPOConfig(use_cpu=True, bf16=False, **options)
-    model_args = train.ModelConfig(**{"dtype": "bfloat16", **model_options})
+    args = SPPOConfig(use_cpu=True, bf16=False, **options)
+    model_args = ModelConfig(**{"dtype": "bfloat16", **model_options})
     rows = budget(args, model_args, SIZE, [SIZE], Placement(1e6, prompt_length=8, **place))
     assert rows[row] == value
 
@@ -380,6 +382,6 @@ def test_dry_run(path, tmp_path, monkeypatch):
 
 def test_the_published_judge_by_name(monkeypatch):
     monkeypatch.setattr("trl_sppo.judges.pairrm.PairRMJudge", lambda name: {"llm-blender/PairRM-hf": print}[name])
-    assert train.load_preference_funcs(["trl_sppo.judges.published.pairrm"]) == [print]
+    assert load_preference_funcs(["trl_sppo.judges.published.pairrm"]) == [print]
     with pytest.raises(ValueError, match=r"no attribute 'pairmr'\. It has: pairrm"):
-        train.load_preference_funcs(["trl_sppo.judges.published.pairmr"])
+        load_preference_funcs(["trl_sppo.judges.published.pairmr"])

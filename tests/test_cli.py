@@ -16,6 +16,8 @@ from conftest import count_abc, make_tokenizer, more_abc
 
 from trl_sppo import __version__, cli, train
 from trl_sppo.foreign_options import INSTEAD
+from trl_sppo.launching import launch_arguments
+from trl_sppo.options import check_dotted, load_preference_funcs, load_reward_funcs, make_parser, parse_arguments
 
 
 def test_help():
@@ -202,7 +204,7 @@ def test_what_took_the_place_of_an_option(workdir, capsys, name, expected):
 def test_what_took_the_place_of_options_are_options():
     """Fails when a new TRL has an option of the table again, or none of those that it names."""
     launching = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
-    options = {action.dest for action in train.make_parser()._actions} | launching | {"env"}
+    options = {action.dest for action in make_parser()._actions} | launching | {"env"}
     assert INSTEAD.keys() & options == set()
     for advice in set(INSTEAD.values()):
         plain = re.sub(r"`.*?`|\{.*?\}|: flash_attention_2|generation_config.json", "", advice)
@@ -245,12 +247,12 @@ def test_overrides_as_hydra_has_them(workdir, capsys):
 
 def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):
     argv = [*workdir(num_processes=2, accelerate_config="multi_gpu"), "--main_process_port", "1234", "--eta", "2"]
-    assert train.launch_arguments(train.make_parser(), argv) == [
+    assert launch_arguments(make_parser(), argv) == [
         "--config_file", str(resources.files("trl.accelerate_configs") / "multi_gpu.yaml"),
         "--num_processes", "2", "--main_process_port", "1234",
     ]  # fmt: skip
     # What a recipe switches off stays off
-    assert train.launch_arguments(train.make_parser(), workdir(multi_gpu=False, num_machines=1)) == [
+    assert launch_arguments(make_parser(), workdir(multi_gpu=False, num_machines=1)) == [
         "--num_machines", "1",
     ]  # fmt: skip
 
@@ -271,7 +273,7 @@ def test_arguments_that_belong_nowhere(workdir, capsys, argv, expected, run):
 
 
 def test_negated_options_work_on_the_command_line_and_are_refused_in_a_recipe(workdir, capsys):
-    assert train.parse_arguments([*workdir(), "--no_disable_dropout"])[1].disable_dropout is False
+    assert parse_arguments([*workdir(), "--no_disable_dropout"])[1].disable_dropout is False
     assert "there is no option 'no_disable_dropout'" in message(capsys, workdir(no_disable_dropout=True))
 
 
@@ -325,7 +327,7 @@ def test_recipe_files(tmp_path, capsys):
         ({"model_name_or_path": None}, "no model: give model_name_or_path"),
         ({"model_name_or_path": "./nowhere"}, "model './nowhere' is neither a folder with a config.json nor"),
         ({"dataset_name": None}, "no dataset: give dataset_name"),
-        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) is no folder that is there"),
+        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) does not exist here"),
         ({"dataset_train_split": "trian"}, "the dataset has no split 'trian', but ['test', 'train']"),
         ({"reward_funcs": None}, "nothing says which completion is better: pass `reward_funcs`"),
         ({"reward_funcs": "nowhere.f"}, "reward function 'nowhere.f' (--reward_funcs) could not be imported"),
@@ -340,10 +342,13 @@ def test_recipe_files(tmp_path, capsys):
         ({"beta": -0.1}, "beta must be finite and not negative, got -0.1"),
         ({"preference_funcs": "nowhere.f"}, "pairwise oracle 'nowhere.f' (--preference_funcs) could not be imported"),
         ({"preference_funcs": "judge"}, "pairwise oracle 'judge' (--preference_funcs) could not be imported"),
-        ({"preference_funcs": "conftest.TINY"}, "pairwise oracle 'conftest.TINY' (--preference_funcs) is no function"),
-        ({"reward_weights": 1.0}, "reward_weights must be a list, one weight per source, got 1.0"),
+        (
+            {"preference_funcs": "conftest.TINY"},
+            "pairwise oracle 'conftest.TINY' (--preference_funcs) is not a function",
+        ),
+        ({"reward_weights": 1.0}, "recipe recipe.yaml: reward_weights must be a valid list, got 1.0."),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got [1.0, 2.0]"),
-        ({"reward_funcs": "conftest.TINY"}, "reward function 'conftest.TINY' (--reward_funcs) is no function"),
+        ({"reward_funcs": "conftest.TINY"}, "reward function 'conftest.TINY' (--reward_funcs) is not a function"),
     ],
 )
 def test_bad_input(workdir, capsys, changes, expected):
@@ -368,7 +373,7 @@ WRITTEN_AS_A_FILE = [
 @pytest.mark.parametrize(("name", "expected"), WRITTEN_AS_A_FILE)
 @pytest.mark.parametrize("option", ["reward_funcs", "preference_funcs", "eval_reward_funcs", "eval_preference_funcs"])
 def test_functions_written_as_files(workdir, capsys, option, name, expected):
-    load = train.load_reward_funcs if "reward" in option else train.load_preference_funcs
+    load = load_reward_funcs if "reward" in option else load_preference_funcs
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
         load([name], option)
     assert f"{name!r} (--{option}) is written as a file, but must be a dotted import path." in str(error.value)
@@ -386,18 +391,18 @@ def test_functions_written_as_files_are_found_by_both_commands(workdir, capsys):
 def test_a_model_given_as_a_function(workdir, name):
     workdir()
     with pytest.raises(ValueError, match="A model is given with eval_reward_model_name_or_path"):
-        train.load_reward_funcs([name], "eval_reward_funcs")
+        load_reward_funcs([name], "eval_reward_funcs")
 
 
 def test_dotted_paths_with_py_in_a_name():
-    train.check_dotted("my.python_rewards.f", "x")
-    train.check_dotted("py.path", "x")
+    check_dotted("my.python_rewards.f", "x")
+    check_dotted("py.path", "x")
 
 
 ACCELERATE_CONFIGURATIONS = [
     ("distributed_type: [", "cannot be read: while parsing"),
-    ("", "cannot be read: it is no mapping"),
-    ("- a", "cannot be read: it is no mapping"),
+    ("", "cannot be read: it is not a mapping"),
+    ("- a", "cannot be read: it is not a mapping"),
     ("eta: 3\ndistributed_type: 'NO'", "had unknown keys (['eta'])"),
     ("num_processes: 2", "A `distributed_type` must be specified"),
     ("distributed_type: MANY_GPU", "cannot be read: 'MANY_GPU' is not a valid DistributedType"),
@@ -443,8 +448,8 @@ def test_what_the_launcher_refuses_is_a_message(workdir, capsys):
 def test_named_reward_functions():
     from trl.rewards import accuracy_reward
 
-    assert train.load_reward_funcs(["accuracy_reward", "conftest.count_abc"]) == [accuracy_reward, count_abc]
-    (overlong,) = train.load_reward_funcs(["get_soft_overlong_punishment"])  # a factory in TRL
+    assert load_reward_funcs(["accuracy_reward", "conftest.count_abc"]) == [accuracy_reward, count_abc]
+    (overlong,) = load_reward_funcs(["get_soft_overlong_punishment"])  # a factory in TRL
     assert overlong(completion_ids=[[1] * 10, [1] * 2000]) == [0.0, -1.0]
 
 

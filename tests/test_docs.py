@@ -25,6 +25,8 @@ from trl_sppo.comparisons import check_oracle
 from trl_sppo.config import SPPOConfig
 from trl_sppo.evaluate import EvalArguments, parse
 from trl_sppo.foreign_options import INSTEAD
+from trl_sppo.launching import launch_arguments
+from trl_sppo.options import check_arguments, make_parser
 
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +129,7 @@ def test_commands(page, command, monkeypatch):
             assert needs_a_gpu(command), f"{command} does not say that it needs a GPU"
         else:
             options[options.index("--config") + 1] = "recipes/quickstart.yaml"
-        train.launch_arguments(train.make_parser(), options)
+        launch_arguments(make_parser(), options)
     elif name == "check":
         if options[0].startswith("recipes/"):
             assert check.main(options) == 0
@@ -135,7 +137,7 @@ def test_commands(page, command, monkeypatch):
         parse(EvalArguments, "trl-sppo eval", options)
     else:
         assert name == "quickstart"
-        train.check_arguments(["--config", "recipes/quickstart.yaml", *options])
+        check_arguments(["--config", "recipes/quickstart.yaml", *options])
 
 
 def commands_to_run() -> dict[Path, list[str]]:

@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_callback import DefaultFlowCallback
 
 from trl_sppo import train
+from trl_sppo.options import make_parser
 
 
 RECIPE = {
@@ -57,9 +58,18 @@ NEEDS = {
     "dataloader_num_workers": "that many processes",
 }
 
-ALIASES = {"reward_model_name_or_path": "reward model '"}  # as its message has it
+# As messages have them
+ALIASES = {
+    "reward_model_name_or_path": "reward model '",
+    "load_in_4bit": "8 bit and 4 bit precision",
+    "load_in_8bit": "8 bit and 4 bit precision",
+    "lora_target_modules": "arget modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task type",
+}
 
-PARSER = train.make_parser()
+PARSER = make_parser()
 HINTS = {name: hint for each in PARSER.dataclass_types for name, hint in get_type_hints(each).items()}
 OPTIONS = sorted({action.dest for action in PARSER._actions} - {"help"})
 FLAGS = [option for action in PARSER._actions for option in action.option_strings if option not in ("-h", "--help")]
@@ -176,15 +186,13 @@ WRONG = st.sampled_from([[1, 2], {1: 2}, [{}], 2.5, datetime.date(2026, 2, 28), 
 RIGHT = {"bool": st.booleans(), "int": INTEGERS, "float": FLOATS, "str": TEXTS, "list": LISTS, "dict": DICTS}
 RIGHT |= {"SchedulerType": TEXTS, "Literal": TEXTS}
 
-BOMB = b"\n".join(b"b%d: &b%d [%s]" % (i, i, b",".join([b"*b%d" % (i - 1)] * 9 if i else [b"x"])) for i in range(30))
 HOSTILE = [
     b'eta: !!python/object/apply:os.system ["touch pwned"]', b"eta: !!python/name:os.system",
     b"eta: !!python/tuple [1]", b"!!python/object/new:os.system {}", b"eta: !nowhere 1", b'eta: !!binary "%%%"',
     b"eta: !!int x", b'eta: !!int ""', b"eta: !!bool perhaps", b"eta: !!timestamp x", b'eta: !!float ""',
     b"eta: 2024-99-99", b"eta: 0x", b"eta: 1:99:99", b"eta: 0x" + b"f" * 5000, b"eta: " + b"9" * 5000,
-    b"eta: &a 1\nbeta: *a", b"eta: &a [*a]", b"eta: *nowhere", b"<<: {eta: 1}", b"<<: [1]",
-    b"generation_kwargs: &a {x: 1}\nmodel_init_kwargs: *a", BOMB,
-    b"generation_kwargs:\n  " + BOMB.replace(b"\n", b"\n  "), b"eta: " + b"[" * 10**4,
+    b"eta: &a 1\nbeta: *a", b"eta: *nowhere", b"<<: {eta: 1}", b"<<: [1]",
+    b"generation_kwargs: &a {x: 1}\nmodel_init_kwargs: *a", b"eta: " + b"[" * 10**4,
     b"eta: " + b"{a: " * 50 + b"}" * 50, b"model_init_kwargs: " + b"{a: " * 19 + b"1" + b"}" * 19, b"\teta: 1",
     b"eta:\t1", b"eta: \xff\xfe", b"run_name: \0", b'run_name: "\\0"', b'run_name: "\\ud800"',
     b'output_dir: "\\ud800"', b"run_name: \xc3\x28", b"---", b"...", b"--- {}", b"%YAML 9.9", b"- a", b"a",

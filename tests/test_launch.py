@@ -14,7 +14,8 @@ from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 from test_cli import message, workdir  # noqa: F401
 
-from trl_sppo import train
+from trl_sppo.launching import launch_arguments
+from trl_sppo.options import make_parser, parse_arguments
 
 
 REWARDS = """
@@ -98,17 +99,12 @@ def test_zero3_on_the_cpu(recipe, tmp_path):
     [
         (TRL_SPPO, ["--num_processes", "2"], "num_processes is 2, but training would run in 1, with other batches"),
         (
-            [*ACCELERATE, "--cpu", "--num_processes", "2", *MODULE],
-            ["--use_cpu"],
-            "`accelerate launch` was asked for several processes (or else something has set MASTER_ADDR: unset it)",
-        ),
-        (
             [*TRL_SPPO, "--accelerate_config", "multi_gpu", "--main_process_port", "0"],
             ["--num_processes", "2"],
             "num_processes is 2, but training would run in 1, with other batches",  # twice one, that is
         ),
     ],
-    ids=["one process", "accelerate --cpu", "two without use_cpu"],
+    ids=["one process", "two without use_cpu"],
 )
 def test_a_quiet_fallback_is_an_error(recipe, tmp_path, command, options, expected):
     argv = recipe(model_name_or_path="./nowhere")  # nothing is loaded, not even looked for
@@ -127,20 +123,17 @@ def test_what_was_asked_for_is_found_out(recipe, capsys, monkeypatch):
     assert "num_processes is 2, but training would run in 1" in message(capsys, recipe(num_processes=2, use_cpu=True))
     argv = recipe(accelerate_config="multi_gpu", per_device_train_batch_size=4, use_cpu=True)
     assert re.search(r"num_processes is 8 in \S*multi_gpu.yaml, but", message(capsys, argv))
-    train.parse_arguments([*argv, "--num_processes", "1"])  # this is not wrong
+    parse_arguments([*argv, "--num_processes", "1"])  # this is not wrong
 
     argv = recipe(per_device_train_batch_size=4)
-    train.parse_arguments(argv)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # alone, it says nothing
-    train.parse_arguments(argv)
+    parse_arguments(argv)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE=2 is set in the environment, but no RANK is" in message(capsys, argv)  # left in a shell
     assert "Run `unset WORLD_SIZE`." in message(capsys, [*argv, "--use_cpu"])  # torch would wait for the other
     monkeypatch.setenv("RANK", "0")  # of `torchrun`, or `accelerate launch --multi_gpu`
     assert "2 processes were launched (WORLD_SIZE), but training would run in 1" in message(capsys, argv)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    train.parse_arguments(argv)
+    parse_arguments(argv)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
@@ -159,7 +152,7 @@ def test_fsdp_on_the_cpu_is_an_error(recipe, capsys, monkeypatch):
 
 def test_several_processes_on_the_cpu_need_a_flag_of_accelerate(recipe):
     def launch(*argv: str, **changes) -> list[str]:
-        return train.launch_arguments(train.make_parser(), [*recipe(**changes), *argv])
+        return launch_arguments(make_parser(), [*recipe(**changes), *argv])
 
     two = ["--num_processes", "2"]
     assert launch(*two, "--use_cpu") == launch(*two, use_cpu=True) == [*two, "--multi_gpu"]
@@ -177,7 +170,7 @@ def test_configurations_of_trl_reach_accelerate(recipe, name, stage):
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     argv = recipe(accelerate_config=name, num_processes=2)
-    launch = train.launch_arguments(train.make_parser(), argv)
+    launch = launch_arguments(make_parser(), argv)
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*launch, *MODULE]))
     if stage is None:
         environment = prepare_multi_gpu_env(args)

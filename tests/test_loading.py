@@ -7,10 +7,11 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 from test_cli import message, workdir  # noqa: F401
+from trl import DatasetMixtureConfig
 
 from trl_sppo import cli, train
 from trl_sppo.evaluate import JudgeArguments
-from trl_sppo.loading import dataset_source
+from trl_sppo.loading import dataset_source, load_data
 
 
 TEXTS = ["ab", "fgh", "cd e", "xyz"]
@@ -41,7 +42,7 @@ def here(tmp_path, monkeypatch):
 
 def loaded(streaming: bool = False, evaluate: bool = False, datasets=None, split: str = "train", **options):
     script = train.SPPOScriptArguments(dataset_streaming=streaming, dataset_train_split=split, **options)
-    return train.load_data(script, train.DatasetMixtureConfig(datasets=datasets or []), evaluate)
+    return load_data(script, DatasetMixtureConfig(datasets=datasets or []), evaluate)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
@@ -99,7 +100,7 @@ def test_mixtures(here):
             r"datasets\[0\].path='data.jsonl' is one file.*remove its data_files",
         ),
         ({"path": "data.jsonl", "split": "test"}, 'datasets cannot be loaded: Unknown split "test"'),
-        ({"path": "words.txt"}, r"datasets\[0\].path='words.txt' is a file, but none that ends in .jsonl, .json"),
+        ({"path": "words.txt"}, r"datasets\[0\].path='words.txt' is a file, but must end in .jsonl, .json"),
         ({"path": "broken.jsonl"}, "datasets cannot be loaded: "),
     ],
 )
@@ -125,9 +126,7 @@ def test_what_cannot_be_loaded(here):
         lambda name: loaded(dataset_name=name),
         lambda name: JudgeArguments(dataset_name=name).load_prompts(),
     ):
-        with pytest.raises(
-            ValueError, match=r"'prompts.txt' is a file, but none that ends in .jsonl, .json, .parquet"
-        ):
+        with pytest.raises(ValueError, match=r"'prompts.txt' is a file, but must end in .jsonl, .json, .parquet"):
             load("prompts.txt")
     Path("broken.jsonl").write_text('{"prompt": "ab"}\n{"prompt": ')
     with pytest.raises(ValueError, match=r"dataset 'broken.jsonl' .* cannot be read"):

@@ -1,13 +1,17 @@
 """Import boundaries, public names, and what the package files promise."""
 
+import ast
 import configparser
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import trl_sppo
 
@@ -61,6 +65,64 @@ def test_package_files():
     assert (Path(trl_sppo.__file__).parent / "py.typed").exists()
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     assert all("==" in line for line in constraints if line and not line.startswith("#"))
+
+
+def requirements(section: str, option: str) -> list[Requirement]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return [Requirement(line) for line in setup[section][option].split("\n") if line and not line.startswith("#")]
+
+
+def imported_modules() -> dict[str, Path]:
+    """Top-level modules of other packages that this one imports, anywhere in its code, with a file that does."""
+    found = {}
+    for file in Path(trl_sppo.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+                names = [node.module]
+            found |= {name.split(".")[0]: file for name in names}
+    return {name: file for name, file in found.items() if name not in {*sys.stdlib_module_names, "trl_sppo"}}
+
+
+def undeclared(modules: dict[str, Path]) -> dict[str, Path]:
+    """Those that no requirement installs, nor an extra that the package's code or documentation names."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    texts = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *Path(trl_sppo.__file__).parent.rglob("*.py")]
+    text = "\n".join(file.read_text() for file in texts)
+    declared = requirements("options", "install_requires")
+    for extra in setup["options.extras_require"]:
+        if f"trl-sppo[{extra}]" in text:
+            declared += requirements("options.extras_require", extra)
+    # An extra may be another package's, such as trl[vllm]
+    installed = {canonicalize_name(name) for each in declared for name in (each.name, *each.extras)}
+    distributions = packages_distributions()
+    return {
+        name: file
+        for name, file in modules.items()
+        if not installed & {canonicalize_name(each) for each in distributions.get(name, [name])}
+    }
+
+
+def test_every_imported_package_is_declared():
+    modules = imported_modules()
+    assert {"torch", "trl", "yaml", "pydantic", "numpy", "openai", "vllm"} <= modules.keys()
+    assert undeclared(modules) == {}
+    assert undeclared({"pytest": ROOT, "sphinx": ROOT}).keys() == {"pytest", "sphinx"}  # of extras for developers
+
+
+def test_every_requirement_has_a_lower_bound_that_the_oldest_versions_meet():
+    bounds = {each.name: each.specifier for each in requirements("options", "install_requires")}
+    assert [name for name, specifier in bounds.items() if ">=" not in str(specifier)] == []
+    oldest = [
+        Requirement(line)
+        for line in (ROOT / "constraints-oldest.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    pinned = {each.name: str(each.specifier).removeprefix("==") for each in oldest if each.name in bounds}
+    assert {"torch", "trl", "transformers", "accelerate", "datasets", "peft"} <= pinned.keys()
+    assert [name for name, version in pinned.items() if version not in bounds[name]] == []
 
 
 def test_the_release_checklist_stops_at_what_is_not_in_order(tmp_path):

@@ -12,7 +12,7 @@ from test_images import dataset as image_dataset
 from test_images import score, seeing  # noqa: F401
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-from trl_sppo.checks import how_to_make_prompts
+from trl_sppo.checks_sources import how_to_make_prompts
 from trl_sppo.faults import RunError
 from trl_sppo.prompts import check_prompts
 from trl_sppo.readers import policy_reader

@@ -20,6 +20,7 @@ from trl_sppo import ServedRewardModel, SPPOConfig, train
 from trl_sppo.checkpoints import write_manifest
 from trl_sppo.judges import GeneralPreferenceJudge, LLMJudge, PairRMJudge
 from trl_sppo.judges.texts import break_up, special_tokens
+from trl_sppo.options import parse_arguments
 from trl_sppo.rewards import load_reward_models
 
 
@@ -200,10 +201,10 @@ def test_trust_on_the_command_line(tmp_path, monkeypatch):
     """One option is the policy's, the other names reward models. Neither is another script argument's too."""
     monkeypatch.chdir(tmp_path)
     policy = ["--model_name_or_path", "p", "--output_dir", "out", "--use_cpu", "--bf16", "false"]
-    _, args, model_args, _ = train.parse_arguments([*policy, "--trust_remote_code", "--reward_trust_remote_code", "r"])
+    _, args, model_args, _ = parse_arguments([*policy, "--trust_remote_code", "--reward_trust_remote_code", "r"])
     assert args.trust_remote_code is True and args.reward_trust_remote_code == ["r"]
     assert not hasattr(model_args, "trust_remote_code")
-    _, args, _, _ = train.parse_arguments(policy)
+    _, args, _, _ = parse_arguments(policy)
     assert args.trust_remote_code is False and args.reward_trust_remote_code is None
 
 

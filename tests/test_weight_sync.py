@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOConfig
-from trl_sppo.checks import check_sharding
+from trl_sppo.checks_models import check_sharding
 from trl_sppo.weight_sync import prepare_weight_sync
 
 

@@ -9,9 +9,9 @@ from .adapters import base_of, config_of, is_adapter, kind_of
 from .config import SPPOConfig
 from .memory import BYTES, dtype_of, peak
 from .objectives import select_completions
+from .options import fail
 from .plan import Plan, read
 from .preferences import win_rates_from_scores
-from .train import fail
 
 
 ROOM = 0.9  # of a GPU's memory that may be planned: the rest is for the CUDA context, buffers, holes between blocks

@@ -266,6 +266,15 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         )
 
 
+def check_resume(args: Any, form: dict[str, Any] | None = None) -> None:
+    """Raise `ValueError` if the checkpoint to resume from is missing, or belongs to a different run."""
+    resume: Any = args.resume_from_checkpoint
+    if resume and str(resume).lower() != "false":
+        checkpoint = find_checkpoint(resume, str(args.output_dir))
+        if checkpoint is not None:
+            check_fits(checkpoint, args, form)
+
+
 def _step(path: Path) -> int | None:
     match = re.fullmatch(rf"checkpoint-(\d+)(?:{re.escape(REPLACED)})?", path.name)
     return int(match[1]) if match else None

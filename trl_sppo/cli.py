@@ -64,7 +64,9 @@ def train(argv: list[str], module: str = "trl_sppo.train") -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from .train import accelerate_config, fail, launch_arguments, make_parser, read_recipe, split_config
+    from .launching import accelerate_config, launch_arguments
+    from .options import fail, make_parser, split_config
+    from .recipes_reader import read_recipe
 
     parser = make_parser()
     if {"-h", "--help"} & set(argv):

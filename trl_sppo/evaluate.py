@@ -12,19 +12,20 @@ from datasets.exceptions import DatasetGenerationError
 from trl.data_utils import is_conversational
 
 from .alone import alone_in
-from .arguments import check_output_dir
 from .checkpoints import write_atomically
-from .checks import check_vllm_is_installed, how_to_make_prompts
+from .checks_arguments import check_vllm_is_installed
+from .checks_sources import how_to_make_prompts
 from .evaluation import WinRate
 from .evaluation_files import Groups, row_of, without_images
 from .faults import RunError
 from .loading import dataset_source
 from .option_checks import find_chat_template_problems
+from .options import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
 from .panel import Panel, load_panel
 from .play import matched, play, play_stored, score_groups
 from .policies import Sampling, check_policy, is_file, load_completions, read_prompts, run_of, sample
+from .recipes_reader import check_output_dir
 from .stored_rollouts import IMAGES, write_parquet
-from .train import _Parser, fail, load_preference_funcs, load_reward_funcs, split_config
 
 
 @dataclass

@@ -11,13 +11,13 @@ from typing import Any, cast
 from datasets import Dataset
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
-from .checks import check_vllm_is_installed
+from .checks_arguments import check_vllm_is_installed
 from .evaluate import JudgeArguments, parse, prompts_of, write_groups
 from .evaluation import WinRate
 from .evaluation_files import EvaluationFiles, Groups
+from .options import fail
 from .play import play, play_stored, score_groups
 from .policies import check_policy, read_prompts, sample
-from .train import fail
 
 
 # matrix[a][b]: win rate of a against b

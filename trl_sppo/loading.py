@@ -1,4 +1,4 @@
-"""Datasets that are not folders of data files: single files, and what `save_to_disk` has written."""
+"""Datasets: ids on the hub, folders, single files, folders of `save_to_disk`, and mixtures of them."""
 
 import json
 import os
@@ -6,7 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trl import DatasetMixtureConfig
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -18,12 +22,12 @@ def dataset_source(name: str, config: str | None = None, option: str = "dataset_
 
     Args:
         name (`str`):
-            An id on the hub, a folder of data files, a file, or a folder that `save_to_disk` has written. A file and a
-            single saved dataset are the split `"train"`.
+            An id on the hub, a folder of data files, a file, or a folder that `save_to_disk` has written. A file or a
+            single saved dataset is the split `"train"`.
         config (`str`, *optional*):
             The dataset's configuration, which only an id and a folder of data files have.
         option (`str`, *optional*, defaults to `"dataset_name"`):
-            Where it is given.
+            The option that it comes from.
 
     Returns:
         `dict[str, Any]`: keyword arguments.
@@ -35,10 +39,10 @@ def dataset_source(name: str, config: str | None = None, option: str = "dataset_
     if os.path.isfile(name):
         kind = _KINDS.get(Path(name).suffix)
         if kind is None:
-            raise ValueError(f"{option}={name!r} is a file, but none that ends in {', '.join(_KINDS)}.")
+            raise ValueError(f"{option}={name!r} is a file, but must end in {', '.join(_KINDS)}.")
         files = {"train": [name]}
     elif (files := _saved(name, option)) is not None:
-        kind = "arrow"  # no format and no code of a saved dataset is looked at, only its tables
+        kind = "arrow"  # only the tables of a saved dataset are read, not its format
     else:
         return {"path": name, "name": config}
     if config is not None:
@@ -61,6 +65,71 @@ def mixture_source(mixture: DatasetMixtureConfig) -> DatasetMixtureConfig:
             )
         parts.append(replace(part, **source) if "data_files" in source else part)
     return replace(mixture, datasets=parts)
+
+
+def check_one_dataset(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Raise `ValueError` unless either a dataset or a mixture is given."""
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("dataset_name and datasets are both given. Keep one: a dataset, or a mixture of them.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise ValueError(
+            "no dataset: give dataset_name (a folder, a file, or an id on the hub) or datasets (a mixture)."
+        )
+
+
+def is_folder_or_id(name: str) -> bool:
+    """Whether a path exists, or has the form of an id on the hub."""
+    if os.path.exists(name):
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
+    """Load the training split, and the test split if `evaluate`."""
+    check_one_dataset(script_args, dataset_args)
+    if script_args.dataset_name and not is_folder_or_id(script_args.dataset_name):
+        raise ValueError(
+            f"dataset {script_args.dataset_name!r} (--dataset_name) does not exist here, and cannot be an id on the "
+            "Hugging Face hub. Check the path."
+        )
+    if dataset_args.datasets:
+        mixture = mixture_source(dataset_args)
+        try:
+            splits = get_dataset(mixture)
+        except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+            raise ValueError(f"datasets cannot be loaded: {error.__cause__ or error or 'a file is empty'}") from error
+    else:
+        source = dataset_source(str(script_args.dataset_name), script_args.dataset_config)
+        try:
+            splits = load_dataset(**source, streaming=script_args.dataset_streaming)
+        except DatasetGenerationError as error:  # its cause says what is wrong, and where
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
+            ) from error
+        except StopIteration as error:
+            raise ValueError(f"dataset {script_args.dataset_name!r} (--dataset_name) has an empty file.") from error
+        except (OSError, ConnectionError) as error:
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
+                f"dataset available from the Hugging Face hub. Check the path. ({error})"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be loaded, with dataset_config="
+                f"{script_args.dataset_config!r}: {error}"
+            ) from error
+    wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
+    for split in wanted:
+        if split not in splits:
+            raise ValueError(
+                f"the dataset has no split {split!r}, but {sorted(splits)}. Set dataset_train_split and, if "
+                "eval_strategy is not 'no', dataset_test_split."
+            )
+    return splits[wanted[0]], splits[wanted[1]] if evaluate else None
 
 
 def _saved(name: str, option: str) -> dict[str, list[str]] | None:

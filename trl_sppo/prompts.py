@@ -7,7 +7,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .checks import AnyDataset, columns_of, from_sharegpt
+from .checks_sources import AnyDataset, columns_of, from_sharegpt
 from .config import SPPOConfig
 from .faults import RunError
 from .readers import LEAVE_OUT, Problem, Reader, key_of_prompt, room_for_prompts

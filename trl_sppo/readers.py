@@ -13,7 +13,7 @@ from trl import apply_chat_template
 from trl.data_utils import prepare_multimodal_messages
 
 from .adapters import base_of
-from .checks import POLICYS_OWN_CODE, policy_config
+from .checks_models import POLICYS_OWN_CODE, policy_config
 from .config import SPPOConfig
 from .trust import own_code_is_refused
 

@@ -20,9 +20,9 @@ from .ladder import (
     verdict,
     which_evaluation_set,
 )
+from .options import fail
 from .play import aligned, play_stored
 from .stored_rollouts import to_tensor
-from .train import fail
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

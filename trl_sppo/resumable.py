@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from .alone import alone_in
 from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_beginning, write_manifest
-from .checks import quantized_bits
+from .checks_models import quantized_bits
 from .config import SPPOConfig
 from .faults import how_to_go_on
 from .forms import digest, form_of

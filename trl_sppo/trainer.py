@@ -25,22 +25,10 @@ from .batch import (
     take_rows,
     to_device,
 )
-from .checks import (
-    check_columns,
-    check_datasets,
-    check_judges,
-    check_model,
-    check_new_adapter,
-    check_not_replaced,
-    check_quantization,
-    check_resume,
-    check_sharding,
-    check_sources,
-    check_trainable,
-    check_vllm,
-    named_datasets,
-    quantized_bits,
-)
+from .checkpoints import check_resume
+from .checks_arguments import check_trainer_arguments
+from .checks_models import check_trainable, quantized_bits
+from .checks_sources import named_datasets
 from .comparisons import PreferenceFunc, oracle_name, told_apart
 from .config import SPPOConfig
 from .faults import RunError, is_of_another_process
@@ -174,22 +162,12 @@ class SPPOTrainer(ResumableTrainer):
             args = SPPOConfig(f"{name.rstrip('/').split('/')[-1]}-SPPO")
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
-        check_new_adapter(kwargs.get("peft_config"))
-        if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
-            check_trainable(model)
-        if isinstance(model, str):
-            check_not_replaced(model, str(args.output_dir))
         adapter: str | None = None
         if isinstance(model, str) and is_adapter(model):
             adapter = model.rstrip("/")
             model, kwargs["peft_config"], processing_class = continue_adapter(
                 adapter, args, kwargs.get("peft_config"), processing_class
             )
-        if args.resume_from_checkpoint:
-            bits = quantized_bits(model, args, kwargs.get("quantization_config"))
-            optimizer = kwargs.get("optimizers", (None,))[0]
-            form = form_of(args, model, kwargs.get("peft_config"), optimizer, bits, adapter)
-            check_resume(args, form)
         reward_funcs = without_slash(_as_list(reward_funcs))
         preference_funcs = _as_list(preference_func)
         has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
@@ -207,32 +185,33 @@ class SPPOTrainer(ResumableTrainer):
             given_rollouts = load_rollouts(args.rollouts, cast(int, args.num_generations))
             train_dataset = prompts_of(given_rollouts)
         judged = given_rollouts is not None and is_judged(given_rollouts)
-        check_sources(args, reward_funcs, processing_classes, preference_funcs, has_environment, judged)
-        check_judges(args, reward_funcs, judges, judges_classes, eval_preference_funcs)
-        check_quantization(args, model, kwargs.get("quantization_config"))
-        has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        check_vllm(args)
-        check_sharding(args, has_adapter)
-        if args.sync_ref_model and has_adapter:
-            raise ValueError(
-                "sync_ref_model=True needs a reference policy of its own, but an adapter's is the model without it. "
-                "Remove it, or train all weights."
-            )
+        conversational = check_trainer_arguments(
+            args,
+            model,
+            train_dataset,
+            eval_dataset,
+            reward_funcs=reward_funcs,
+            reward_processing_classes=processing_classes,
+            preference_funcs=preference_funcs,
+            eval_reward_funcs=judges,
+            eval_reward_processing_classes=judges_classes,
+            eval_preference_funcs=eval_preference_funcs,
+            adapter=adapter,
+            peft_config=kwargs.get("peft_config"),
+            quantization_config=kwargs.get("quantization_config"),
+            needs_tokenizer=processing_class is None,
+            has_environment=has_environment,
+            judged=judged,
+        )
+        if args.resume_from_checkpoint:
+            bits = quantized_bits(model, args, kwargs.get("quantization_config"))
+            optimizer = kwargs.get("optimizers", (None,))[0]
+            check_resume(args, form_of(args, model, kwargs.get("peft_config"), optimizer, bits, adapter))
         if args.use_vllm and args.vllm_enable_sleep_mode and args.device.type == "cpu":
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
-        conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
         train_dataset = without_empty_images("train_dataset", train_dataset)
         eval_dataset = without_empty_images("eval_dataset", eval_dataset)
-        check_columns(
-            args,
-            named_datasets(train_dataset, eval_dataset),
-            reward_funcs,
-            judges,
-            [*preference_funcs, *eval_preference_funcs],
-            has_environment,
-        )
-        check_model(model, args, has_adapter, needs_tokenizer=processing_class is None, adapter=adapter)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
         sources, tokenizers = load_reward_models(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import IntervalStrategy
 
-from .. import cli, train
+from .. import cli, options, train
 from ..evaluation import WinRate
 from ..ladder import stored_players
 from ..play import Groups, play_stored
@@ -31,10 +31,10 @@ def main(argv: list[str]) -> None:
     console = Console()
     with cli.recipe("quickstart.yaml") as recipe:
         argv = ["--config", str(recipe), *argv]
-        args = train.check_arguments(argv)  # before anything is prepared
+        args = options.check_arguments(argv)  # before anything is prepared
         strategy = IntervalStrategy(args.eval_strategy).value
         if not args.save_rollouts or strategy == "no":
-            train.fail(
+            options.fail(
                 f"the quickstart shows how its evaluations went, and save_rollouts={args.save_rollouts} or "
                 f"eval_strategy={strategy} leaves none. Remove that option, or use `trl-sppo train`."
             )
