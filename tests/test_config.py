@@ -116,7 +116,7 @@ def test_errors_of_trl_are_about_sppo(tmp_path):
 
 
 def test_a_reference_that_moves_needs_a_kl_term(tmp_path):
-    with pytest.raises(ValueError, match="sync_ref_model=True moves the reference policy .* beta is 0"):
+    with pytest.raises(ValueError, match=r"sync_ref_model=True moves the reference policy .* beta is 0"):
         config(tmp_path, sync_ref_model=True)
 
 

@@ -39,8 +39,9 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
         "not negative",
         lambda value: value >= 0,
         [
-            "learning_rate", "weight_decay", "top_k", "eval_steps", "seed", "dataloader_num_workers",
-            "num_completions_to_print", "max_tool_calling_iterations", "router_aux_loss_coef",
+            "learning_rate", "weight_decay", "neftune_noise_alpha", "top_k", "eval_steps", "seed",
+            "dataloader_num_workers", "num_completions_to_print", "max_tool_calling_iterations",
+            "router_aux_loss_coef",
         ],
     ),
     ("in [0, 1]", lambda value: 0 <= value <= 1, ["min_p", "ref_model_mixup_alpha"]),
