@@ -31,7 +31,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "save_total_limit", "dataloader_prefetch_factor", "vllm_tensor_parallel_size",
         ],
     ),
-    ("positive", lambda value: value > 0, ["num_train_epochs", "logging_steps", "save_steps"]),
+    ("positive", lambda value: value > 0, ["learning_rate", "num_train_epochs", "logging_steps", "save_steps"]),
     # Below, 32-bit floats overflow in what is divided by these
     ("at least 1e-6", lambda value: value >= 1e-6, ["temperature", "repetition_penalty"]),
     ("at least 1e-30", lambda value: value >= 1e-30, ["adam_epsilon"]),
@@ -39,7 +39,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
         "not negative",
         lambda value: value >= 0,
         [
-            "learning_rate", "weight_decay", "neftune_noise_alpha", "top_k", "eval_steps", "seed",
+            "weight_decay", "neftune_noise_alpha", "top_k", "eval_steps", "seed",
             "dataloader_num_workers", "num_completions_to_print", "max_tool_calling_iterations",
             "router_aux_loss_coef",
         ],
