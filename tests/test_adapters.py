@@ -625,7 +625,7 @@ def test_eval_and_check_take_a_reward_adapter(recipe, rewards, tiny_policy, rewa
 
 @pytest.mark.parametrize("options", [{}, {"lr_scheduler_type": "constant"}])
 def test_a_learning_rate_of_zero(make_trainer, options):
-    with pytest.raises(ValueError, match=r"learning_rate must be above 0, and at most 1, got 0\.0"):
+    with pytest.raises(ValueError, match=r"learning_rate must be positive, got 0\.0"):
         make_trainer(learning_rate=0, **options)
 
 

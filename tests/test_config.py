@@ -1,115 +1,16 @@
-"""Options: defaults, checks, and that every field of GRPOConfig is either honoured or refused."""
+"""Options: defaults, checks and messages. Whether each inherited option acts is in test_options.py."""
 
 import inspect
 import re
-from dataclasses import MISSING, fields
-from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
 from transformers.integrations import integration_utils
-from trl import GRPOConfig
 
 from trl_sppo import SPPOConfig
-from trl_sppo.config import REJECTED_OPTIONS
 
 
 def config(tmp_path, **options):
     return SPPOConfig(str(tmp_path), **{"use_cpu": True, "bf16": False, "report_to": "none", **options})
-
-
-TRL = "TRL's alone: it acts before completions are there, or after the log"
-RUNS = "test_trainer.py::test_inherited_options_train"
-VLLM = "test_trainer.py::test_vllm_importance_correction_weights_the_completion"
-COLOCATED = "test_colocated_vllm.py::test_training_with_a_colocated_vllm"  # in .ci/run's environment with vLLM
-
-# Fields of GRPOConfig that are honoured, and the test that shows it. Those that this package's code never meets are
-# left to TRL's tests.
-HONOURED = {
-    # the objective
-    "beta": "test_kl.py::test_full_fine_tuning_is_pulled_towards_the_model_it_was_loaded_from",
-    "sync_ref_model": "test_kl.py::test_the_reference_can_follow_the_policy",
-    "ref_model_mixup_alpha": "test_kl.py::test_the_reference_can_follow_the_policy",
-    "ref_model_sync_steps": "test_kl.py::test_the_reference_can_follow_the_policy",
-    "loss_type": "test_panel.py::test_loss_types_and_baselines_reach_the_targets",  # with values of its own
-    "num_iterations": "test_trainer.py::test_later_steps_of_an_iteration_are_relative_to_the_rollout_policy",
-    "mask_truncated_completions": "test_trainer.py::test_truncated_completions_can_be_masked",
-    "reward_weights": "test_panel.py::test_oracles_and_reward_sources_vote_by_their_weights",
-    "temperature": "test_trainer.py::test_one_step_equals_the_papers_loss_written_out",
-    "router_aux_loss_coef": "test_trainer.py::test_moe_load_balancing_loss_is_added",
-    # groups and batches
-    "num_generations": "test_panel.py::test_a_group_in_which_all_are_even_teaches_nothing",
-    "num_generations_eval": "test_trainer.py::test_metrics_and_evaluation",
-    "generation_batch_size": "test_readme.py::test_the_python_example_trains",
-    "steps_per_generation": "test_trainer.py::test_several_optimizer_steps_per_iteration_use_every_kept_row_once",
-    "pad_to_multiple_of": "test_invariance.py::test_padding",
-    "shuffle_dataset": RUNS,
-    # the policy
-    "model_init_kwargs": "test_quantization.py::test_qlora_trains_saves_loads_back_and_merges",
-    "trust_remote_code": "test_security.py::test_a_policys_own_code",
-    "disable_dropout": RUNS,
-    "cast_lm_head_to_fp32": RUNS,
-    # generation
-    "max_completion_length": RUNS,
-    "top_p": RUNS,
-    "top_k": RUNS,
-    "min_p": RUNS,
-    "repetition_penalty": RUNS,
-    "generation_kwargs": RUNS,
-    "cache_implementation": RUNS,
-    "chat_template_kwargs": RUNS,
-    "ds3_gather_for_generation": TRL,
-    "use_transformers_continuous_batching": TRL,
-    "transformers_continuous_batching_config": TRL,
-    "use_transformers_paged": TRL,
-    "max_tool_calling_iterations": "test_trainer.py::test_tool_tokens_do_not_count",
-    # vLLM
-    "use_vllm": COLOCATED,
-    "vllm_mode": "test_weight_sync.py::test_server_mode_needs_a_cuda_device",
-    "vllm_enable_sleep_mode": COLOCATED,
-    "vllm_max_model_length": COLOCATED,
-    "vllm_importance_sampling_correction": VLLM,
-    "vllm_importance_sampling_mode": VLLM,
-    "vllm_importance_sampling_clip_max": VLLM,
-    "vllm_importance_sampling_clip_min": VLLM,
-    "vllm_importance_sampling_cap": VLLM,
-    **dict.fromkeys(
-        [
-            "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
-            "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
-            "vllm_tensor_parallel_size",
-        ],
-        TRL,
-    ),
-    # logging
-    "log_completions": "test_panel.py::test_an_intransitive_oracle_alone",
-    "log_multimodal": "test_images.py::test_training_with_images",
-    "num_completions_to_print": RUNS,
-    "log_unique_prompts": RUNS,
-    "log_completions_hub_repo": TRL,
-}  # fmt: skip
-
-
-def test_every_field_of_grpo_is_honoured_or_refused():
-    """Fails when a new TRL adds an option: honour it, and test that, or refuse it with a reason."""
-    grpo = {field.name for field in fields(GRPOConfig)} - {field.name for field in fields(TrainingArguments)}
-    assert HONOURED.keys() & REJECTED_OPTIONS.keys() == set()
-    assert grpo == HONOURED.keys() | REJECTED_OPTIONS.keys()
-
-
-@pytest.mark.parametrize("test", sorted(set(HONOURED.values()) - {TRL}))
-def test_the_tests_of_honoured_options_are_there(test):
-    file, name = test.split("::")
-    assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text()
-
-
-@pytest.mark.parametrize("name", REJECTED_OPTIONS)
-def test_options_without_a_meaning_are_refused_with_the_reason(tmp_path, name):
-    field = next(field for field in fields(GRPOConfig) if field.name == name)
-    assert field.default is not MISSING
-    others = {type(None): 0.123, str: "another", bool: not field.default, float: 0.123, int: 77}
-    with pytest.raises(ValueError, match=f"^{name}=.* is an option of GRPO that SPPO does not use: .*Remove it"):
-        config(tmp_path, **{name: others[type(field.default)]})
 
 
 def test_defaults(tmp_path):
@@ -208,21 +109,15 @@ def test_one_number_is_one_problem(tmp_path):
         assert "\n" not in str(error.value) and str(error.value).startswith(next(iter(options)))
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported by SPPO"),
-        ({"sync_ref_model": True}, "sync_ref_model=True moves the reference policy .* beta is 0"),
-    ],
-)
-def test_errors_of_trl_are_about_sppo(tmp_path, options, expected):
-    with pytest.raises(ValueError, match=expected) as error:
-        config(tmp_path, **options)
+def test_errors_of_trl_are_about_sppo(tmp_path):
+    with pytest.raises(ValueError, match="auto_find_batch_size is not supported by SPPO") as error:
+        config(tmp_path, auto_find_batch_size=True)
     assert "GRPO" not in str(error.value)
 
 
-def test_scaling_by_the_group_is_grpos_default_in_both_forms(tmp_path):
-    assert config(tmp_path, scale_rewards=True).scale_rewards == "group"
+def test_a_reference_that_moves_needs_a_kl_term(tmp_path):
+    with pytest.raises(ValueError, match=r"sync_ref_model=True moves the reference policy .* beta is 0"):
+        config(tmp_path, sync_ref_model=True)
 
 
 @pytest.mark.parametrize(

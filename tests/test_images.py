@@ -87,6 +87,16 @@ def test_training_with_images(make_trainer, seeing, tmp_path, options, split):
     assert any("vision" in name for name in moved) and any("language" in name for name in moved)
 
 
+@pytest.mark.shows("log_multimodal")
+@pytest.mark.parametrize("logs", [True, False])
+def test_images_are_part_of_the_log_of_completions(make_trainer, seeing, logs):
+    model, processor = seeing
+    kwargs = {"train_dataset": dataset(), "processing_class": processor}
+    trainer = make_trainer(model=model, reward_funcs=score, log_multimodal=logs, max_steps=1, trainer_kwargs=kwargs)
+    trainer.train()
+    assert len(trainer._logs["images"]) == (8 if logs else 0)
+
+
 def test_the_split_does_not_matter_with_images_either(make_trainer, seeing):
     """Fixed rollouts, of which only the best and the worst are trained on: dropped rows are masked, not cut."""
     model, processor = seeing

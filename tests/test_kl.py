@@ -33,6 +33,7 @@ def regularised_loss(model, old_logps, ref_logps, tokenizer, beta, forward_share
 
 @pytest.mark.parametrize("forward_share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.shows("beta")
 def test_full_fine_tuning_is_pulled_towards_the_model_it_was_loaded_from(
     fixed, tiny_policy, tiny_tokenizer, forward_share, micro_batches
 ):
@@ -120,6 +121,7 @@ def test_without_beta_there_is_no_reference_model(fixed, tiny_model):
     assert "kl_to_initial_policy" not in trainer.state.log_history[0]
 
 
+@pytest.mark.shows("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 def test_the_reference_can_follow_the_policy(fixed, tiny_policy):
     """TRL's sync_ref_model: the anchor is then no longer the initial policy but a running average."""
     trainer = fixed(

@@ -57,6 +57,7 @@ def test_an_intransitive_oracle_alone(fixed, tiny_policy, caplog):
     assert evaluation["eval_win_rate/unscorable"] == 0 and "eval_reward" not in evaluation
 
 
+@pytest.mark.shows("reward_weights")
 def test_oracles_and_reward_sources_vote_by_their_weights(fixed, tiny_model):
     def always_even(prompts, first, second, **kwargs):
         return [0.5] * len(first)
@@ -163,6 +164,7 @@ def test_missing_eos_costs_score(fixed, tiny_model, monkeypatch):
 # ---- What is regressed
 
 
+@pytest.mark.shows("loss_type")
 def test_loss_types_and_baselines_reach_the_targets(fixed, tiny_model):
     scores = torch.tensor([alphabet_score(group) for group in COMPLETIONS.values()])
     preferences = torch.sigmoid((scores[:, :, None] - scores[:, None, :]) / 2)

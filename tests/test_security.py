@@ -104,6 +104,7 @@ def decoder():
 
 
 @pytest.mark.parametrize("own_code", ["model", "tokenizer"])
+@pytest.mark.shows("trust_remote_code")
 def test_a_policys_own_code(make_trainer, tmp_path, own_code):
     folder = saved(policy(), tmp_path / f"policy_{own_code}", own_code)
     rewards = saved(decoder(), tmp_path / f"rewards_{own_code}", own_code)

@@ -221,6 +221,7 @@ def test_nothing_scorable_in_some_rollouts(fixed, tiny_model, caplog, silent, st
         assert unscorable == [float(n in silent) for n in range(1, 7)]
 
 
+@pytest.mark.shows("mask_truncated_completions")
 def test_truncated_completions_can_be_masked(fixed, tiny_model, monkeypatch):
     cut = {
         prompt: [ids[:-1] if k == 2 else ids for k, ids in enumerate(group)] for prompt, group in COMPLETIONS.items()
@@ -390,6 +391,7 @@ def test_conversational_prompts_and_empty_completions(make_trainer, tiny_model):
     assert seen == [""] * 8
 
 
+@pytest.mark.shows("router_aux_loss_coef")
 def test_moe_load_balancing_loss_is_added(make_trainer, fixed):
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -545,30 +547,6 @@ def test_async_reward_functions_and_their_logs(make_trainer):
     assert trainer.state.log_history[0]["mine"] == 3.0
     table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
     assert table["column"].tolist() == ["x"] * 8 and table["win_rate"].notna().all()
-
-
-INHERITED = [
-    {"top_p": 0.9, "top_k": 10, "min_p": 0.01, "repetition_penalty": 1.1},
-    {"generation_kwargs": {"num_beams": 1, "no_repeat_ngram_size": 2}, "cache_implementation": "dynamic"},
-    {"chat_template_kwargs": {"unused": True}, "max_completion_length": 3, "shuffle_dataset": False},
-    {"cast_lm_head_to_fp32": True, "disable_dropout": False},
-    {"generation_kwargs": {"prefill_chunk_size": 2}},  # as the recipe for 24 GB
-    {"log_completions": True, "num_completions_to_print": 2, "log_unique_prompts": True},
-]
-
-
-@pytest.mark.parametrize("options", INHERITED, ids=lambda options: "+".join(options))
-def test_inherited_options_train(make_trainer, options):
-    """They reach what they are for, and training goes on around them."""
-    prompts = [[{"role": "user", "content": text}] for text in ("ab", "fgh", "cd e", "xyz")]
-    trainer = make_trainer(prompts=prompts, **options)
-    trainer.train()
-    assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
-    for name in ("top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"):
-        if name in options:
-            assert getattr(trainer.generation_config, name) == options[name]
-    if "max_completion_length" in options:
-        assert trainer.state.log_history[0]["completions/max_length"] <= 3
 
 
 def test_an_environment_without_a_reward_beside_an_oracle(make_trainer, monkeypatch):

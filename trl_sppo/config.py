@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
+from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -26,7 +27,12 @@ _NO_CLIPPING = "SPPO regresses the log-ratio to a target and clips no ratio."
 _NO_ADVANTAGE = "SPPO learns from win rates, not from normalised advantages."
 _NO_ENTROPY = "SPPO's objective has no entropy term."
 
-# Options of `GRPOConfig` that SPPO cannot honour: each must keep its default. The reason is told to the user.
+_NO_LABELS = "Completions are sampled, so there are no labels."
+_NO_PREDICTIONS = "Evaluations measure win rates. They keep no predictions and call no `compute_metrics`."
+_NO_LENGTH = "Batches are whole groups of completions, in the order of the prompts. See `shuffle_dataset`."
+
+# Inherited options that would have no effect, or one that SPPO does not support: each must keep its default. The
+# reason is part of the message.
 REJECTED_OPTIONS = {
     "use_bias_correction_kl": "SPPO's KL term is always corrected for the policy having moved since the rollout.",
     "epsilon": _NO_CLIPPING,
@@ -49,7 +55,24 @@ REJECTED_OPTIONS = {
     "entropy_coef_max": _NO_ENTROPY,
     "entropy_coef_delta": _NO_ENTROPY,
     "entropy_target": _NO_ENTROPY,
+    "label_smoothing_factor": _NO_LABELS,
+    "label_names": _NO_LABELS,
+    "prediction_loss_only": _NO_PREDICTIONS,
+    "include_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "eval_use_gather_object": _NO_PREDICTIONS,
+    "train_sampling_strategy": _NO_LENGTH,
+    "length_column_name": _NO_LENGTH,
+    "data_seed": "`seed` determines the order of the prompts.",
+    "average_tokens_across_devices": "The loss is an average over the completions of all processes.",
+    "include_num_input_tokens_seen": "The log always has `num_tokens`.",
+    "parallelism_config": "Completions are not divided between processes. Shard the model with `fsdp` or `deepspeed`.",
+    "enable_jit_checkpoint": "A run always saves a checkpoint on SIGTERM. See also `time_budget`.",
+    "do_predict": "There is no test set. `trl-sppo evaluate` compares policies.",
 }
+# Other ways to write the default
+_SAME_AS_DEFAULT = {"scale_rewards": True, "include_num_input_tokens_seen": False}
 
 
 @dataclass
@@ -313,13 +336,15 @@ class SPPOConfig(GRPOConfig):
             yield f"beta must be finite and not negative, got {self.beta}: it weights the KL term."
 
     def _find_rejected_options(self) -> Iterator[str]:
-        defaults = {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
+        inherited = {option.name: option for option in fields(GRPOConfig)}
+        of_transformers = {option.name for option in fields(TrainingArguments)}
         for name, reason in REJECTED_OPTIONS.items():
-            value = getattr(self, name)
-            if value != defaults[name] and not (name == "scale_rewards" and value is True):  # which is its default
+            value, option = getattr(self, name), inherited[name]
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if value != default and not (name in _SAME_AS_DEFAULT and value is _SAME_AS_DEFAULT[name]):
                 yield (
-                    f"{name}={value!r} is an option of GRPO that SPPO does not use: {reason} "
-                    f"Remove it (its default is {defaults[name]!r})."
+                    f"{name}={value!r} is an option of {'transformers' if name in of_transformers else 'GRPO'} that "
+                    f"SPPO does not use: {reason} Remove it (its default is {default!r})."
                 )
 
     def _find_problems(self) -> Iterator[str]:

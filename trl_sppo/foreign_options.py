@@ -27,20 +27,19 @@ _BY_ADVICE = {
     "Write use_cpu.": "no_cuda",
     "Write warmup_steps: below 1 it is a share of all steps.": "warmup_ratio",
     "Write per_device_train_batch_size.": (
-        "per_gpu_train_batch_size local_rollout_forward_batch_size mini_batch_size micro_batch_size "
-        "micro_train_batch_size train_batch_size batch_size"
+        "per_gpu_train_batch_size local_rollout_forward_batch_size mini_batch_size micro_batch_size batch_size"
     ),
     "Write per_device_eval_batch_size.": "per_gpu_eval_batch_size",
     "Write optim.": "adafactor optimizer",
-    "Write lr_scheduler_type.": "lr_scheduler scheduler",
-    "Write learning_rate.": "lr actor_learning_rate",
-    "Write num_train_epochs.": "num_epochs epochs max_epochs total_epochs",
+    "Write lr_scheduler_type.": "lr_scheduler",
+    "Write learning_rate.": "lr",
+    "Write num_train_epochs.": "num_epochs epochs max_epochs",
     "Write num_train_epochs, or max_steps.": "total_episodes num_total_batches",
-    "Write include_for_metrics.": "include_inputs_for_metrics",
+    "Remove it: evaluations measure win rates, and call no `compute_metrics`.": "include_inputs_for_metrics",
     "Write torch_compile_backend.": "torchdynamo",
     "Write accelerator_config, a mapping that has it.": "dispatch_batches split_batches",
     "Write gradient_checkpointing_kwargs: {use_reentrant: false}, or true.": "gradient_checkpointing_use_reentrant",
-    "Write hub_model_id.": "push_to_hub_model_id push_to_hub_organization",
+    "Write hub_model_id.": "push_to_hub_organization",
     "Write hub_revision.": "hub_model_revision",
     "Remove it, and log in with `hf auth login`.": "push_to_hub_token use_auth_token",
     "Remove it: a run writes into output_dir. resume_from_checkpoint: true continues one.": (
@@ -78,21 +77,19 @@ _BY_ADVICE = {
     f"Write max_completion_length. {_NO_CUT}": (
         "max_length max_target_length max_seq_length max_seq_len cutoff_len sequence_len maxlen"
     ),
-    "Write max_completion_length.": "max_new_tokens response_length generate_max_len max_completion_len",
+    "Write max_completion_length.": "max_new_tokens response_length generate_max_len",
     "Write num_generations.": "rloo_k n_samples_per_prompt num_return_sequences num_completions pairs",
     "Write num_iterations.": "num_ppo_epochs ppo_epochs",
     "Write steps_per_generation.": "num_mini_batches",
     "Write log_completions: true.": "num_sample_generations",
-    "Write log_unique_prompts.": "wandb_log_unique_prompts",
     "Write missing_eos_penalty.": "non_eos_penalty penalty_reward_value",
-    "Write reward_model_name_or_path.": "reward_model_path reward_model reward_models reward_pretrain",
+    "Write reward_model_name_or_path.": "reward_model_path reward_models reward_pretrain",
     "Write preference_funcs, with the import path of a judge (docs/judges.md).": "judge ranking_model",
     "Write beta, in nats of a whole completion.": "kl_coef init_kl_coef",
     "Write eta, which is 1 / beta.": "pref_beta",
     "Write loss_type.": "pref_loss",
-    "Write vllm_max_model_length.": "vllm_max_model_len max_model_len",
+    "Write vllm_max_model_length.": "vllm_max_model_len",
     "Write vllm_gpu_memory_utilization.": "gpu_memory_utilization",
-    "Write vllm_tensor_parallel_size.": "tensor_parallel_size",
     "Write vllm_structured_outputs_regex.": "vllm_guided_decoding_regex",
     "Remove it: vllm_mode: colocate shares the training's GPUs, a server has its own (docs/vllm.md).": "vllm_device",
     _ENGINE: "vllm_dtype vllm_enable_prefix_caching enable_prefix_caching enforce_eager kv_cache_dtype",
@@ -121,7 +118,7 @@ _BY_ADVICE = {
     ),
     "Remove it: an evaluation always samples.": "generate_during_eval",
     # alignment-handbook, open-r1, and the scripts of the official SPPO code
-    "Write model_name_or_path.": "model model_name base_model sft_model_path pretrain",
+    "Write model_name_or_path.": "model base_model sft_model_path pretrain",
     "Remove it: the tokenizer is that of model_name_or_path.": "tokenizer_name_or_path tokenizer_name",
     "Set `tokenizer.chat_template`, and save the tokenizer beside the model.": "chat_template template",
     "Begin each prompt of the dataset with a system message.": "system_prompt auto_insert_empty_system_msg",
@@ -135,8 +132,7 @@ _BY_ADVICE = {
     # LLaMA-Factory and axolotl
     "Write use_peft: true.": "finetuning_type adapter use_lora",
     "Write lora_r.": "lora_rank",
-    "Write lora_target_modules.": "lora_target lora_target_linear",
-    "Write use_dora.": "lora_use_dora",
+    "Write lora_target_modules.": "lora_target",
     "Write load_in_4bit or load_in_8bit.": "quantization_bit",
     "Write use_vllm: true.": "infer_backend",
     # accelerate's own file, given as a recipe
@@ -148,7 +144,7 @@ _BY_ADVICE = {
 }
 INSTEAD = {name: advice for advice, names in _BY_ADVICE.items() for name in names.split()}
 # Names of sections elsewhere, if a mapping is given, and of plain options, if not
-_ALSO_SECTIONS = {"model", "reward_model", "optimizer", "scheduler", "adapter", "dataset", "judge"}
+_ALSO_SECTIONS = {"model", "optimizer", "adapter", "dataset", "judge"}
 
 
 def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:

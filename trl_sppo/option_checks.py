@@ -19,7 +19,7 @@ from trl import GRPOConfig
 from .trust import check_url
 
 
-# What numbers of `GRPOConfig` may be where it does not check that itself, or only in the middle of training
+# Numbers for which TRL and transformers have no check that names the option, or have it only during training
 RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
     (
         "at least 1",
@@ -28,39 +28,25 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations",
             "max_completion_length", "pad_to_multiple_of", "ref_model_sync_steps", "eval_accumulation_steps",
-            "save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout",
-            "vllm_max_model_length", "vllm_tensor_parallel_size",
+            "save_total_limit", "dataloader_prefetch_factor", "vllm_tensor_parallel_size",
         ],
     ),
-    (
-        "positive",
-        lambda value: value > 0,
-        ["num_train_epochs", "logging_steps", "save_steps", "vllm_server_timeout"],
-    ),
+    ("positive", lambda value: value > 0, ["learning_rate", "num_train_epochs", "logging_steps", "save_steps"]),
     # Below, 32-bit floats overflow in what is divided by these
-    ("at least 0.001", lambda value: value >= 1e-3, ["temperature", "repetition_penalty"]),
-    ("in [0, 1000]", lambda value: 0 <= value <= 1000, ["neftune_noise_alpha"]),
+    ("at least 1e-6", lambda value: value >= 1e-6, ["temperature", "repetition_penalty"]),
     ("at least 1e-30", lambda value: value >= 1e-30, ["adam_epsilon"]),
     (
         "not negative",
         lambda value: value >= 0,
         [
-            "max_grad_norm", "top_k", "eval_steps", "eval_delay",
-            "warmup_steps", "seed", "data_seed", "dataloader_num_workers", "num_completions_to_print",
-            "max_tool_calling_iterations", "router_aux_loss_coef",
+            "weight_decay", "neftune_noise_alpha", "top_k", "eval_steps", "seed",
+            "dataloader_num_workers", "num_completions_to_print", "max_tool_calling_iterations",
+            "router_aux_loss_coef",
         ],
     ),
-    (
-        "in [0, 1]",
-        lambda value: 0 <= value <= 1,
-        ["weight_decay", "min_p", "label_smoothing_factor", "ref_model_mixup_alpha"],
-    ),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ["min_p", "ref_model_mixup_alpha"]),
     ("in [0, 1), as a decay", lambda value: 0 <= value < 1, ["adam_beta1", "adam_beta2"]),
-    (
-        "above 0, and at most 1",
-        lambda value: 0 < value <= 1,
-        ["learning_rate", "top_p", "vllm_gpu_memory_utilization"],
-    ),
+    ("above 0, and at most 1", lambda value: 0 < value <= 1, ["top_p"]),
 ]  # fmt: skip
 
 # What TRL gives to a chat template
@@ -80,7 +66,7 @@ OPTIONS_OF_ERRORS = {
 
 
 def find_number_problems(args: GRPOConfig) -> Iterator[str]:
-    """Numbers that are not finite, or out of range. Makes whole ones floats where that is meant."""
+    """Numbers that are not finite, too large, or out of range. Makes whole ones floats where that is meant."""
     for field_ in fields(args):
         value = getattr(args, field_.name)
         if isinstance(value, int) and abs(value) >= 2**31:
@@ -92,6 +78,8 @@ def find_number_problems(args: GRPOConfig) -> Iterator[str]:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number) and field_.name != "eta":
                 yield f"{field_.name} must be finite, got {value}."
+            elif isinstance(number, float) and abs(number) >= 2**31 and field_.name != "eta":
+                yield f"{field_.name} must be between -2^31 and 2^31, got {value}."
     for rule, holds, names in RANGES:
         for name in names:
             value = getattr(args, name)
@@ -167,8 +155,9 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
         )
     if args.ddp_backend is not None and args.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield f"ddp_backend={args.ddp_backend!r} is for several processes, but this is one. Remove it."
-    if args.eval_on_start and args.eval_strategy == "no":
-        yield "eval_on_start=True needs an evaluation: set eval_strategy, or remove it."
+    for name in ("do_eval", "eval_on_start"):
+        if getattr(args, name) and args.eval_strategy == "no":
+            yield f"{name}=True needs an evaluation: set eval_strategy, or remove it."
     if args.sync_ref_model and args.beta == 0:
         yield "sync_ref_model=True moves the reference policy of the KL term, but beta is 0. Set beta, or remove it."
     if isinstance(args.accelerator_config, dict):
