@@ -17,7 +17,7 @@ from .checkpoints import write_atomically
 from .checks import check_vllm_is_installed, how_to_make_prompts
 from .evaluation import WinRate
 from .loading import dataset_source
-from .opponents import Groups, matched, play_stored, row_of, without_images
+from .opponents import Groups, matched, play_stored, row_of, with_json, without_images
 from .option_checks import find_chat_template_problems
 from .panel import Panel
 from .policies import Sampling, check_policy, is_file, load_completions, read_prompts, run_of, sample
@@ -439,7 +439,11 @@ def _unit_of_lengths(players: dict[str, Groups]) -> str:
 
 def write_groups(path: Path, groups: Groups) -> None:
     """Write completions as Parquet, without images."""
-    write_parquet(path, [without_images(group) for group in groups], None)
+    groups = [without_images(group) for group in groups]
+    texts = [completion for group in groups for completion in group["completions"]]
+    if any("tool_calls" in message for messages in texts if isinstance(messages, list) for message in messages):
+        groups = [*map(with_json, groups)]
+    write_parquet(path, groups, None)
 
 
 def _kept(sampled: dict[str, Path]) -> str:

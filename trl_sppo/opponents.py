@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Features
 from transformers.utils import logging
+from trl.data_utils import is_conversational
 
 from .comparisons import PreferenceFunc, ask_oracle
 from .evaluation import WinRate, length_controlled_win_rate, outcomes_of_scores, win_rate
@@ -56,6 +57,19 @@ def without_images(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_json(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with completions as JSON: tools make messages of many shapes, which Parquet cannot hold."""
+    return {**group, "completions": [json.dumps(completion, default=str) for completion in group["completions"]]}
+
+
+def with_messages(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with messages again, if `with_json` has written it."""
+    texts = group["completions"]
+    if not is_conversational({"prompt": group.get("prompt")}) or not all(str(text)[:3] == '[{"' for text in texts):
+        return group
+    return {**group, "completions": [json.loads(text) for text in texts]}
+
+
 class EvaluationFiles:
     """
     The evaluations in an output directory: a file for each, a folder for each evaluation set if there are several.
@@ -82,7 +96,7 @@ class EvaluationFiles:
     def read(self, name: str, step: int) -> Groups | None:
         """The rows of an evaluation, or `None` if there is none."""
         path = self.path(name, step)
-        return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
+        return [*map(with_messages, pyarrow.parquet.read_table(path).to_pylist())] if path.is_file() else None
 
     def set_aside(self) -> None:
         """Move what an earlier run has left here, so that the two are not mixed up."""
@@ -220,10 +234,7 @@ class Opponents:
             if taken:
                 features["dataset_columns"] = taken
             if self._as_json:
-                groups = [
-                    {**group, "completions": [json.dumps(each, default=str) for each in group["completions"]]}
-                    for group in groups
-                ]
+                groups = [*map(with_json, groups)]
             write_parquet(self.files.path(name, step), groups, features)
 
     def _get(self, name: str, step: int) -> Groups | None:
@@ -238,9 +249,6 @@ class Opponents:
                     f"{step}."
                 )
                 return None
-            if self._as_json:
-                for group in found:
-                    group["completions"] = [json.loads(completion) for completion in group["completions"]]
             self._memory[name, step] = found
         return self._memory[name, step]
 
