@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, load_dataset
 from fixed import weights
 from test_resume import history
-from tool_policy import CLOSE, DIGITS, END, LETTERS, OPEN, PROMPTS, double, make_policy, make_tokenizer
+from tool_policy import CLOSE, DIGITS, END, OPEN, PROMPTS, double, make_policy, make_tokenizer
 
 from trl_sppo import cli
 from trl_sppo.stored_rollouts import load_rollouts
@@ -188,7 +188,8 @@ def share_won(ours: list[dict], theirs: list[dict], value) -> float:
     """Mean over prompts and pairs of completions of 1, 1/2 or 0 for the one with the higher value."""
     pairs = [
         (value(group, a), value(other, b))
-        for group, other in zip(ours, theirs, strict=True) for a in range(4) for b in range(4)
+        for group, other in zip(ours, theirs, strict=True)
+        for a in range(len(group["completions"])) for b in range(len(other["completions"]))
     ]  # fmt: skip
     return sum(0.5 + 0.5 * ((a > b) - (a < b)) for a, b in pairs) / len(pairs)
 
@@ -303,7 +304,9 @@ def press(trainer) -> float:
     with torch.no_grad():
         logits = trainer.model(tokenizer("assistant\n" + OPEN, return_tensors="pt")["input_ids"]).logits[0]
     call, digit = logits[-2].softmax(-1), logits[-1].softmax(-1)
-    return (call[tokenizer.convert_tokens_to_ids(OPEN)] * digit[tokenizer.convert_tokens_to_ids([*"789"])].sum()).item()
+    return (
+        call[tokenizer.convert_tokens_to_ids(OPEN)] * digit[tokenizer.convert_tokens_to_ids([*"789"])].sum()
+    ).item()
 
 
 def test_an_environment_trains(start, monkeypatch):
@@ -320,3 +323,36 @@ def test_an_environment_trains(start, monkeypatch):
     logged = [row for row in trainer.state.log_history if "eval_loss" in row]
     assert logged[0]["eval_reward"] < 0.2 < 0.5 < logged[-1]["eval_reward"]
     assert logged[-1]["eval_win_rate_vs_initial/Door"] > 0.7
+
+
+def test_environments_that_bring_prompts(start, tmp_path, monkeypatch):
+    """The dataset only names the environment of each row, which also tells rows apart in evaluations."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    seen = []
+
+    class Gate(Door):
+        def reset(self, **kwargs) -> str:
+            super().reset()
+            return "cd"
+
+        def get_reward(self) -> float:
+            seen.append(self)
+            return float(not self.is_open)
+
+    trainer = start(
+        tools=False, reward_funcs=None, per_device_train_batch_size=32, num_generations=16, eval_strategy="steps",
+        eval_steps=1, per_device_eval_batch_size=16, trainer_kwargs={
+            "environment_factory": {"door": Door, "gate": Gate},
+            "train_dataset": Dataset.from_dict({"environment": ["door", "gate"] * 4}),
+            "eval_dataset": Dataset.from_dict({"environment": ["gate", "door"]}),
+        },
+    )  # fmt: skip
+    trainer.train()
+    assert seen and trainer.state.log_history[1]["win_rate/kept"] > 0
+    files = [groups_of(tmp_path / f"out/evaluations/step-00000{step}.parquet") for step in (0, 2)]
+    for name, row in (("Gate", 0), ("Door", 1)):
+        ours, theirs = ([file[row]] for file in reversed(files))
+        expected = share_won(ours, theirs, lambda group, k, name=name: group["scores"][name][k])
+        logged = [line for line in trainer.state.log_history if line.get("step") == 2 and "eval_loss" in line]
+        assert logged[0][f"eval_win_rate_vs_initial/{name}"] == pytest.approx(expected)
+        assert ours[0]["environment"] == theirs[0]["environment"] == name.lower()

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 # Columns of the dataset with these names are in a group's "dataset_columns": its own have them, or files no place
 TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
 FOLDER = "evaluations"  # in the output directory
+NO_PROMPT = [{"role": "user", "content": ""}]  # TRL's, of a dataset that leaves prompts to its environments
 
 Groups = list[dict[str, Any]]
 
@@ -177,7 +178,7 @@ class Opponents:
             # Parquet has no place for an empty table
             judged = {"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}
             self._groups.append(group_of(
-                prompt,
+                {"prompt": NO_PROMPT, **prompt},
                 step=self.trainer.state.global_step,
                 completions=texts[g * size : (g + 1) * size],
                 lengths=lengths[g].int().tolist(),
