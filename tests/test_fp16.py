@@ -33,7 +33,7 @@ def start(make_trainer, tiny_policy, tmp_path):
             trainer_kwargs={"callbacks": [watch]},
         )  # fmt: skip
         trainer.accelerator.native_amp = True  # accelerate leaves out both on a CPU
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
         return trainer, watch.steps
 
     return build
@@ -47,7 +47,7 @@ def same(first: dict, second: dict) -> bool:
 def test_a_step_that_overflows_is_skipped(start, tmp_path, optim):
     """The scaler's way: the scale is halved and nothing is counted, also more often in a row than ends other runs."""
     trainer, steps = start("whole", optim)
-    last_scale, last_weights = 2.0**20, weights(trainer)
+    last_scale, last_weights = 2.0**22, weights(trainer)
     trainer.train()
     skipped = []
     for scale, now in steps:
