@@ -66,4 +66,5 @@ def test_a_step_that_overflows_is_skipped(start, tmp_path, optim):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{first + 2}"))
     assert [scale for scale, _ in again] == [scale for scale, _ in steps[first + 2 :]]
     assert same(again[-1][1], steps[-1][1])
-    assert [str(row) for row in history(resumed)] == [str(row) for row in history(trainer)]  # NaN is not itself
+    logs = [[str(sorted(row.items())) for row in history(each)] for each in (resumed, trainer)]  # NaN is not itself
+    assert logs[0] == logs[1]
