@@ -1,12 +1,28 @@
-"""The seams of GRPOTrainer that SPPOTrainer stands on. When TRL changes one, the message says what to look at."""
+"""The parts of TRL and other packages that are not public and are used here. Messages name the file to open."""
 
+import argparse
+import ast
 import inspect
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY, count_abc, make_tokenizer
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations import deepspeed
 from trl import GRPOTrainer
+from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-from trl_sppo import SPPOTrainer
+import trl_sppo
+from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.batch import IMAGE_FIELDS
 from trl_sppo.resumable import ResumableTrainer
 
@@ -32,30 +48,298 @@ SIGNATURES = {
     "_load_rng_state": ["self", "checkpoint"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_get_output_dir": ["self", "trial"],
+    "_log_metric": ["self", "name", "value"],
+    "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
 }
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name):
-    actual = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
-    assert actual == SIGNATURES[name], f"TRL changed GRPOTrainer.{name}: compare it with SPPOTrainer.{name}"
+    found = getattr(GRPOTrainer, name, None)
+    actual = found and list(inspect.signature(found).parameters)
+    assert actual == SIGNATURES[name], changed(f"GRPOTrainer.{name}", f"the parameters {SIGNATURES[name]}", name)
+
+
+# ---- Private names. The walk says which are touched, and where
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.isidentifier() and name.startswith("_") and not name.startswith("__")
+
+
+def names_of_the_trainer() -> set[str]:
+    """Private attributes of `GRPOTrainer` and its bases: those of the classes, and those that methods assign."""
+    bases = [base for base in GRPOTrainer.__mro__ if base is not object]
+    assigned = [re.findall(r"self\.(_\w+)(?:: [^=\n]+)? [+-]?= ", inspect.getsource(base)) for base in bases]
+    return set(filter(is_private, [*dir(GRPOTrainer), *chain(*assigned)]))
+
+
+class Walk(ast.NodeVisitor):
+    """Private attributes in a source: which it defines, and where it touches which, also by `getattr` and strings."""
+
+    def __init__(self, path: Path, theirs: set[str]):
+        self.path, self.theirs, self.inside = path, theirs, []
+        self.own, self.places = set(), []
+
+    def touch(self, name: object) -> None:
+        if is_private(name):
+            self.places.append((name, f"{self.path}, {'.'.join(node.name for node in self.inside) or 'at the top'}"))
+
+    @property
+    def in_class(self) -> bool:
+        return bool(self.inside) and isinstance(self.inside[-1], ast.ClassDef)
+
+    def visit_FunctionDef(self, node):
+        if self.in_class:
+            self.own.add(node.name)
+            if self.inside[-1].name.endswith("Trainer"):
+                self.touch(node.name)
+        self.inside.append(node)
+        self.generic_visit(node)
+        self.inside.pop()
+
+    visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef
+
+    def visit_Name(self, node):
+        if self.in_class and isinstance(node.ctx, ast.Store):
+            self.own.add(node.id)
+            if self.inside[-1].name.endswith("Trainer"):
+                self.touch(node.id)
+
+    def visit_Attribute(self, node):
+        owner = next((each.name for each in self.inside if isinstance(each, ast.ClassDef)), "")
+        of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+        if of_self and isinstance(node.ctx, ast.Store):
+            self.own.add(node.attr)
+        if not of_self or owner.endswith("Trainer"):  # other classes have only names of their own
+            self.touch(node.attr)
+        self.generic_visit(node)
+
+    def visit_ImportFrom(self, node):
+        if not node.level:
+            for name in [*str(node.module).split("."), *(alias.name for alias in node.names)]:
+                self.touch(name)
+
+    def visit_Call(self, node):
+        if getattr(node.func, "id", None) in ("getattr", "setattr", "hasattr", "delattr"):
+            self.touch(getattr(node.args[1], "value", None))
+        self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, str) and node.value in self.theirs:
+            self.touch(node.value)
+
+
+def walk() -> dict[str, list[str]]:
+    """The private names of other packages that our sources touch, each with its places."""
+    theirs, root = names_of_the_trainer(), Path(trl_sppo.__file__).parents[1]
+    own, found = set(), defaultdict(list)
+    for path in sorted(root.joinpath("trl_sppo").rglob("*.py")):
+        visitor = Walk(path.relative_to(root), theirs)
+        visitor.visit(ast.parse(path.read_text()))
+        own |= visitor.own
+        for name, place in visitor.places:
+            found[name].append(place)
+    return {name: list(dict.fromkeys(places)) for name, places in found.items() if name in theirs or name not in own}
+
+
+TOUCHED = walk()
+
+
+def changed(what: str, relied_on: str, name: str) -> str:
+    return f"{what} has changed. Open {'; '.join(TOUCHED.get(name, ()))}: we rely on {relied_on}."
+
+
+def scheduler_with_rate(rate: float) -> LambdaLR:
+    scheduler = LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: 1.0)
+    scheduler._last_lr = [rate]
+    return scheduler
+
+
+def zero3_by_reference() -> bool:
+    class Config:
+        def is_zero3(self):
+            return True
+
+    config = Config()
+    deepspeed._hf_deepspeed_config_weak_ref = lambda: config  # conftest.py puts it back
+    return deepspeed.is_deepspeed_zero3_enabled()
+
+
+def parser_of_numbers() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--number", type=int, choices=[1, 2])
+    return parser
+
+
+def accepts(value: str) -> bool:
+    parser = parser_of_numbers()
+    action = parser._actions[-1]
+    try:
+        parser._check_value(action, parser._get_value(action, value))
+    except argparse.ArgumentError:
+        return False
+    return True
+
+
+# Name: whose it is, what we rely on, and whether that holds for a trainer after one optimizer step of two micro-steps
+CONTRACT: dict[str, tuple[str, str, Callable]] = {
+    "_buffered_inputs": (
+        "GRPOTrainer._buffered_inputs", "a list of the slices of a generation batch, each a dict of tensors",
+        lambda t: len(t._buffered_inputs) == 2 and all(isinstance(piece, dict) for piece in t._buffered_inputs),
+    ),
+    "_step": ("GRPOTrainer._step", "the number of micro-steps so far", lambda t: t._step == 2),
+    "_metrics": (
+        "GRPOTrainer._metrics", "a defaultdict of lists for 'train' and for 'eval'",
+        lambda t: set(t._metrics) == {"train", "eval"} and all(
+            isinstance(values, defaultdict) and values.default_factory is list for values in t._metrics.values()
+        ),
+    ),
+    "_logs": (
+        "GRPOTrainer._logs", "a deque in 'advantages', with a value per completion of the last rollout",
+        lambda t: isinstance(t._logs["advantages"], deque) and len(t._logs["advantages"]) == 16,
+    ),
+    "_log_completion_extra": (
+        "GRPOTrainer._log_completion_extra", "columns of the table of completions, a value per completion",
+        lambda t: len(t._logs["extra"]["win_rate"]) == 16,
+    ),
+    "_tokenizer": (
+        "GRPOTrainer._tokenizer", "the policy's tokenizer, also where processing_class is a processor",
+        lambda t: t._tokenizer is t.processing_class
+        and "self._tokenizer = processing_class.tokenizer" in inspect.getsource(GRPOTrainer.__init__),
+    ),
+    "_name": (
+        "TRL's BaseTrainer._name", "the name of the method in the model card",
+        lambda t: "trainer_name=self._name" in inspect.getsource(GRPOTrainer.create_model_card),
+    ),
+    "_paper": (
+        "TRL's BaseTrainer._paper", "'title', 'id' and 'citation' of the paper in the model card",
+        lambda t: set(GRPOTrainer._paper) == {"title", "id", "citation"},
+    ),
+    "_tag_names": ("TRL's BaseTrainer._tag_names", "a list of tags", lambda t: "trl" in GRPOTrainer._tag_names),
+    "_tr_loss": (
+        "transformers' Trainer._tr_loss", "a tensor without dimensions: the loss since the last line of the log",
+        lambda t: t._tr_loss.shape == () and t._tr_loss == 0,
+    ),
+    "_globalstep_last_logged": (
+        "transformers' Trainer._globalstep_last_logged", "the step of the last line of the log",
+        lambda t: t._globalstep_last_logged == 1,
+    ),
+    "_name_or_path": (
+        "transformers' PretrainedConfig._name_or_path", "where a model was loaded from",
+        lambda t: Qwen2Config(name_or_path="somewhere")._name_or_path == "somewhere",
+    ),
+    "_VALID_DICT_FIELDS": (
+        "transformers' TrainingArguments._VALID_DICT_FIELDS", "the names of the options that are mappings",
+        lambda t: {"lr_scheduler_kwargs", "gradient_checkpointing_kwargs"} <= set(SPPOConfig._VALID_DICT_FIELDS),
+    ),
+    "_hf_deepspeed_config_weak_ref": (
+        "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "what says that ZeRO-3 is active",
+        lambda t: zero3_by_reference(),
+    ),
+    "_dataloaders": (
+        "accelerate's Accelerator._dataloaders", "a list that a prepared loader is appended to",
+        lambda t: isinstance(t.accelerator._dataloaders, list)
+        and "self._dataloaders.append(prepared" in inspect.getsource(Accelerator.prepare_data_loader),
+    ),
+    "_last_lr": (
+        "torch's LRScheduler._last_lr", "what get_last_lr() returns",
+        lambda t: scheduler_with_rate(7.0).get_last_lr() == [7.0],
+    ),
+    "_dist": (
+        "TRL's VLLMGeneration._dist", "a DistributedBackend, which says in is_fsdp whether FSDP is used",
+        lambda t: "self._dist = DistributedBackend(accelerator)" in inspect.getsource(VLLMGeneration)
+        and isinstance(DistributedBackend.is_fsdp, property),
+    ),
+    "_actions": (
+        "Python's ArgumentParser._actions", "a list of the options, with their dest",
+        lambda t: [action.dest for action in parser_of_numbers()._actions] == ["help", "number"],
+    ),
+    "_get_value": ("Python's ArgumentParser._get_value", "the type of an option", lambda t: not accepts("x")),
+    "_check_value": (
+        "Python's ArgumentParser._check_value", "the choices of an option",
+        lambda t: accepts("1") and not accepts("3"),
+    ),
+}  # fmt: skip
+
+ELSEWHERE = {"_get_per_token_logps_and_entropies", "_iter_named_params"}  # have tests of their own below
+
+
+@pytest.fixture(scope="module")
+def after_a_step(tmp_path_factory):
+    torch.manual_seed(0)
+    trainer = SPPOTrainer(
+        Qwen2ForCausalLM(Qwen2Config(**TINY)),
+        count_abc,
+        SPPOConfig(
+            str(tmp_path_factory.mktemp("contract")), per_device_train_batch_size=8, gradient_accumulation_steps=2,
+            num_generations=4, max_completion_length=6, temperature=1.0, bf16=False, use_cpu=True, report_to="none",
+            save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["ab", "fgh", "cd e", "xyz"]}),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_private_names(name, after_a_step):
+    what, relied_on, holds = CONTRACT[name]
+    try:
+        problem = None if holds(after_a_step) else "it is something else"
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = repr(error)
+    assert problem is None, f"{changed(what, relied_on, name)} ({problem})"
+
+
+def test_every_private_name_has_its_line():
+    lines = {*filter(is_private, SIGNATURES), *CONTRACT, *ELSEWHERE}
+    missing = {name: places for name, places in TOUCHED.items() if name not in lines}
+    assert not missing, f"private names of other packages without a line in CONTRACT of this file: {missing}"
+    stale = lines - TOUCHED.keys()
+    assert not stale, f"no source touches {sorted(stale)} any more: remove their lines from this file"
+
+
+def test_the_sampler(after_a_step):
+    sampler = GRPOTrainer._get_train_sampler(after_a_step)
+    assert {"shuffle", "generator", "seed", "num_samples"} <= vars(sampler).keys(), changed(
+        "TRL's RepeatSampler", "its attributes shuffle, generator, seed and num_samples", "_get_train_sampler"
+    )
+    orders = []
+    for _ in range(2):
+        sampler.generator.manual_seed(sampler.seed)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1] != list(sampler), changed(
+        "TRL's RepeatSampler", "an order that its generator alone decides, with one randperm per epoch",
+        "_get_train_sampler",
+    )  # fmt: skip
+
+
+def test_the_vllm_engine():
+    source = inspect.getsource(VLLMGeneration)
+    for part in ("self.llm = LLM(", "self.llm.reset_prefix_cache()", "llm_engine.model_executor.driver_worker"):
+        assert part in source, changed("TRL's VLLMGeneration", f"`{part}`, as TRL does itself", "_iter_named_params")
 
 
 def test_signature_of_the_log_probability_pass():
     actual = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
-    assert actual[:7] == expected, (
-        "TRL changed GRPOTrainer._get_per_token_logps_and_entropies: SPPOTrainer passes the first four by position"
-    )
-    assert set(actual[7:]) == {*IMAGE_FIELDS, "compute_aux_loss"}, (
-        "TRL changed what a model with images needs: SPPOTrainer passes on trl_sppo.batch.IMAGE_FIELDS"
+    name = "_get_per_token_logps_and_entropies"
+    assert actual[:7] == expected, changed(f"GRPOTrainer.{name}", f"the first parameters {expected}", name)
+    assert set(actual[7:]) == {*IMAGE_FIELDS, "compute_aux_loss"}, changed(
+        "what a model with images needs", f"the fields {IMAGE_FIELDS}", name
     )
 
 
 def test_signatures_of_the_vllm_backend():
     for name in ("sync_weights", "_iter_named_params"):
         actual = list(inspect.signature(getattr(VLLMGeneration, name)).parameters)
-        assert actual == ["self"], f"TRL changed VLLMGeneration.{name}: trl_sppo/weight_sync.py replaces it"
+        assert actual == ["self"], changed(f"VLLMGeneration.{name}", "no parameter", "_iter_named_params")
 
 
 def test_what_is_overridden_and_nothing_else():
@@ -107,19 +391,23 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
         "_get_per_token_logps_and_entropies",  # pi_t
         "_calculate_rewards",  # gets these scores
         "_get_per_token_logps_and_entropies",  # pi_theta
-    ], "TRL changed the order of a rollout: see the seams in trl_sppo/trainer.py"
+    ], changed("the order of a rollout in GRPOTrainer", "this order", "_generate_and_score_completions")
 
     generated = calls[0][2]
-    assert len(generated) == 8, "TRL changed what GRPOTrainer._generate returns: SPPOTrainer._generate unpacks it"
+    assert len(generated) == 8, changed("what GRPOTrainer._generate returns", "its 8 parts", "_generate")
     _, completion_ids, tool_mask, completions, _, extra_fields, *_ = generated
     assert len(completion_ids) == len(completions) == 16 and isinstance(completion_ids[0], list)
     assert tool_mask is None and extra_fields == {}
     scores = calls[2][2]
-    assert scores.shape == (16, 1), "SPPOTrainer takes (completions of all processes, reward sources) for the scores"
+    assert scores.shape == (16, 1), changed(
+        "GRPOTrainer._calculate_rewards",
+        "the shape (completions of all processes, reward sources)",
+        "_calculate_rewards",
+    )
     logps, entropies, _ = calls[3][2]
     assert logps.shape == entropies.shape
 
-    assert len(trainer._buffered_inputs) == 2, "SPPOTrainer counts kept completions in TRL's _buffered_inputs"
+    assert len(trainer._buffered_inputs) == 2
     for piece in trainer._buffered_inputs:
         assert {
             "prompt_ids",

@@ -355,7 +355,7 @@ def test_messages_of_tools_are_messages_to_oracles(evaluated, monkeypatch, tmp_p
         prompts=prompts * 4,
         trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": prompts}), "eval_preference_func": oracle},
     )
-    stored = EvaluationFiles(str(tmp_path / "out")).read("", 4)
+    stored = load_dataset("parquet", data_files=str(EvaluationFiles(str(tmp_path / "out")).path("", 4)), split="train")
     assert json.loads(stored[0]["completions"][0])[0]["role"] == "assistant"
     trainer._opponents._memory.clear()  # as in a resumed run
     trainer._opponents._play(trainer._opponents._get("", 4), trainer._opponents._get("", 2))

@@ -16,7 +16,7 @@ from .checkpoints import write_atomically
 from .checks_arguments import check_vllm_is_installed
 from .checks_sources import how_to_make_prompts
 from .evaluation import WinRate
-from .evaluation_files import Groups, row_of, without_images
+from .evaluation_files import Groups, row_of, with_json, without_images
 from .faults import RunError
 from .loading import dataset_source
 from .option_checks import find_chat_template_problems
@@ -443,7 +443,11 @@ def _unit_of_lengths(players: dict[str, Groups]) -> str:
 
 def write_groups(path: Path, groups: Groups) -> None:
     """Write completions as Parquet, without images."""
-    write_parquet(path, [without_images(group) for group in groups], None)
+    groups = [without_images(group) for group in groups]
+    texts = [completion for group in groups for completion in group["completions"]]
+    if any("tool_calls" in message for messages in texts if isinstance(messages, list) for message in messages):
+        groups = [*map(with_json, groups)]
+    write_parquet(path, groups, None)
 
 
 def _kept(sampled: dict[str, Path]) -> str:

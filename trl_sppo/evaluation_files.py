@@ -1,10 +1,12 @@
 """Evaluation files: one Parquet file per evaluation of a training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 from transformers.utils import logging
+from trl.data_utils import is_conversational
 
 from .stored_rollouts import COLUMNS, IMAGES, unused
 
@@ -14,6 +16,7 @@ logger = logging.get_logger(__name__)
 # Columns of the dataset with these names are in a group's "dataset_columns": its own have them, or files no place
 TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
 FOLDER = "evaluations"  # in the output directory
+NO_PROMPT = [{"role": "user", "content": ""}]  # TRL's, of a dataset that leaves prompts to its environments
 
 Groups = list[dict[str, Any]]
 
@@ -38,6 +41,19 @@ def without_images(group: dict[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in group.items() if name != "dataset_columns"},
         **({"dataset_columns": kept} if kept else {}),  # Parquet has no place for an empty table
     }
+
+
+def with_json(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with completions as JSON: tools make messages of many shapes, which Parquet cannot hold."""
+    return {**group, "completions": [json.dumps(completion, default=str) for completion in group["completions"]]}
+
+
+def with_messages(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with messages again, if `with_json` has written it."""
+    texts = group["completions"]
+    if not is_conversational({"prompt": group.get("prompt")}) or not all(str(text)[:3] == '[{"' for text in texts):
+        return group
+    return {**group, "completions": [json.loads(text) for text in texts]}
 
 
 class EvaluationFiles:
@@ -66,7 +82,7 @@ class EvaluationFiles:
     def read(self, name: str, step: int) -> Groups | None:
         """The rows of an evaluation, or `None` if there is none."""
         path = self.path(name, step)
-        return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
+        return [*map(with_messages, pyarrow.parquet.read_table(path).to_pylist())] if path.is_file() else None
 
     def set_aside(self) -> None:
         """Move what an earlier run has left here, so that the two are not mixed up."""

@@ -1,6 +1,5 @@
 """Opponents of a training's evaluations: the completions of earlier ones."""
 
-import json
 import math
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import SchedulerType, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .evaluation_files import TAKEN, EvaluationFiles, Groups, group_of, without_images
+from .evaluation_files import NO_PROMPT, TAKEN, EvaluationFiles, Groups, group_of, with_json, without_images
 from .play import play
 from .stored_rollouts import IMAGES, installed_versions, key_of, to_lists, write_parquet
 
@@ -124,7 +123,7 @@ class Opponents(TrainerCallback):
             # Parquet has no place for an empty table
             judged = {"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}
             self._groups.append(group_of(
-                prompt,
+                {"prompt": NO_PROMPT, **prompt},
                 step=self.trainer.state.global_step,
                 completions=texts[g * size : (g + 1) * size],
                 lengths=lengths[g].int().tolist(),
@@ -190,10 +189,7 @@ class Opponents(TrainerCallback):
             if taken:
                 features["dataset_columns"] = taken
             if self._as_json:
-                groups = [
-                    {**group, "completions": [json.dumps(each, default=str) for each in group["completions"]]}
-                    for group in groups
-                ]
+                groups = [*map(with_json, groups)]
             write_parquet(self.files.path(name, step), groups, features)
 
     def _get(self, name: str, step: int) -> Groups | None:
@@ -208,9 +204,6 @@ class Opponents(TrainerCallback):
                     f"{step}."
                 )
                 return None
-            if self._as_json:
-                for group in found:
-                    group["completions"] = [json.loads(completion) for completion in group["completions"]]
             self._memory[name, step] = found
         return self._memory[name, step]
 

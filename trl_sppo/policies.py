@@ -27,7 +27,7 @@ from trl.data_utils import is_conversational
 
 from .adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some, tokenizer_of
 from .checkpoints import read_beginning
-from .evaluation_files import Groups, group_of, row_of
+from .evaluation_files import Groups, group_of, row_of, with_messages
 from .generation import end_tokens, only_requested_generation
 from .stored_rollouts import COLUMNS, without_nulls
 from .trust import check_safetensors, own_code_is_refused
@@ -296,7 +296,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
     stored = row.pop("dataset_columns", None) if isinstance(row.get("dataset_columns"), dict | None) else None
     if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # of a run: so are these names
         row = {name: value for name, value in row.items() if name not in COLUMNS}
-    return group_of({**row, **(stored or {})}, **own)
+    return with_messages(group_of({**row, **(stored or {})}, **own))
 
 
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:

@@ -224,9 +224,12 @@ def as_text(messages: Any) -> str:
     """A prompt or a completion to be read."""
     if isinstance(messages, str):
         return messages
+    texts = [str(message["content"]) for message in messages]
+    for i, message in enumerate(messages):
+        texts[i] += "".join(f"\n{json.dumps(call)}" for call in message.get("tool_calls") or ())
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return texts[0]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
 
 
 def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, dict[str, Any]]:
