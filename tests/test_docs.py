@@ -23,7 +23,7 @@ import trl_sppo
 from trl_sppo import check, judges, train
 from trl_sppo.comparisons import check_oracle
 from trl_sppo.config import SPPOConfig
-from trl_sppo.evaluate import EvalArguments, parse
+from trl_sppo.matches import EvalArguments, parse
 from trl_sppo.foreign_options import INSTEAD
 
 

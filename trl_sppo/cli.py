@@ -48,7 +48,7 @@ def _run(argv: list[str]) -> int:
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
     args, _ = parser.parse_known_args(argv[:1])
-    own_modules = {"check": "check", "eval": "evaluate", "ladder": "ladder", "report": "report"}
+    own_modules = {"check": "advice", "eval": "matches", "ladder": "ladder", "report": "report"}
     if args.command in own_modules:
         return import_module(f"trl_sppo.{own_modules[args.command]}").main(argv[1:])
     return {"train": train, "rollout": rollout, "quickstart": quickstart}[args.command](argv[1:])

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
 from .checks import check_vllm_is_installed
-from .evaluate import JudgeArguments, parse, prompts_of, write_groups
+from .matches import JudgeArguments, parse, prompts_of, write_groups
 from .evaluation import WinRate
 from .opponents import EvaluationFiles, Groups, play_stored
 from .policies import check_policy, read_prompts, sample

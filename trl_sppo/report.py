@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
-from .evaluate import parse
+from .matches import parse
 from .ladder import (
     LadderArguments,
     check_matplotlib,
