@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from test_cli import message, workdir  # noqa: F401
 
 from trl_sppo import cli, train
-from trl_sppo.matches import JudgeArguments
+from trl_sppo.command_judging import JudgeArguments
 from trl_sppo.loading import dataset_source
 
 

@@ -5,7 +5,6 @@ from importlib.resources import files
 
 import pytest
 
-from trl_sppo import cli
 from trl_sppo.evaluation import WinRate
 from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.on_topic import on_topic
@@ -88,5 +87,5 @@ def test_the_picture(tmp_path):
 
 
 def test_the_recipe_is_found():
-    with cli.recipe("quickstart.yaml") as path:
+    with assets.recipe("quickstart.yaml") as path:
         assert path.is_file()
