@@ -5,7 +5,6 @@ import math
 import torch
 
 from .adapters import base_of, config_of, is_adapter, kind_of
-from .config import SPPOConfig
 from .memory import BYTES, dtype_of, lengths, peak
 from .objectives import select_completions
 from .plan import Plan

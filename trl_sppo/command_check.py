@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from .advice import advise, describe
 from .memory import peak
-from .plan import Plan, read
+from .plan import read
 from .tables import as_table
 from .train import fail
 
