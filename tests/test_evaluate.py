@@ -144,7 +144,7 @@ def test_eval_of_files(folder, capsys):
     [
         (("--opponent_name_or_path", "policy-0"), "model_name_or_path is missing"),
         (("--model_name_or_path", "nowhere", "--opponent_name_or_path", "policy-0"), "policy 'nowhere' is neither"),
-        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0"), "no judge given. Pass --reward_model_name_or_path"),
+        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0"), "no judge given. Pass --"),
         (("--model_name_or_path", "policy-0", "--oponent", "policy-0"), "'--oponent' is no option of `trl-sppo eval`"),
         (("--temperature", "0"), "temperature must be positive"),
         (("--num_generations", "0"), "num_generations must be at least 1, got 0"),
@@ -409,9 +409,14 @@ def test_the_ladder_samples_as_the_run_did_unless_told_otherwise(tmp_path, monke
     config = {"temperature": 0.3, "max_completion_length": 9, "num_generations": 8, "num_generations_eval": None}
     (tmp_path / "run_began.json").write_text(json.dumps({"config": config}))
     seen = []
-    monkeypatch.setattr(command_ladder, "climb_run", lambda run, args: seen.append(args.sampling))
+
+    def climb_run(run, args):
+        seen.append(args.sampling)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command_ladder, "climb_run", climb_run)
     for argv in ([], ["--temperature", "0.8", "--num_generations", "4"]):
-        run("ladder", tmp_path, *argv)
+        assert run("ladder", tmp_path, *argv) == 2
     first, second = seen
     assert (first.temperature, first.max_completion_length, first.num_generations) == (0.3, 9, 8)
     assert (second.temperature, second.max_completion_length, second.num_generations) == (0.8, 9, 4)

@@ -130,9 +130,9 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
     wrong += _too_small_for_vllm(plan)
     if not model_args.use_peft and BYTES[_dtype(plan)] == 2 and plan.place.sharding is None:
         wrong.append(
-            f"dtype={_dtype(plan)!r} without an adapter: steps of learning_rate={args.learning_rate:g} are lost in the "
-            "rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard with "
-            "FSDP2 or ZeRO, which keep float32 weights."
+            f"dtype={_dtype(plan)!r} without an adapter: steps of learning_rate={args.learning_rate:g} are lost in "
+            "the rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard "
+            "with FSDP2 or ZeRO, which keep float32 weights."
         )
     if model_args.use_peft and args.learning_rate < SLOW_LORA:
         notes.append(
@@ -143,8 +143,8 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
         notes.append(f"learning_rate={args.learning_rate:g} is high without an adapter. The paper has 5e-7.")
     if args.eval_strategy == "no":
         notes.append(
-            "Nothing is evaluated. Set eval_strategy and a judge that the policy is not trained on (eval_reward_funcs, "
-            "eval_reward_model_name_or_path), or use `trl-sppo eval` afterwards."
+            "Nothing is evaluated. Set eval_strategy and a judge that the policy is not trained on "
+            "(eval_reward_funcs, eval_reward_model_name_or_path), or use `trl-sppo eval` afterwards."
         )
     elif not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs):
         notes.append(

@@ -16,7 +16,7 @@ from .train import accelerate_config, fail, launch_arguments, make_parser, read_
 
 
 def main(argv: list[str], module: str = "trl_sppo.train") -> int:
-    """Run a module in one or more processes, through `accelerate launch` as `trl grpo` does. Returns the exit status."""
+    """Run a module in one or more processes, through `accelerate launch` like `trl grpo`. Returns the status."""
     parser = make_parser()
     if {"-h", "--help"} & set(argv):
         parser.print_help()

@@ -14,7 +14,7 @@ from .config import SPPOConfig
 from .rewards import HEADS
 
 
-# Bytes per weight: 4 bits, and for each 64 weights a scale of 32 bits, or (nested) of 8 bits and 32 more for 256 scales
+# Bytes per weight: 4 bits, and per 64 weights a scale of 32 bits, or (nested) of 8 bits and 32 more per 256 scales
 NF4 = {False: 1 / 2 + 4 / 64, True: 1 / 2 + 1 / 64 + 4 / (64 * 256)}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LENGTH = 24  # tokens that a layer is measured with. No dimension of a model has this size

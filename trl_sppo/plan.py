@@ -119,7 +119,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
 
 
 def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
-    """The number of processes that `accelerate launch` would start, how they divide the policy, and what is unknown."""
+    """The number of processes that training would start, how they divide the policy, and what is unknown."""
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])

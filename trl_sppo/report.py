@@ -22,7 +22,7 @@ RULES = (
     ("kl_to_rollout_policy", 0.0, 0.1, "the steps within an iteration are small",
      "the policy moves far on one rollout: lower the learning rate, or take fewer steps per iteration"),
     ("log_ratio_to_target", 0.001, 1.0, "the policy moves towards its targets",
-     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the learning rate"),
+     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the rate"),
     ("win_rate/length_correlation", -0.3, 0.3, "win rates do not follow length",
      "win rates follow length: the oracle may reward length, or brevity, instead of quality. Compare the win rates at "
      "equal length, and add a different oracle"),
