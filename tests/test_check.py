@@ -60,6 +60,9 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
         assert words in said, words
+    # 7,615,616,512 weights of 2 bytes; 40,370,176 with weight, gradient and two moments of 4
+    for row in (r"^what +GB$", r"^policy, bf16 +15\.23$", r"^adapter, with gradient and AdamW +0\.65$"):
+        assert re.search(row, said, re.MULTILINE), said
 
 
 def test_eight_processes(run):
