@@ -124,23 +124,7 @@ class JudgeArguments:
         return Sampling(**{each.name: getattr(self, each.name) for each in fields(Sampling)})
 
     def load_panel(self, prompt: Any, columns: Iterable[str], chat_template_kwargs: dict[str, Any] | None) -> Panel:
-        """
-        Load the judges.
-
-        Args:
-            prompt (`str` or `list[dict]`):
-                One of the prompts.
-            columns (iterable of `str`):
-                Columns of the prompts.
-            chat_template_kwargs (`dict`, *optional*):
-                Further arguments of the chat templates of reward models.
-
-        Returns:
-            [`Panel`].
-
-        Raises:
-            `ValueError`: if no judge is given, or one cannot be used.
-        """
+        """The judges, for prompts like this one with these columns. Raises `ValueError` if there are none."""
         if not self.has_judges:
             raise ValueError(
                 "no judge given. Pass --reward_model_name_or_path, --reward_funcs or --preference_funcs, ideally a "
@@ -192,25 +176,7 @@ class JudgeArguments:
 
 
 def parse(kind: Any, prog: str, argv: list[str], defaults: dict[str, Any] | None = None) -> Any:
-    """
-    Parse the options of a command, from a YAML file (`--config`) and the command line.
-
-    Args:
-        kind (dataclass):
-            The options.
-        prog (`str`):
-            Name of the command.
-        argv (`list[str]`):
-            Arguments.
-        defaults (`dict`, *optional*):
-            Defaults other than those of `kind`.
-
-    Returns:
-        An instance of `kind`.
-
-    Raises:
-        `ValueError`: if an option is unknown or wrong.
-    """
+    """Options of a command as a `kind`, from a YAML file (`--config`) and the command line, over `defaults`."""
     parser = _Parser((kind,), prog=prog, allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
     if {"-h", "--help"} & set(argv):

@@ -56,21 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
-    """
-    Let all policies of a run play against each other.
-
-    Args:
-        run (`Path`):
-            Output directory, with evaluations, or with checkpoints that are sampled now.
-        args ([`LadderArguments`]):
-            Options. With judges, they score all completions. Without, the scores of the evaluations count.
-
-    Returns:
-        `dict`: a matrix of win rates by judge.
-
-    Raises:
-        `ValueError`: if there are fewer than two policies, or nothing has scored them.
-    """
+    """Let all policies of a run play against each other. Raises `ValueError` if there are fewer than two."""
     players = stored_players(run, args.evaluation_set)
     missing = missing_steps(run, players)
     panel = None

@@ -27,27 +27,7 @@ def missing_steps(run: Path, players: dict[int, Groups]) -> list[int]:
 
 
 def sample_steps(run: Path, steps: list[int], prompts: Dataset, sampling: Sampling, panel: Panel) -> dict[int, Groups]:
-    """
-    Sample checkpoints of a run, and write their completions into its folder.
-
-    Args:
-        run (`Path`):
-            Output directory of the run.
-        steps (`list[int]`):
-            Steps of the checkpoints.
-        prompts ([`~datasets.Dataset`]):
-            Prompts.
-        sampling ([`Sampling`]):
-            How to sample. Each checkpoint has a seed of its own.
-        panel ([`Panel`]):
-            Judges, which check the prompts before anything is sampled.
-
-    Returns:
-        `dict`: completions by step.
-
-    Raises:
-        `ValueError`: if a checkpoint cannot be sampled, or a prompt cannot be read.
-    """
+    """Sample checkpoints of a run, each with a seed of its own, and write their completions into its folder."""
     if steps and sampling.use_vllm:
         check_vllm_is_installed()
     checkpoints = {step: str(checkpoints_of_run(str(run))[step]) for step in steps}
@@ -63,18 +43,7 @@ def sample_steps(run: Path, steps: list[int], prompts: Dataset, sampling: Sampli
 
 
 def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, Matrix]:
-    """
-    Let policies play against each other.
-
-    Args:
-        players (`dict`):
-            Completions by step, of two policies or more.
-        panel ([`Panel`], *optional*):
-            Judges, which score all completions. By default the scores of the evaluations count.
-
-    Returns:
-        `dict`: a matrix of win rates by judge.
-    """
+    """A matrix of win rates by judge, of policies by step. Without judges, the scores of the evaluations count."""
     if panel is not None:
         for groups in players.values():
             panel.score(groups)

@@ -24,17 +24,7 @@ Sides = dict[str, str]
 
 @dataclass
 class Match:
-    """
-    The result of a match.
-
-    Args:
-        results (`dict`):
-            By judge, the win rate and the length-controlled win rate.
-        num_completions, mean_length (`dict`):
-            By side, the number of completions and their mean length.
-        unit_of_length (`str`):
-            `"tokens"`, or `"words"` if the tokens of a file are unknown.
-    """
+    """The result of a match: win rates by judge, and facts about the completions of each side."""
 
     results: dict[str, tuple[WinRate, WinRate]]
     num_completions: dict[str, int]
@@ -43,20 +33,7 @@ class Match:
 
 
 def check_sides(sides: Sides, output_dir: str, sampling: Sampling) -> None:
-    """
-    Check, without loading weights, that both sides can play.
-
-    Args:
-        sides (`dict`):
-            Both policies.
-        output_dir (`str`):
-            Folder for the completions and the results.
-        sampling ([`Sampling`]):
-            How policies are sampled.
-
-    Raises:
-        `ValueError`: if one cannot.
-    """
+    """Raise `ValueError` if a side cannot play. No weights are loaded."""
     if sampling.use_vllm:
         check_vllm_is_installed()
     for side, policy in sides.items():
@@ -73,20 +50,7 @@ def check_sides(sides: Sides, output_dir: str, sampling: Sampling) -> None:
 
 
 def read_files(sides: Sides) -> tuple[dict[str, Groups], int]:
-    """
-    Read the completions of the sides that are files.
-
-    Args:
-        sides (`dict`):
-            Both policies.
-
-    Returns:
-        The completions by side, and the number of rows left out. If both sides are files, these are the rows whose
-        prompt is in one file only.
-
-    Raises:
-        `ValueError`: if a file cannot be read, or the files have no prompt in common.
-    """
+    """The completions of the sides that are files, and the number of rows left out. Two files share their prompts."""
     files = {side: load_completions(policy) for side, policy in sides.items() if is_file(policy)}
     if len(files) < 2:
         return files, 0
@@ -98,19 +62,8 @@ def read_files(sides: Sides) -> tuple[dict[str, Groups], int]:
 
 def templates_of(sides: Sides, given: dict[str, Any] | None, prompt: Any) -> tuple[dict[str, Any], str]:
     """
-    Choose how the prompts of each side are rendered.
-
-    Args:
-        sides (`dict`):
-            Both policies.
-        given (`dict`, *optional*):
-            The option `chat_template_kwargs`, for both sides.
-        prompt (`str` or `list[dict]`):
-            One of the prompts.
-
-    Returns:
-        `chat_template_kwargs` by side, and a note, empty if there is nothing to say. Without the option they are
-        those of the training of that side, or else of the other side.
+    `chat_template_kwargs` by side, and a note, empty if there is nothing to say. Without the option they are those of
+    the training of that side, or else of the other side.
     """
     if given is not None:
         return dict.fromkeys(sides, given), ""
@@ -144,27 +97,8 @@ def play(
     folder: Path,
 ) -> Match:
     """
-    Sample what is missing, judge it, and write completions and results.
-
-    Args:
-        sides (`dict`):
-            Both policies.
-        players (`dict`):
-            Completions of the sides that are files.
-        prompts ([`~datasets.Dataset`]):
-            Prompts.
-        samplings (`dict`):
-            How the other sides are sampled.
-        panel ([`Panel`], *optional*):
-            Judges. By default the scores in the files count.
-        folder (`Path`):
-            Folder for the completions and the results.
-
-    Returns:
-        [`Match`]
-
-    Raises:
-        `ValueError`: if a judge fails or no judge scored both sides. The message says where sampled completions are.
+    Sample the sides that are no files, judge both, and write completions and results to `folder`. Without judges, the
+    scores in the files count. A `ValueError` says where the sampled completions are.
     """
     players = dict(players)
     sampled: dict[str, Path] = {}
