@@ -12,7 +12,8 @@ import time
 
 from trl import GRPOTrainer
 
-from trl_sppo import SPPOTrainer, cli, train
+from trl_sppo import SPPOTrainer, train
+from trl_sppo.quickstart import assets
 
 
 class WithLogProbabilities(SPPOTrainer):
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    with cli.recipe("quickstart.yaml") as recipe:
+    with assets.recipe("quickstart.yaml") as recipe:
         options = ["--config", str(recipe), "--output_dir", "quickstart/evaluation_cost", "--disable_tqdm", "true"]
         trainer = train.build_trainer(options)
     prompts = trainer.eval_dataset.select(range(16))

@@ -9,9 +9,10 @@ prompts against the initial policy. What is there already (in ./quickstart/objec
 
 import argparse
 
-from trl_sppo import cli, train
+from trl_sppo import train
 from trl_sppo.ladder import stored_players
 from trl_sppo.play import play_stored
+from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.run import FOLDER
 
 
@@ -47,7 +48,7 @@ def main():
             run = folder / "_".join(["seed", str(seed), *options]).replace("--", "")
             players = stored_players(run) if run.is_dir() else {}
             if LAST_STEP not in players:
-                with cli.recipe("quickstart.yaml") as recipe:
+                with assets.recipe("quickstart.yaml") as recipe:
                     argv = ["--config", str(recipe), *OPTIONS, *options, "--seed", str(seed)]
                     train.main([*argv, "--output_dir", str(run)])
                 players = stored_players(run)

@@ -22,7 +22,8 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from trl_sppo import check, train
+from trl_sppo import command_check as check
+from trl_sppo import train
 from trl_sppo.adapters import adopt_options, base_of, is_adapter, tokenizer_of
 from trl_sppo.checkpoints import last_whole_checkpoint, read_beginning
 from trl_sppo.rewards import load_reward_models

@@ -12,14 +12,15 @@ from types import SimpleNamespace
 import pytest
 
 from trl_sppo.alone import alone_in
-from trl_sppo.evaluate import EvalArguments, evaluate, parse
+from trl_sppo.command_evaluate import EvalArguments, evaluate
+from trl_sppo.command_judging import parse
 from trl_sppo.train import build_trainer
 
 
 HOLD = """
 import sys, time
 from trl_sppo.alone import alone_in
-from trl_sppo.evaluate import EvalArguments, evaluate, parse
+from trl_sppo.command_evaluate import EvalArguments, evaluate, parse
 with alone_in(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

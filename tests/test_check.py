@@ -13,7 +13,8 @@ from recipe_files import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_o
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig
 
-from trl_sppo import SPPOConfig, check, train
+from trl_sppo import SPPOConfig, train
+from trl_sppo import command_check as check
 from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
 from trl_sppo.options import load_preference_funcs
 
@@ -41,7 +42,8 @@ def run(tmp_path, capsys):
 def test_every_recipe_passes_and_needs_what_its_header_says(path, run):
     status, said = run(path, "--gpu_memory", str(gpu_of(path)))
     assert status == 0 and said.endswith("Nothing looks wrong.\n"), said
-    (value,) = re.findall(rf"at most, while .+ ([\d.]+)  of {gpu_of(path):g}$", said, re.MULTILINE)
+    assert f", by arithmetic (docs/memory.md), of {gpu_of(path):g} GB\n" in said
+    (value,) = re.findall(r"^at most, while [a-z ]+ ([\d.]+)$", said, re.MULTILINE)
     header = re.sub(r"\n# +", " ", header_of(path))
     assert re.search(r"By arithmetic (?:at most )?(\d+) GB", header)[1] == f"{float(value):.0f}"
 
@@ -55,11 +57,14 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         "An iteration: 64 prompts x 8 completions = 512, sampled by vLLM (colocate), of at most 1,024 tokens",
         # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
         "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
-        "learning_rate=5e-07 is a rate for full fine-tuning",
+        "learning_rate=5e-07 suits full fine-tuning",
         "Nothing is evaluated",
-        "How many prompts trl-lib/ultrafeedback-prompt has",
+        "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
         assert words in said, words
+    # 7,615,616,512 weights of 2 bytes; 40,370,176 with weight, gradient and two moments of 4
+    for row in (r"^what +GB$", r"^policy, bf16 +15\.23$", r"^adapter, with gradient and AdamW +0\.65$"):
+        assert re.search(row, said, re.MULTILINE), said
 
 
 def test_eight_processes(run):
@@ -72,8 +77,8 @@ def test_eight_processes(run):
 def test_without_a_hub_and_without_models(run):
     status, said = run(LORA, models=False)
     assert status == 0 and "Memory" not in said and "64 prompts x 8 completions" in said
-    assert "Anything about model Qwen/Qwen2.5-7B-Instruct: the hub cannot be reached." in said
-    assert "Anything about reward model Skywork/Skywork-Reward-V2-Qwen3-4B: the hub cannot be reached." in said
+    assert "Anything about model Qwen/Qwen2.5-7B-Instruct. The hub cannot be reached." in said
+    assert "Anything about reward model Skywork/Skywork-Reward-V2-Qwen3-4B. The hub cannot be reached." in said
 
 
 def test_no_sum_without_a_part_of_it(run, tmp_path):
@@ -85,12 +90,21 @@ def test_no_sum_without_a_part_of_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--gpu_memory", "40"], r"53\.4 GB while training, and no more than 36\.0 of 40 .* Lower per_device_train"),
-        (["--gpu_memory", "60", "--vllm_gpu_memory_utilization", "0.8"], "while generating.*vllm_gpu_memory_util"),
+        (
+            ["--gpu_memory", "40"],
+            r"training needs 53\.4 GB. Plan with at most 36\.0 of 40 GB\. Lower per_device",
+        ),
+        (["--gpu_memory", "60", "--vllm_gpu_memory_utilization", "0.8"], r"generating needs \d.*vllm_gpu_memory_util"),
         (["--vllm_max_model_length", "1024"], "max_completion_length=1024 leaves no room for a prompt"),
-        (["--use_peft", "false"], "dtype='bfloat16' without an adapter: a step of 5e-07 is lost in the rounding"),
+        (
+            ["--use_peft", "false"],
+            "dtype='bfloat16' without an adapter: steps of learning_rate=5e-07 are lost",
+        ),
         # 15.23 GB of weights, and 4,096 tokens of 57,344 bytes
-        (["--vllm_gpu_memory_utilization", "0.15"], "gives vLLM 12.0 GB, but weights and the cache of .* take 15.5"),
+        (
+            ["--vllm_gpu_memory_utilization", "0.15"],
+            "gives vLLM 12.0 GB, but the weights .* take 15.5",
+        ),
     ],
 )
 def test_what_looks_wrong(run, options, words):
@@ -105,10 +119,6 @@ def test_what_looks_wrong(run, options, words):
         (["--nonsense", "1"], "there is no option 'nonsense'"),
         (["--num_generations", "7"], "generation_batch_size"),
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
-        (
-            ["--reward_funcs", "my_rewards.brevty"],
-            "there is no 'brevty' in {folder}/my_rewards.py. Did you mean brevity?",
-        ),
         (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) does not exist here"),
         (["--dataset_name", "empty"], "dataset 'empty' (--dataset_name) has an empty file"),
         (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
@@ -133,13 +143,11 @@ def test_what_looks_wrong(run, options, words):
 )
 def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards.py").write_text("def brevity(completions, **kwargs):\n    return None\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "train.jsonl").touch()
     with pytest.raises(SystemExit) as end:
         run(LORA, *options)
-    assert end.value.code == 2 and words.replace("{folder}", str(tmp_path)) in capsys.readouterr().err
+    assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_prompt_that_does_not_fit(run, tmp_path, capsys):
@@ -207,7 +215,7 @@ def test_an_architecture_that_cannot_be_measured(run, tmp_path):
     config.save_pretrained(tmp_path / "reward")
     make_tokenizer().save_pretrained(tmp_path / "reward")
     status, said = run(LORA, "--reward_model_name_or_path", str(tmp_path / "reward"))
-    assert status == 0 and "its architecture could not be measured" in said and "Memory" not in said
+    assert status == 0 and "Its architecture could not be measured" in said and "Memory" not in said
 
 
 def test_attention_that_makes_a_matrix_of_pairs():
@@ -224,7 +232,7 @@ def test_where_the_recipe_stands(argv, capsys):
         return
     with pytest.raises(SystemExit):
         check.main(argv)
-    assert "give the recipe first" in capsys.readouterr().err
+    assert "no recipe given" in capsys.readouterr().err
 
 
 def test_a_missing_recipe(capsys):
@@ -245,7 +253,7 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
     prompts = write_prompts(tmp_path / "prompts", 200)
     said = run(LORA, "--dataset_name", prompts)[1]
     assert "In all 3 iterations, 12 optimizer steps, 1,536 completions." in said
-    assert "The last 8 prompts of each epoch fill no iteration" in said and "was not loaded" not in said
+    assert "The last 8 prompts of each epoch do not fill an iteration" in said and "was not loaded" not in said
     said = run(LORA, "--dataset_name", prompts, "--max_steps", "9")[1]
     assert "In all 3 iterations, 9 optimizer steps, 1,536 completions." in said
     # 0.6 of 12 steps are 8, rounded up as the trainer does, and the last iteration is sampled whole

@@ -101,8 +101,6 @@ def test_ctrl_c_before_a_command_has_begun(monkeypatch, capsys, command):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "import_module", interrupted)
-    for name in ("train", "rollout", "quickstart"):
-        monkeypatch.setattr(cli, name, interrupted)
     assert cli.main([command]) == 130
     assert capsys.readouterr().err == "trl-sppo: interrupted.\n"
 
@@ -296,7 +294,7 @@ def test_the_quickstart_looks_at_its_options_before_it_prepares_anything(tmp_pat
     run = lambda argv: cli.main(["quickstart", *argv])  # noqa: E731
     assert "Did you mean learning_rate?" in message(capsys, ["--learning_rte", "1"], run)
     assert "eta must be positive" in message(capsys, ["--eta", "-1"], run)
-    assert "the quickstart shows how its evaluations went" in message(capsys, ["--save_rollouts", "false"], run)
+    assert "the quickstart shows the results of its evaluations" in message(capsys, ["--save_rollouts", "false"], run)
     with pytest.raises(SystemExit) as exit:
         run(["--help"])
     assert exit.value.code == 0 and "--win_rate_threshold" in capsys.readouterr().out
@@ -304,9 +302,9 @@ def test_the_quickstart_looks_at_its_options_before_it_prepares_anything(tmp_pat
 
 
 def test_the_quickstart_names_what_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr("trl_sppo.cli.find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr("trl_sppo.quickstart.find_spec", lambda name: None if name == "gguf" else object())
     assert cli.main(["quickstart"]) == 2
-    assert "the quickstart needs rich: install the extra with `pip install" in capsys.readouterr().err
+    assert "the quickstart needs gguf. Install the extra with `pip install" in capsys.readouterr().err
 
 
 def test_recipe_files(tmp_path, capsys):

@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer, ModelConfig
 
 import trl_sppo
-from trl_sppo import check, judges, train
+from trl_sppo import command_check as check
+from trl_sppo import judges, train
+from trl_sppo.command_evaluate import EvalArguments
+from trl_sppo.command_judging import parse
 from trl_sppo.comparisons import check_oracle
 from trl_sppo.config import SPPOConfig
-from trl_sppo.evaluate import EvalArguments, parse
 from trl_sppo.foreign_options import INSTEAD
 from trl_sppo.launching import launch_arguments
 from trl_sppo.options import check_arguments, make_parser

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from datasets import Dataset
 from test_evaluate import EVAL, JUDGES, PROMPTS, folder, run  # noqa: F401
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
-from trl_sppo import evaluate, ladder, policies
+from trl_sppo import ladder, matches, policies
+from trl_sppo.command_ladder import LadderArguments
 from trl_sppo.evaluation_files import EvaluationFiles, group_of, row_of
 from trl_sppo.play import aligned, matched, score_groups
 from trl_sppo.policies import load_completions
+from trl_sppo.stored_rollouts import write_parquet
 
 
 assert count_abc and more_abc  # imported by their paths
@@ -146,7 +149,7 @@ def test_the_ladder_keeps_rows_apart(tmp_path):
             for gold, score in zip("ab", scores, strict=True)
         ]
         policies_file = EvaluationFiles(str(tmp_path)).path("", step)
-        evaluate.write_parquet(policies_file, groups[:: 1 if step else -1], None)
+        write_parquet(policies_file, groups[:: 1 if step else -1], None)
     assert run("ladder", tmp_path) == 0
     result = json.loads((tmp_path / "ladder.json").read_text())["j"]["5"]["0"]
     assert result["mean"] == 1.0 and result["num_prompts"] == 2
@@ -240,7 +243,7 @@ def takes_no_more(prompts, completions):
 def test_a_judge_that_needs_another_column_is_refused_before_sampling(
     folder, command, judge, message, capsys, monkeypatch  # noqa: F811
 ):  # fmt: skip
-    for module in (evaluate, ladder):
+    for module in (matches, ladder):
         monkeypatch.setattr(module, "sample", None)
     if command == "eval":
         sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
@@ -261,7 +264,7 @@ def test_a_column_that_only_one_file_has_is_none_to_judges_that_need_it(folder, 
 def test_prompts_with_images_are_refused(folder, capsys):  # noqa: F811
     Path("prompts/test.jsonl").write_text(json.dumps({"prompt": "x", "image": "x.png"}))
     assert run(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") == 2
-    assert "has images (column 'image'), and policies are sampled here from texts only" in capsys.readouterr().err
+    assert "has images (column 'image'). This command samples from text only" in capsys.readouterr().err
 
 
 def test_groups_and_rows():
@@ -315,8 +318,8 @@ OFF, ON = {"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_
         (OFF, OFF, None, "qq", ""),
         (OFF, ON, None, "qt", 'different chat_template_kwargs: {"enable_thinking": false} for model and'),
         (OFF, {}, None, "qt", "different chat_template_kwargs"),
-        (OFF, None, None, "qq", "No training of opponent is known: it is prompted with chat_template_kwargs={"),
-        (None, OFF, None, "qq", "No training of model is known"),
+        (OFF, None, None, "qq", "The training of opponent is unknown. It is prompted with chat_template_kwargs={"),
+        (None, OFF, None, "qq", "The training of model is unknown"),
         (OFF, ON, '{"enable_thinking": true}', "tt", ""),
         (OFF, OFF, "{}", "tt", ""),
         (None, None, '{"enable_thinking": false}', "qq", ""),
@@ -394,7 +397,7 @@ def test_the_ladder_prompts_as_the_run_did_and_reward_models_too(prompted, make_
     stored = EvaluationFiles("run").read("", 2)
     assert run("ladder", "run", "--reward_model_name_or_path", "reward") == 0
     assert prompted == {"run/checkpoint-1": "abqz"} and set(trained_on) == {"abqz", "fghqz"}
-    panel = ladder.LadderArguments(reward_model_name_or_path=["reward"], chat_template_kwargs=kwargs)
+    panel = LadderArguments(reward_model_name_or_path=["reward"], chat_template_kwargs=kwargs)
     again = [{name: group[name] for name in ("prompt", "completions")} for group in stored]
     score_groups(panel.load_panel(again[0]["prompt"], ["prompt"], kwargs), again)
     for before, after in zip(stored, again, strict=True):
@@ -413,7 +416,7 @@ def test_tools_of_the_training_are_missed(folder, caplog):  # noqa: F811
 @pytest.mark.parametrize("moment", ["sampling the first", "sampling the second", "judging"])
 def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # noqa: F811
     calls = []
-    sample = evaluate.sample
+    sample = matches.sample
 
     def interrupt(*args):
         calls.append(args)
@@ -421,7 +424,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
             signal.raise_signal(signal.SIGINT)
         return sample(*args)
 
-    target = (evaluate, "play") if moment == "judging" else (evaluate, "sample")
+    target = (matches, "play") if moment == "judging" else (matches, "sample")
     monkeypatch.setattr(*target, interrupt if target[1] == "sample" else lambda *args: signal.raise_signal(2))
     Path("eval").mkdir()
     Path("eval/win_rates.json").write_text("of an earlier evaluation")
@@ -436,7 +439,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
     assert kept == names and len(kept) == 1 + (moment == "judging")
     options = " and ".join(f"--{name.split('.')[0]}_name_or_path eval/{name}" for name in names)
     assert said == (
-        f"trl-sppo: interrupted. The completions are kept: {options}, with another --output_dir, goes on from them."
+        f"trl-sppo: interrupted. The completions are kept: {options}, with another --output_dir, continues from them."
     )
     # And it does
     monkeypatch.undo()
@@ -455,8 +458,8 @@ def test_a_judge_that_fails_loses_no_completions(folder, capsys):  # noqa: F811
 
 @pytest.mark.parametrize("command", ["ladder", "report", "check"])
 def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):  # noqa: F811
-    name = {"ladder": "climb", "report": "main", "check": "main"}[command]
-    module = __import__(f"trl_sppo.{command}", fromlist=[name])
+    name = {"ladder": "climb_run", "report": "main", "check": "main"}[command]
+    module = import_module(f"trl_sppo.command_{command}")
     monkeypatch.setattr(module, name, lambda *args: signal.raise_signal(signal.SIGINT))
     assert run(command, "prompts") == 130
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
@@ -465,9 +468,9 @@ def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):  # noqa
 
 @pytest.mark.parametrize("command", ["eval", "ladder"])
 def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):  # noqa: F811
-    find_spec = evaluate.check_vllm_is_installed.__globals__["importlib"].util.find_spec
+    find_spec = matches.check_vllm_is_installed.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == "vllm" else find_spec(name))
-    for module in (evaluate, ladder):
+    for module in (matches, ladder):
         monkeypatch.setattr(module, "sample", None)
         monkeypatch.setattr(module, "check_policy", None)
     Path("run/checkpoint-1").mkdir(parents=True)
@@ -505,7 +508,7 @@ def test_prompts_that_cannot_be_read(folder, capsys, monkeypatch, rows, who, mes
     make_tokenizer().save_pretrained("judge")
     if who:
         make_tokenizer(chat_template=NO_SYSTEM).save_pretrained(who)
-    monkeypatch.setattr(evaluate, "sample", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(matches, "sample", lambda *args: pytest.fail("too late"))
     assert run(*EVAL, "--reward_model_name_or_path", "judge", *SIDES) == 2
     assert message in capsys.readouterr().err
 
@@ -524,7 +527,7 @@ def test_a_judge_that_runs_out_of_memory_loses_no_completions(folder, capsys, mo
     def score(self, groups):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluate, "score_groups", score)
+    monkeypatch.setattr(matches, "score_groups", score)
     assert run(*EVAL, *JUDGES, *SIDES) == 2
     error = capsys.readouterr().err
     assert "OutOfMemoryError: CUDA out of memory" in error and "--model_name_or_path eval/model.parquet" in error

@@ -1,6 +1,7 @@
 """`trl-sppo eval` and `trl-sppo ladder`, and what they stand on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from trl_sppo import cli, ladder
+from trl_sppo import cli, command_ladder, ladder
 from trl_sppo.evaluation import WinRate
 from trl_sppo.evaluation_files import EvaluationFiles
 from trl_sppo.panel import load_panel
@@ -78,7 +79,16 @@ def test_eval(folder, policy, capsys):
     assert set(facts["win_rates"]) == {"count_abc", "more_abc"}
     for rates in facts["win_rates"].values():
         assert rates["win_rate"]["mean"] == pytest.approx(sum(won) / len(won))
-    assert f"count_abc  {sum(won) / len(won):.3f} [" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    plain, controlled = (
+        WinRate(**facts["win_rates"]["count_abc"][name]) for name in ("win_rate", "length_controlled")
+    )
+    assert re.search(r"^judge +win rate, 95 % interval +length-controlled +prompts$", said, re.MULTILINE), said
+    assert re.search(rf"^count_abc +{re.escape(f'{plain}')} +{re.escape(f'{controlled}')} +6$", said, re.MULTILINE), (
+        said
+    )
+    length = facts["mean_length"]["model"]
+    assert re.search(rf"^model +{policy} +24 +{length:.1f} tokens$", said, re.MULTILINE), said
 
 
 def test_eval_of_a_policy_against_itself_uses_other_random_numbers(folder):
@@ -135,7 +145,7 @@ def test_eval_of_files(folder, capsys):
     [
         (("--opponent_name_or_path", "policy-0"), "model_name_or_path is missing"),
         (("--model_name_or_path", "nowhere", "--opponent_name_or_path", "policy-0"), "policy 'nowhere' is neither"),
-        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0"), "nobody judges"),
+        (("--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0"), "no judge given. Pass --"),
         (("--model_name_or_path", "policy-0", "--oponent", "policy-0"), "'--oponent' is no option of `trl-sppo eval`"),
         (("--temperature", "0"), "temperature must be positive"),
         (("--num_generations", "0"), "num_generations must be at least 1, got 0"),
@@ -257,7 +267,11 @@ def test_ladder_golden(tmp_path, capsys):
     assert matrix["0"]["5"]["low"] == pytest.approx(1 - matrix["5"]["0"]["high"])
     assert (tmp_path / "ladder.png").stat().st_size > 5000
     out = capsys.readouterr().out
-    assert "step 5 cannot be told from step 0: 0.750" in out and "no circles" in out
+    assert (
+        "step      0      5     10\n0         -  0.250  0.500\n5     0.750      -  0.500\n10    0.500  0.500      -"
+        in out
+    )
+    assert "step 5 cannot be distinguished from step 0: 0.750" in out and "no circles" in out
 
 
 def test_circles():
@@ -286,7 +300,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     )  # fmt: skip
     trainer.train()
     assert run("ladder", "run") == 0
-    assert "the checkpoints of steps [1], which no evaluation has sampled" in capsys.readouterr().err
+    assert "the checkpoints of steps [1], which no evaluation sampled" in capsys.readouterr().err
     assert set(json.loads((folder / "run" / "ladder.json").read_text())["count_abc"]) == {"0", "2"}
 
     def interrupt(*args):
@@ -295,7 +309,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     with monkeypatch.context() as patch:
         patch.setattr("trl_sppo.ladder.score_groups", interrupt)
         assert run("ladder", "run", *JUDGES) == 130
-    assert "Completions that were sampled are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
+    assert "Sampled completions are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
     assert len(load_completions("run/ladder/step-000001.parquet")) == len(PROMPTS)
     assert run("ladder", "run", *JUDGES) == 0
     result = json.loads((folder / "run" / "ladder.json").read_text())
@@ -307,9 +321,9 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("ladder",), "give the output directory of a run first"),
-        (("ladder", "nowhere"), "'nowhere' is no folder"),
-        (("ladder", "prompts"), "a ladder needs two policies, and 'prompts' has 0 to play: evaluations of steps []"),
+        (("ladder",), "no run given. Pass the output directory of a run first"),
+        (("ladder", "nowhere"), "'nowhere' is not a folder"),
+        (("ladder", "prompts"), "a ladder needs two policies, and 'prompts' has 0: evaluations of steps []"),
         (("report", "prompts"), "has no trainer_state.json"),
         (("report", "prompts", "--x"), "'--x' is no option of `trl-sppo report RUN`"),
     ],
@@ -396,9 +410,14 @@ def test_the_ladder_samples_as_the_run_did_unless_told_otherwise(tmp_path, monke
     config = {"temperature": 0.3, "max_completion_length": 9, "num_generations": 8, "num_generations_eval": None}
     (tmp_path / "run_began.json").write_text(json.dumps({"config": config}))
     seen = []
-    monkeypatch.setattr(ladder, "climb", lambda run, args: seen.append(args.sampling))
+
+    def climb_run(run, args):
+        seen.append(args.sampling)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command_ladder, "climb_run", climb_run)
     for argv in ([], ["--temperature", "0.8", "--num_generations", "4"]):
-        run("ladder", tmp_path, *argv)
+        assert run("ladder", tmp_path, *argv) == 2
     first, second = seen
     assert (first.temperature, first.max_completion_length, first.num_generations) == (0.3, 9, 8)
     assert (second.temperature, second.max_completion_length, second.num_generations) == (0.8, 9, 4)

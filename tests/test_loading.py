@@ -10,7 +10,7 @@ from test_cli import message, workdir  # noqa: F401
 from trl import DatasetMixtureConfig
 
 from trl_sppo import cli, train
-from trl_sppo.evaluate import JudgeArguments
+from trl_sppo.command_judging import JudgeArguments
 from trl_sppo.loading import dataset_source, load_data
 
 

@@ -19,8 +19,8 @@ from trl import ModelConfig, get_quantization_config
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from trl_sppo.check import read
 from trl_sppo.memory import NF4, ModelSize, peak, size_of
+from trl_sppo.plan import read
 from trl_sppo.rewards import _quantization_config
 
 

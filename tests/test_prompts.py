@@ -545,7 +545,7 @@ def test_texts_that_are_read_as_they_are(make, tmp_path, caplog, prompts, tokeni
 @pytest.fixture
 def check(tmp_path, capsys):
     """A function that checks a recipe with these prompts: exit status and what it says."""
-    from trl_sppo import check
+    from trl_sppo import command_check
 
     def run(rows, policy=None, reward=None, *options) -> tuple[int, str]:
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -560,7 +560,7 @@ def check(tmp_path, capsys):
             "gradient_accumulation_steps": 1, "bf16": False,
         }))  # fmt: skip
         try:
-            status = check.main([str(recipe), *reward, *options])
+            status = command_check.main([str(recipe), *reward, *options])
         except SystemExit as error:
             status = error.code
         captured = capsys.readouterr()

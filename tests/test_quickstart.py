@@ -5,11 +5,10 @@ from importlib.resources import files
 
 import pytest
 
-from trl_sppo import cli
 from trl_sppo.evaluation import WinRate
 from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.on_topic import on_topic
-from trl_sppo.quickstart.run import _draw
+from trl_sppo.quickstart.run import _draw, _show
 from trl_sppo.quickstart.vader import vader
 from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
 
@@ -87,6 +86,18 @@ def test_the_picture(tmp_path):
     assert (tmp_path / "q.png").stat().st_size > 10_000
 
 
+def test_the_tables(capsys):
+    def group(completion, score):
+        said = [{"role": "assistant", "content": completion}]
+        return {"prompt": [{"role": "user", "content": "Write."}], "completions": [said],
+                "scores": {"reward_model": [score]}}  # fmt: skip
+
+    _show([group(" a dull film", -1)], [group("[/a] fine film", 2)], {"vader": WinRate(0.7, 0.6, 0.8, 64)})
+    said = capsys.readouterr().out
+    assert "prompt  initial              trained\n\nWrite.  a dull film (-1.00)  [/a] fine film (+2.00)\n" in said
+    assert said.endswith("prompts\nVADER (not trained on)     0.700 [0.600, 0.800]       64\n")
+
+
 def test_the_recipe_is_found():
-    with cli.recipe("quickstart.yaml") as path:
+    with assets.recipe("quickstart.yaml") as path:
         assert path.is_file()

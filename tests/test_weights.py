@@ -7,7 +7,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-from trl_sppo import check, cli
+from trl_sppo import cli
+from trl_sppo import command_check as check
 from trl_sppo.rewards import load_reward_models
 from trl_sppo.weights import check_weights
 

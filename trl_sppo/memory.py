@@ -1,4 +1,4 @@
-"""What a training needs on a GPU, by arithmetic: from the models' configurations, without their weights."""
+"""Memory that a training needs on a GPU, computed from the models' configurations, without their weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,31 +14,31 @@ from .config import SPPOConfig
 from .rewards import HEADS
 
 
-# Bytes per weight: 4 bits, and for 64 of them a scale of 32 bits, or (nested) one of 8, 256 of which share one of 32
+# Bytes per weight: 4 bits, and per 64 weights a scale of 32 bits, or (nested) of 8 bits and 32 more per 256 scales
 NF4 = {False: 1 / 2 + 4 / 64, True: 1 / 2 + 1 / 64 + 4 / (64 * 256)}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LENGTH = 24  # tokens that a layer is measured with: no size of a model
+LENGTH = 24  # tokens that a layer is measured with. No dimension of a model has this size
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """
-    What the arithmetic needs to know about a model.
+    Sizes of a model from which its memory is computed.
 
     Args:
         parameters, matrices, layer, embedding, widest (`int`):
             Numbers of parameters: of the model, of its layers' matrices (what bitsandbytes quantizes), of one layer,
             of the embedding, of the largest matrix.
         layers, hidden (`int`):
-            Number of layers, and size of what goes from one to the next.
+            Number of layers, and size of the hidden states.
         cache (`int`):
-            Bytes of keys and values per token, of all layers in 2 bytes.
+            Bytes of keys and values per token, of all layers, in 16 bits.
         heads (`int`):
             Size of the queries of all heads of a layer.
         kept (`int`):
             Bytes per token that one layer keeps for its backward pass in bf16.
         kept_of_pairs (`int`):
-            Bytes per pair of positions that it keeps: not 0 where attention makes a matrix of them.
+            Bytes per pair of positions that one layer keeps. 0 if attention makes no matrix of pairs.
         adapter (`int`):
             Parameters of the adapter, 0 without one.
     """
@@ -64,7 +64,7 @@ def size_of(
     attention: str | None = None,
 ) -> ModelSize:
     """
-    Count and measure a model that is never loaded: on the meta device, and a layer of it on the CPU.
+    Measure a model without loading it: on the meta device, and one layer on the CPU.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
@@ -72,9 +72,9 @@ def size_of(
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter that is trained.
         is_reward_model (`bool`, *optional*, defaults to `False`):
-            Whether it scores, with one label.
+            Whether it is a sequence classifier with one label.
         attention (`str`, *optional*):
-            Which implementation of attention, as `attn_implementation`. By default the model's own.
+            Implementation of attention, as `attn_implementation`. The default is the model's.
 
     Returns:
         [`ModelSize`]
@@ -124,12 +124,12 @@ class _Measured:
 def _first_layers(
     config: PreTrainedConfig, peft_config: PeftConfig | None, number: int, attention: str | None
 ) -> _Measured:
-    """What the first layers, of full width, keep of `LENGTH` tokens for their backward pass, in bf16 on the CPU."""
+    """Measure what the first layers keep of `LENGTH` tokens for their backward pass, in bf16 on the CPU."""
     values = config.to_dict() | {"num_hidden_layers": number, "vocab_size": 8}
     values |= {name: values[name][:number] for name in ("layer_types", "no_rope_layers") if values.get(name)}
     values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
     kind = AutoModel if peft_config is None else AutoModelForCausalLM
-    # Kernels for GPUs keep no matrix of pairs, whatever stands in for them here
+    # Kernels for GPUs keep no matrix of pairs, unlike what replaces them here
     on_gpus = attention is not None and attention not in ("eager", "sdpa")
     chosen = {} if attention is None or on_gpus else {"attn_implementation": attention}
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def _first_layers(
             get_peft_model(model, peft_config)  # in place
     disable_dropout_in_model(model)  # as SPPOConfig does
     model = model.base_model.to_empty(device="cpu").train()
-    for buffer in model.buffers():  # positions among them, which have to be some
+    for buffer in model.buffers():  # some hold positions, which must be valid
         buffer.zero_()
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     linear, squared = {}, {}
@@ -180,7 +180,7 @@ class Placement:
         processes (`int`, *optional*, defaults to `1`):
             Training processes, one on each GPU.
         sharding (`str`, *optional*):
-            `"fsdp1"`, `"fsdp2"`, or `"zero0"` to `"zero3"`: how they divide the policy.
+            How they divide the policy: `"fsdp1"`, `"fsdp2"`, or `"zero0"` to `"zero3"`.
         prompt_length (`int`, *optional*, defaults to `1024`):
             Longest prompt in tokens, where vLLM does not bound it.
     """
@@ -195,19 +195,19 @@ def budget(
     args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, rewards: list[ModelSize], place: Placement
 ) -> dict[str, float]:
     """
-    Bytes on each GPU, by what takes them.
+    Compute the bytes on each GPU, by what takes them.
 
     Args:
         args ([`SPPOConfig`]), model_args ([`~trl.ModelConfig`]):
             Options of the training.
         policy ([`ModelSize`]), rewards (`list` of [`ModelSize`]):
-            Sizes of the policy, with its adapter, and of the reward models that are loaded here.
+            Sizes of the policy, with its adapter, and of the reward models in the same processes.
         place ([`Placement`]):
             Where it runs.
 
     Returns:
-        `dict[str, float]`: bytes. What is there in one phase only begins with that phase and a colon; the rest is
-        there all the time.
+        `dict[str, float]`: bytes. A name that begins with a phase and a colon belongs to that phase only, the others
+        to the whole training.
     """
     return {
         **_weights(args, model_args, policy, rewards, place),
@@ -218,7 +218,7 @@ def budget(
 
 
 def peak(rows: dict[str, float]) -> tuple[float, str]:
-    """The bytes of the phase that needs most, with all that is there all the time, and the name of that phase."""
+    """The bytes at the time of the phase that needs most, and the name of that phase."""
     phases: dict[str, float] = {}
     for name, value in rows.items():
         phase, colon, _ = name.partition(": ")
@@ -231,16 +231,12 @@ def peak(rows: dict[str, float]) -> tuple[float, str]:
 def _weights(
     args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, rewards: list[ModelSize], place: Placement
 ) -> dict[str, float]:
-    """Weights, and what belongs to them: gradients, optimizer."""
+    """Weights, gradients and states of the optimizer."""
     dtype = dtype_of(args, model_args)
     rows: dict[str, float] = {}
-    rest = (policy.parameters - policy.matrices) * BYTES[dtype]
-    if model_args.load_in_4bit:
-        rows["policy, matrices in NF4"] = policy.matrices * NF4[model_args.use_bnb_nested_quant]
-        rows[f"policy, the rest in {_SHORT[dtype]}"] = rest
-    elif model_args.load_in_8bit:
-        rows["policy, matrices in 8 bit"] = policy.matrices
-        rows[f"policy, the rest in {_SHORT[dtype]}"] = rest
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        matrix = NF4[model_args.use_bnb_nested_quant] if model_args.load_in_4bit else 1
+        rows |= _quantized("policy", policy, matrix, dtype)
     elif policy.adapter:
         rows[f"policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
     if policy.adapter:
@@ -256,18 +252,25 @@ def _weights(
             rows[f"initial policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
     for i, reward in enumerate(rewards):
         which = "reward model" if len(rewards) == 1 else f"reward model {i + 1}"
-        others = (reward.parameters - reward.matrices) * 2
         if args.reward_quantization is None:
             rows[f"{which}, bf16"] = reward.parameters * 2 / (place.processes if place.sharding == "zero3" else 1)
-        elif args.reward_quantization == "8bit":
-            rows |= {f"{which}, matrices in 8 bit": reward.matrices, f"{which}, the rest in bf16": others}
         else:
-            rows |= {f"{which}, matrices in NF4": reward.matrices * NF4[True], f"{which}, the rest in bf16": others}
+            matrix = NF4[True] if args.reward_quantization == "4bit" else 1
+            rows |= _quantized(which, reward, matrix, "bfloat16")
     return rows
 
 
+def _quantized(what: str, size: ModelSize, matrix: float, dtype: str) -> dict[str, float]:
+    """Weights of a model whose matrices bitsandbytes quantizes to `matrix` bytes each, the others in `dtype`."""
+    kind = "8 bit" if matrix == 1 else "NF4"
+    return {
+        f"{what}, matrices in {kind}": size.matrices * matrix,
+        f"{what}, the rest in {_SHORT[dtype]}": (size.parameters - size.matrices) * BYTES[dtype],
+    }
+
+
 def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    evaluates = args.eval_strategy != "no"
     if args.rollouts is not None and not evaluates:
         return {}
     if args.use_vllm:
@@ -275,12 +278,11 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
             return {}
         share = args.vllm_gpu_memory_utilization * place.gpu
         return {"generating: vLLM" if args.vllm_enable_sleep_mode else "vLLM, which does not sleep": share}
-    _, padded = _lengths(args, place)
+    _, padded = lengths(args, place)
     assert args.steps_per_generation is not None  # GRPOConfig has set it
-    batch, prompt = args.per_device_train_batch_size * args.steps_per_generation, place.prompt_length
-    if args.rollouts is not None:
-        batch = 0
-    batch = max(batch, args.per_device_eval_batch_size if evaluates else 0)
+    prompt, batch = place.prompt_length, args.per_device_eval_batch_size if evaluates else 0
+    if args.rollouts is None:
+        batch = max(batch, args.per_device_train_batch_size * args.steps_per_generation)
     generation: Any = args.generation_kwargs or {}
     chunk = generation.get("prefill_chunk_size", prompt)
     return {
@@ -292,14 +294,14 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
 
 
 def _scoring(args: SPPOConfig, rewards: list[ModelSize], place: Placement) -> dict[str, float]:
-    text, _ = _lengths(args, place)
+    text, _ = lengths(args, place)
     batch = args.reward_batch_size
     layers = [batch * text * size.kept + batch * text**2 * (3 + size.kept_of_pairs) for size in rewards]
     return {"scoring: one layer, mask": max(layers)} if layers else {}
 
 
 def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
-    batch, (_, padded) = args.per_device_train_batch_size, _lengths(args, place)
+    batch, (_, padded) = args.per_device_train_batch_size, lengths(args, place)
     pairs = batch * padded**2
     if dtype_of(args, model_args) == "float32" and not args.bf16 and not args.fp16:  # twice what was measured in bf16
         batch *= 2
@@ -327,8 +329,8 @@ def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, plac
     return rows
 
 
-def _lengths(args: SPPOConfig, place: Placement) -> tuple[int, int]:
-    """Tokens of the longest text, and of a padded row of a micro-batch."""
+def lengths(args: SPPOConfig, place: Placement) -> tuple[int, int]:
+    """Tokens of the longest text (prompt and completion), and of a padded row of a micro-batch."""
     completion = args.max_completion_length or 0
     if args.use_vllm and args.vllm_max_model_length is not None:
         return args.vllm_max_model_length, args.vllm_max_model_length + completion
@@ -350,14 +352,15 @@ def dtype_of(args: SPPOConfig, model_args: ModelConfig) -> str:
 
 
 def _shares(place: Placement) -> int:
-    """Among how many processes weights are divided that are not trained."""
+    """Number of processes that weights without training are divided among."""
     return place.processes if place.sharding in ("zero3", "fsdp1", "fsdp2") else 1
 
 
 def _trained(args: SPPOConfig, policy: ModelSize, place: Placement, each: int) -> float:
-    """Bytes of weights, gradients and moments of a policy that is trained whole."""
+    """Bytes of weights, gradients and moments in full fine-tuning, of `each` bytes per weight without ZeRO."""
     moments = each * _moments(args, each)
-    # What each process has whole, and what is divided. ZeRO has weights and gradients in bf16, and a copy in float32
+    # Bytes per weight that each process has whole, and that are divided. ZeRO has bf16 weights and gradients, and a
+    # copy in float32
     whole, divided = {
         "zero0": (2 + 2 + 4 + moments, 0.0),
         "zero1": (2 + 2, 4 + moments),
@@ -369,7 +372,7 @@ def _trained(args: SPPOConfig, policy: ModelSize, place: Placement, each: int) -
     return policy.parameters * (whole + divided / place.processes)
 
 
-# By how their names begin: what the rows of the budget call them, and moments per parameter
+# By the start of their names: names in the rows of the budget, and moments per parameter
 OPTIMIZERS = {"rmsprop": ("RMSprop", 1), "sgd": ("SGD", 0), "adafactor": ("Adafactor", 0), "lion": ("Lion", 1)}
 
 
@@ -379,7 +382,7 @@ def _optimizer(args: SPPOConfig) -> str:
 
 
 def _moments(args: SPPOConfig, each: int) -> float:
-    """Moments of the optimizer, in sizes of a parameter of `each` bytes. What is not known counts as AdamW."""
+    """Moments of the optimizer, in sizes of a parameter of `each` bytes. Others than `OPTIMIZERS` count as AdamW."""
     number = dict(OPTIMIZERS.values()).get(_optimizer(args), 2)
     return number / each if "8bit" in _name(args) else number
 

@@ -1,14 +1,11 @@
-"""A training before it begins: what a recipe asks for, and what can be found out about its models and data."""
+"""Plans: what a recipe asks for, and what is known of its models and data before they are loaded."""
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -41,13 +38,9 @@ from .stored_rollouts import is_judged, load_rollouts, prompts_of
 from .trust import is_url
 
 
-# ZeRO's stages by the number that DeepSpeed gives them
-ZERO = {0: "zero0", 1: "zero1", 2: "zero2", 3: "zero3"}
-
-
 @dataclass
 class Plan:
-    """A training as a recipe describes it, and what was found out about it."""
+    """A training as a recipe describes it, with what is known of its models and data, and what is not."""
 
     script: SPPOScriptArguments
     args: SPPOConfig
@@ -56,7 +49,7 @@ class Plan:
     place: Placement
     unknown: list[str] = field(default_factory=list)
     policy: ModelSize | None = None
-    rows: dict[str, float] | None = None  # bytes on each GPU, by what takes them
+    rows: dict[str, float] | None = None  # the budget of memory.py
     num_prompts: int | None = None
     conversational: bool | None = None
     hub_is_away: bool = False
@@ -66,7 +59,7 @@ class Plan:
 
 def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
     """
-    Read a recipe, and what of its models and data can be had: configurations, tokenizers, a dataset in a folder.
+    Read a recipe, and what is available of its models and data: configurations, tokenizers, a dataset in a folder.
 
     Args:
         recipe (`str`):
@@ -104,7 +97,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     check_sharding(
         args,
         has_adapter=model_args.use_peft,
-        deepspeed=sharding in ZERO.values(),
+        deepspeed=str(sharding).startswith("zero"),
         fsdp=str(sharding).startswith("fsdp"),
     )
     _look_at_data(plan)
@@ -113,7 +106,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
 
 
 def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
-    """How many processes `accelerate launch` would start, how they divide the policy, and what is not known."""
+    """The number of processes that training would start, how they divide the policy, and what is unknown."""
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
@@ -123,7 +116,7 @@ def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
     if processes is None:
         processes = max(torch.cuda.device_count(), 1)
         if not torch.cuda.is_available():
-            unknown.append("How many GPUs there will be: one process is assumed, but one is started on each.")
+            unknown.append("The number of GPUs. One process is assumed, but training starts one on each GPU.")
     kind = getattr(file, "distributed_type", None)
     kind = getattr(kind, "value", kind)
     sharding = None
@@ -135,33 +128,33 @@ def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
         settings = getattr(file, "deepspeed_config", None) or {}
         stage = options.zero_stage if options.use_deepspeed else settings.get("zero_stage")
         if settings.get("deepspeed_config_file"):
-            unknown.append("What is in deepspeed_config_file: ZeRO-2 is assumed.")
-        sharding = ZERO.get(int(stage or 2))
+            unknown.append("The content of deepspeed_config_file. ZeRO-2 is assumed.")
+        sharding = f"zero{2 if stage is None else stage}"
     return processes, sharding, unknown
 
 
 def _sharding_of(args: SPPOConfig) -> str | None:
-    """By the options of transformers, which can ask for it too."""
+    """How the options of transformers divide the policy."""
     if getattr(args, "fsdp", None):
         return "fsdp1"
     if isinstance(args.deepspeed, dict):
-        return ZERO.get(args.deepspeed.get("zero_optimization", {}).get("stage", 0))
+        return f"zero{args.deepspeed.get('zero_optimization', {}).get('stage', 0)}"
     return "zero2" if args.deepspeed else None
 
 
 def _parse(argv: list[str], processes: int) -> Any:
     class Options(SPPOConfig):
-        """Reckons with the processes that would be started, of which this is none."""
+        """Options for the processes that training would start. This process is not one of them."""
 
         world_size = property(lambda self: processes)
 
         def __post_init__(self):
-            backend, self.ddp_backend = self.ddp_backend, None  # would be looked for here
+            backend, self.ddp_backend = self.ddp_backend, None  # it need not be available here
             super().__post_init__()
             self.ddp_backend = backend
 
     parser = make_parser("trl-sppo check", Options)
-    # As on a GPU: what is asked for is not for the machine that reckons
+    # As on a GPU: the options are not for this machine
     able: dict[str, Any] = {"is_torch_bf16_gpu_available": lambda: True, "is_torch_tf32_available": lambda: True}
     with patch.multiple("transformers.training_args", **able):
         return parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
@@ -178,20 +171,20 @@ def _look_at_data(plan: Plan) -> None:
         return
     check_one_dataset(script, plan.dataset_args)
     if plan.dataset_args.datasets:
-        plan.unknown.append("How many prompts the mixture of datasets has: it was not loaded.")
+        plan.unknown.append("The number of prompts in the mixture of datasets. It was not loaded.")
     elif not os.path.exists(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
-        plan.unknown.append(f"How many prompts {script.dataset_name} has, and how long they are: it was not loaded.")
+        plan.unknown.append(f"The number and length of prompts in {script.dataset_name}. It was not loaded.")
     else:
         plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, evaluate)
         plan.conversational = check_datasets(args, plan.train_dataset, plan.eval_dataset)
         with suppress(TypeError):  # a stream has no length
             plan.num_prompts = len(plan.train_dataset)
     if script.dataset_streaming and args.max_steps <= 0:
-        raise ValueError("dataset_streaming=True needs max_steps: a stream has no length, so epochs have no end.")
+        raise ValueError("dataset_streaming=True needs max_steps. A stream has no length, so an epoch has no end.")
 
 
 def _look_at_models(plan: Plan) -> None:
-    """Configurations and tokenizers, of those models whose files are at hand or can be had from the hub."""
+    """Read configurations and tokenizers of the models that are available here or on the hub."""
     script, args, model_args = plan.script, plan.args, plan.model_args
     policy = model_args.model_name_or_path
     if not policy:
@@ -233,13 +226,13 @@ def _look_at_models(plan: Plan) -> None:
 
 
 def _adapter_of(model_args: ModelConfig) -> Any:
-    """The configuration of the adapter that is continued, or of the one that is added, if any."""
+    """The configuration of the adapter that is continued or added, if any."""
     path = str(model_args.model_name_or_path)
     return check_policy(path) if is_adapter(path) else get_peft_config(model_args)
 
 
 def _check_sources(plan: Plan) -> None:
-    """Who says which completion is better, without asking any of them."""
+    """Check reward sources, preference oracles and judges, without importing or loading any."""
     script, args = plan.script, plan.args
     functions = [*(script.reward_funcs or []), *(script.eval_reward_funcs or [])]
     for name in [*functions, *(script.preference_funcs or []), *(script.eval_preference_funcs or [])]:
@@ -260,7 +253,7 @@ def _check_sources(plan: Plan) -> None:
 
 
 def _datasets(plan: Plan) -> dict[str, Any]:
-    """Those that were loaded, by the names of the trainer's arguments."""
+    """The loaded datasets, by the names of the trainer's arguments."""
     train_dataset = plan.train_dataset if plan.args.rollouts is None else prompts_of(plan.train_dataset)
     datasets = named_datasets(train_dataset, plan.eval_dataset)
     return {name: without_empty_images(name, dataset) for name, dataset in datasets.items()}
@@ -274,21 +267,21 @@ def _size(
     attention: str | None = None,
     is_reward_model: bool = False,
 ) -> ModelSize | None:
-    """Its size, or None and a line in `plan.unknown` for an architecture that cannot be measured."""
+    """The size of a model, or `None` and a line in `plan.unknown` if its architecture cannot be measured."""
     try:
         return size_of(config, peft_config, is_reward_model, attention)
     except Exception as error:
-        plan.unknown.append(f"The memory that {name} needs: its architecture could not be measured ({error}).")
+        plan.unknown.append(f"The memory that {name} needs. Its architecture could not be measured ({error}).")
         return None
 
 
 def _files(
     plan: Plan, what: str, name: str, trusted: bool, revision: str | None = None
 ) -> tuple[PreTrainedConfig | None, Any]:
-    """Configuration and tokenizer, or None for what cannot be had from the hub, which `plan.unknown` then says."""
+    """Configuration and tokenizer, or `None` and a line in `plan.unknown` if the hub cannot be reached."""
     base = base_of(name)
     if plan.hub_is_away and not os.path.isdir(base):
-        plan.unknown.append(f"Anything about {what} {base}: the hub cannot be reached.")
+        plan.unknown.append(f"Anything about {what} {base}. The hub cannot be reached.")
         return None, None
     kwargs = {"trust_remote_code": trusted} | ({"revision": revision} if revision else {})
     try:
@@ -302,40 +295,31 @@ def _files(
 
 
 def _check_importable(name: str) -> None:
-    """Raise `ValueError` if it cannot be there. Its module is not imported: a judge may load a model."""
+    """Raise `ValueError` if a function's module does not exist. It is not imported: a judge may load a model."""
     check_dotted(name, repr(name), "reward_model_name_or_path")
     module, _, attribute = name.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     if not module:
         import trl.rewards
 
         if not hasattr(trl.rewards, attribute):
-            raise ValueError(f"{name!r} is no reward function of trl.rewards. Give a name in it, or a dotted path.")
+            raise ValueError(f"{name!r} is no reward function of trl.rewards. Pass a name in it, or a dotted path.")
         return
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    problem: object = f"there is no module {module!r}"
     try:
-        spec = importlib.util.find_spec(module)  # this imports packages that it lies in
-    except Exception:
-        spec = None
-    if spec is None:
+        found = importlib.util.find_spec(module) is not None  # this imports the packages that contain it
+    except Exception as error:
+        found, problem = False, error
+    if not found:
         raise ValueError(
-            f"{name!r} could not be imported: there is no module {module!r}. Give a dotted path: my_rewards.brevity "
-            "is `brevity` in my_rewards.py, in the folder from which you start the training."
-        )
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return
-    source = Path(spec.origin).read_text(encoding="utf-8", errors="replace")
-    words = set(re.findall(r"\w+", source))
-    if attribute not in words and not words & {"__getattr__", "globals", "setattr"} and "import *" not in source:
-        nearest = get_close_matches(attribute, sorted(words), n=1)
-        raise ValueError(
-            f"{name!r} could not be imported: there is no {attribute!r} in {spec.origin}."
-            + f" Did you mean {nearest[0]}?" * bool(nearest)
+            f"{name!r} could not be imported: {problem}. Pass a dotted path: my_rewards.brevity is `brevity` in "
+            "my_rewards.py, in the folder from which you start the training."
         )
 
 
 def _stand_in(name: str) -> Callable:
-    """For a function that is not imported."""
+    """A function in place of one that is not imported."""
 
     def function(*args: Any, **kwargs: Any) -> None:
         raise AssertionError(f"{name} is not called here")

@@ -1,54 +1,44 @@
-"""`trl-sppo report`: one page about a run, which needs no network."""
+"""Reports: one page about a run, which needs no network."""
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
-from .evaluate import parse
 from .evaluation_files import Groups
-from .ladder import (
-    LadderArguments,
-    check_matplotlib,
-    climb,
-    draw,
-    run_and_options,
-    stored_players,
-    verdict,
-    which_evaluation_set,
-)
-from .options import fail
+from .ladder import climb, draw, stored_players, verdict, which_evaluation_set
+from .matches import mean_length
 from .play import aligned, play_stored
 from .stored_rollouts import to_tensor
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MOST_SAMPLES = 500  # of which the page shows both policies' answers
+MOST_SAMPLES = 500  # prompts of which the page shows the completions of both policies
 
-# Of docs/metrics.md: what is healthy at the end of a run, and what it means if it is not
+# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value within or beyond means
 RULES = (
     ("kl_to_rollout_policy", 0.0, 0.1, "the steps within an iteration are small",
      "the policy moves far on one rollout: lower the learning rate, or take fewer steps per iteration"),
     ("log_ratio_to_target", 0.001, 1.0, "the policy moves towards its targets",
-     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the former"),
+     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the rate"),
     ("win_rate/length_correlation", -0.3, 0.3, "win rates do not follow length",
-     "win rates follow length: the oracle may pay for length, or for brevity, instead of quality. Compare the win "
-     "rates at equal length, and add an oracle with another taste"),
-    ("preferences/tied", 0.0, 0.2, "the oracles tell answers apart",
+     "win rates follow length: the oracle may reward length, or brevity, instead of quality. Compare the win rates at "
+     "equal length, and add a different oracle"),
+    ("preferences/tied", 0.0, 0.2, "the oracles distinguish most completions",
      "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
     ("preferences/panel_disagreement", 0.05, 0.4, "the oracles agree about as much as different opinions do",
-     "near 1/2 the oracles are unrelated and their vote is noise; near 0 one of them would do"),
-    ("preferences/intransitive", 0.0, 0.1, "few preferences go in circles",
-     "preferences go in circles, at 1/4 like chance: look at the oracle's order disagreement"),
-    ("completions/duplicates", 0.0, 0.1, "the answers of a group differ",
-     "many answers of a group are the same: raise the temperature"),
-    ("completions/clipped_ratio", 0.0, 0.3, "answers come to their end",
-     "many answers are cut off at max_completion_length, and judged unfinished"),
-    ("win_rate/unscorable", 0.0, 0.01, "all answers were scored",
-     "a reward source gives no score for some answers: the log of the run names it"),
+     "near 1/2 the oracles are unrelated and their vote is noise; near 0 one oracle is enough"),
+    ("preferences/intransitive", 0.0, 0.1, "few preferences form circles",
+     "many preferences form circles, at 1/4 as many as by chance: look at the oracle's order disagreement"),
+    ("completions/duplicates", 0.0, 0.1, "the completions of a group differ",
+     "many completions of a group are the same: raise the temperature"),
+    ("completions/clipped_ratio", 0.0, 0.3, "most completions end by themselves",
+     "many completions are cut off at max_completion_length, and judged unfinished"),
+    ("win_rate/unscorable", 0.0, 0.01, "all completions are scored",
+     "a reward source gives no score for some completions: the log of the run names it"),
     ("win_rate/groups_without_signal", 0.0, 0.2, "most groups teach something",
      "many groups have no winner: prompts that are too easy or too hard, or ties"),
     ("importance_weight", 0.8, 1.1, "vLLM samples from the policy that is trained",
@@ -58,41 +48,13 @@ RULES = (
 
 @dataclass
 class Diagnosis:
-    """A metric, what it was at the start and at the end of a run, and what that says."""
+    """A metric at the start and at the end of a run, whether it is healthy, and what that means."""
 
     name: str
     first: float
     last: float
     healthy: bool
     words: str
-
-
-@dataclass
-class ReportArguments:
-    """
-    Arguments of `trl-sppo report`, which writes `report.html` into the folder of a run.
-
-    Args:
-        evaluation_set (`str`, *optional*):
-            Which one, of a run with several.
-    """
-
-    evaluation_set: str | None = field(
-        default=None, metadata={"help": "Evaluation set, of a run with several. By default the first."}
-    )
-
-
-def main(argv: list[str]) -> int:
-    """Run `trl-sppo report` and return its exit status."""
-    try:
-        run, argv = run_and_options(argv, "trl-sppo report")
-        args = parse(ReportArguments, "trl-sppo report RUN", argv)
-        check_matplotlib("trl-sppo report")
-        path = write_report(run, args.evaluation_set)
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
-    print(f"Wrote {path}.")
-    return 0
 
 
 def write_report(run: Path, evaluation_set: str | None = None) -> Path:
@@ -103,7 +65,7 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
         run (`Path`):
             The directory.
         evaluation_set (`str`, *optional*):
-            Which one, of a run with several. By default the first.
+            Evaluation set of a run with several. The first by default.
 
     Returns:
         `Path`: the page.
@@ -119,7 +81,7 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     prefix = "eval" if name == "." else f"eval_{name}"
     beginning = read_beginning(str(run))
     config = beginning.pop("config", {})
-    ladders = climb(run, LadderArguments(evaluation_set=evaluation_set)) if len(players) > 1 else {}
+    ladders = climb(players) if len(players) > 1 else {}
     first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
     if first and last:
         last, first = aligned(last, first)  # all that follows goes by rows
@@ -136,7 +98,7 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
             **_oracle_rates(last_evaluation, f"{prefix}_win_rate_vs_initial/", results),
             **{judge: {"plain": plain, "controlled": controlled} for judge, (plain, controlled) in results.items()},
         },
-        lengths=[_mean_length(groups) for groups in (first, last)] if first and last else None,
+        lengths=[mean_length(groups) for groups in (first, last)] if first and last else None,
         evaluation_set=None if name == "." else name,
         curves=_svg(draw_curves(history, prefix)),
         win_rate_curves=_svg(figure) if (figure := draw_win_rates(history, prefix)) else None,
@@ -152,7 +114,7 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """The log of the run that began last, from its end or its checkpoints. Raises `ValueError` if there is none."""
+    """The log of the last run, from its end or its checkpoints. Raises `ValueError` if there is none."""
     states = [path / "trainer_state.json" for path in checkpoints_of_run(str(run)).values()]
     last = run / "trainer_state.json"
     if last.is_file():
@@ -161,8 +123,8 @@ def read_history(run: Path) -> list[dict[str, Any]]:
             states.append(last)
     if not states:
         raise ValueError(
-            f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint: give the output "
-            "directory of a run that has saved something."
+            f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint. Pass the output "
+            "directory of a run that saved something."
         )
     histories = [json.loads(path.read_text())["log_history"] for path in states]
     return max(histories, key=lambda history: max((row.get("step", 0) for row in history), default=0))
@@ -176,15 +138,15 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
     """
-    What the metrics of a training say about it.
+    Compare the metrics of a training with their healthy bounds.
 
     Args:
         history (`list[dict]`):
             Its log.
 
     Returns:
-        `list[Diagnosis]`: of each metric of `RULES` that was logged. The start and the end are means over a fifth of
-        the log each.
+        `list[Diagnosis]`: one for each metric of `RULES` that was logged. Start and end are means over the first and
+        the last fifth of the log.
     """
     found = []
     for name, low, high, good, bad in RULES:
@@ -200,7 +162,7 @@ def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
 
 
 def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:
-    """The first answer of each policy to each prompt, with the scores, and who has won by the first source."""
+    """The first completion of each policy for each prompt, with the scores, and the winner under the first source."""
     rows = []
     for before, after in list(zip(first, last, strict=True))[:MOST_SAMPLES]:
         scores = [{name: values[0] for name, values in group.get("scores", {}).items()} for group in (before, after)]
@@ -221,7 +183,7 @@ def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:
 
 
 def as_text(messages: Any) -> str:
-    """A prompt or a completion to be read."""
+    """A prompt or a completion as readable text."""
     if isinstance(messages, str):
         return messages
     texts = [str(message["content"]) for message in messages]
@@ -233,7 +195,7 @@ def as_text(messages: Any) -> str:
 
 
 def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, dict[str, Any]]:
-    """Win rates by pairwise oracles, which only the log has."""
+    """Win rates under pairwise oracles, which are in the log only."""
     rates = {}
     for name, value in row.items():
         judge = name.removeprefix(prefix)
@@ -242,11 +204,6 @@ def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, 
             plain = {"mean": value, "low": bounds[0], "high": bounds[1]}
             rates[judge] = {"plain": plain, "controlled": {"mean": row[f"{name}/length_controlled"]}}
     return rates
-
-
-def _mean_length(groups: Groups) -> float:
-    lengths = [length for group in groups for length in group["lengths"]]
-    return sum(lengths) / len(lengths)
 
 
 def _svg(figure: Any) -> str:
@@ -315,7 +272,7 @@ def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
 
 
 def draw_lengths(first: Groups, last: Groups) -> Any:
-    """A matplotlib figure: for each completion of the last policy, its length and how often it beats the first."""
+    """A matplotlib figure: the length of each completion of the last policy, and how often it beats the first."""
     import torch
     from matplotlib.figure import Figure
 

@@ -1,5 +1,5 @@
 """
-Pairwise oracles: what says how probably one completion beats another.
+Pairwise oracles: the probability that one completion beats another.
 
 An oracle is any callable `oracle(prompts, first, second, **kwargs)`, or an `async def`, that returns for each of N
 comparisons P(first beats second | prompt) in [0, 1], or `None` where it could not judge. Prompts and completions are

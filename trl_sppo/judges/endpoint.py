@@ -1,4 +1,4 @@
-"""Asking a server many things at a time: what a judge and a reward model behind an endpoint share."""
+"""Concurrent requests to a server, for judges and reward models behind an endpoint."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class BadAnswerError(Exception):
-    """A server's answer does not hold what it was asked for."""
+    """A server's response lacks what was requested."""
 
 
 class Endpoint:
     """
-    A server that is asked many things at a time, with retries and time-outs. What it fails to answer is lost, counted
-    in `num_lost`, and said once. Its key is never shown.
+    A server that receives many requests at a time, with retries and time-outs. Failed requests are counted in
+    `num_lost` and reported once. The key is never shown.
     """
 
     __name__: str
@@ -32,12 +32,12 @@ class Endpoint:
     def __init__(self, base_url: str, api_key: str | None, max_concurrency: int, timeout: float, max_retries: int):
         check_positive(max_concurrency=max_concurrency, timeout=timeout)
         if max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, got {max_retries}. To ask only once, set it to 0.")
+            raise ValueError(f"max_retries must not be negative, got {max_retries}. For one attempt, set it to 0.")
         check_url(self._url_option, base_url, "Pass a key as `api_key`.")
         if not is_url(base_url):
             raise ValueError(f"{self._url_option} must be an http(s) URL such as {self._example!r}, got {base_url!r}.")
         if api_key is not None and not api_key.isascii():
-            raise ValueError("api_key must be ASCII, as the header that carries it. Was something else pasted?")
+            raise ValueError("api_key must be ASCII, like the header that carries it. Check that it is a key.")
         self.base_url = base_url
         self.max_concurrency = max_concurrency
         self.timeout = timeout
@@ -56,7 +56,7 @@ class Endpoint:
     async def _ask_all(
         self, ask: Callable[..., Awaitable[T]], questions: Sequence[tuple]
     ) -> tuple[list[T | None], list[Exception]]:
-        """`await ask(client, *question)` for each: the answers, `None` where it failed, and what failed."""
+        """`await ask(client, *question)` for each: the results, `None` where it failed, and the errors."""
         from openai import AsyncOpenAI, OpenAIError
 
         problems: list[Exception] = []
@@ -75,8 +75,8 @@ class Endpoint:
                         finally:
                             progress.update()
 
-                answers = await asyncio.gather(*(ask_one(question) for question in questions))
-        return answers, problems
+                results = await asyncio.gather(*(ask_one(question) for question in questions))
+        return results, problems
 
     def _count_lost(self, problems: Sequence[Exception], what: str) -> None:
         if problems and not self.num_lost:
@@ -84,5 +84,5 @@ class Endpoint:
         self.num_lost += len(problems)
 
     def _reason(self, error: Exception) -> str:
-        # An endpoint may repeat the key that it was sent
+        # An endpoint may repeat the key that it received
         return f"{type(error).__name__}: {error}".replace(self._api_key, "***")[:500]

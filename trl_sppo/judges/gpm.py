@@ -1,4 +1,4 @@
-"""The general preference model, which embeds completions."""
+"""General preference models, which embed completions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,15 +30,15 @@ class GeneralPreferenceJudge(LocalJudge):
 
     Args:
         model (`str`):
-            Path or hub id of a checkpoint with the weights `model.*`, `value_head.weight` and maybe
+            Path or hub id of a checkpoint with the weights `model.*`, `value_head.weight` and optionally
             `prompt_head.weight`, such as `general-preference/GPM-Gemma-2-2B`. Without a prompt head b = 1. Loaded from
             safetensors only, without remote code.
         embedding_dim (`int`):
             Length of v: the first dimension of `value_head.weight`, an even number.
         tau (`float`, *optional*, defaults to `0.1`):
-            Temperature, in units of the score. 0.1 is what the published models were trained with.
+            Temperature, in units of the score. The published models were trained with 0.1.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the model, with a chat template. The one saved beside the model by default.
+            Tokenizer of the model, with a chat template. The default is the one saved with the model.
         batch_size (`int`, *optional*, defaults to `8`):
             Completions per forward pass.
         max_length (`int`, *optional*, defaults to `4096`):
@@ -111,9 +111,9 @@ class GeneralPreferenceJudge(LocalJudge):
         """The text of the prompt alone, and with the completion."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = break_up_messages(self._special, messages)
-        answer = {"role": "assistant", "content": break_up(self._special, completion_text(completion))}
+        reply = {"role": "assistant", "content": break_up(self._special, completion_text(completion))}
         alone, whole = (
-            self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in (messages, [*messages, answer])
+            self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in (messages, [*messages, reply])
         )
         return alone, whole
 

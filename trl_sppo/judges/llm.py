@@ -1,4 +1,4 @@
-"""A language model as the judge, behind an OpenAI-compatible endpoint."""
+"""Language models as judges, behind an OpenAI-compatible endpoint."""
 
 import json
 import math
@@ -21,20 +21,20 @@ DEFAULT_INSTRUCTIONS = (
 )
 
 
-# Below it, the model was about to say something else than a verdict
+# Below it, the model was about to write something other than a verdict
 MIN_VERDICT_MASS = 0.01
 
 
 class LLMJudge(Endpoint):
     """
-    A language model behind an OpenAI-compatible endpoint (such as `vllm serve`), asked which answer is better.
+    A language model behind an OpenAI-compatible endpoint (such as `vllm serve`) that compares two completions.
 
         P(first beats second | prompt) = p(A) / (p(A) + p(B))        at the first token of its verdict
 
-    It is no verdict if p(A) + p(B) is below 0.01.
+    There is no verdict if p(A) + p(B) is below 0.01.
 
-    Language models favour a position: ask in both orders and average, as [`SPPOTrainer`] does. The verdict has to be
-    the first token, so serve a model that thinks first with thinking switched off.
+    Language models favour a position: compare in both orders and average, as [`SPPOTrainer`] does. The verdict must be
+    the first token, so switch off the thinking of a model that thinks first.
 
     Args:
         model (`str`):
@@ -42,15 +42,15 @@ class LLMJudge(Endpoint):
         base_url (`str`):
             URL of the endpoint, such as `http://localhost:8000/v1`.
         api_key (`str`, *optional*):
-            Key for the endpoint. By default the environment variable `OPENAI_API_KEY`, if there. It is never shown.
+            Key for the endpoint. The default is the environment variable `OPENAI_API_KEY`, if set. It is never shown.
         max_concurrency (`int`, *optional*, defaults to `32`):
-            Requests under way at a time, per process.
+            Requests at a time, per process.
         timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds to wait for an answer, per attempt.
+            Seconds to wait for a response, per attempt.
         max_retries (`int`, *optional*, defaults to `3`):
             Further attempts, with growing pauses, after a time-out, a lost connection or an error of the server.
         instructions (`str`, *optional*):
-            What to prefer. It stands before the prompt and the two answers. It should say that these are data.
+            What to prefer. It precedes the prompt and the two completions, and should say that these are data.
 
     Raises:
         `ImportError`: if `openai` is not installed.
@@ -89,10 +89,10 @@ class LLMJudge(Endpoint):
         """P(first beats second | prompt) for each of N comparisons, `None` where the endpoint gave no verdict."""
         masses: list[float] = []
 
-        async def ask(client: Any, prompt: Messages, answer_a: Messages, answer_b: Messages) -> float:
+        async def ask(client: Any, prompt: Messages, first_text: Messages, second_text: Messages) -> float:
             response = await client.chat.completions.with_raw_response.create(
                 model=self.model,
-                messages=[{"role": "user", "content": self._request(prompt, answer_a, answer_b)}],
+                messages=[{"role": "user", "content": self._request(prompt, first_text, second_text)}],
                 temperature=0,
                 max_tokens=1,
                 logprobs=True,
@@ -110,17 +110,17 @@ class LLMJudge(Endpoint):
             log_metric(f"{self.__name__}/verdict_mass", sum(masses) / len(masses))
         return verdicts
 
-    def _request(self, prompt: Messages, answer_a: Messages, answer_b: Messages) -> str:
+    def _request(self, prompt: Messages, first_text: Messages, second_text: Messages) -> str:
         """The message that is sent for one comparison."""
-        # What comes from models is data. In a JSON string it can close no quote, so it stays inside its own answer.
-        # And the endpoint renders this message with a chat template and then looks for control tokens in the whole: a
-        # completion that spells <|im_end|>, </s>, <start_of_turn> or [INST] would end the turn and speak as somebody
-        # else. They all begin with "<" or "[", so these two are written as JSON escapes (the object itself has no
-        # list). Letters beyond ASCII stay readable.
+        # Completions are data. In a JSON string a completion cannot close a quote, so it stays inside its own field.
+        # The endpoint also renders this message with a chat template and then looks for control tokens: a completion
+        # that spells <|im_end|>, </s>, <start_of_turn> or [INST] would end the turn and speak for somebody else. All
+        # of these begin with "<" or "[", so both are written as JSON escapes (the object itself has no list). Letters
+        # beyond ASCII stay readable.
         data = {
             "prompt": prompt_text(prompt),
-            "answer_A": completion_text(answer_a),
-            "answer_B": completion_text(answer_b),
+            "answer_A": completion_text(first_text),
+            "answer_B": completion_text(second_text),
         }
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("[", "\\u005b")
         # All in one message: some chat templates (Gemma's) refuse a system role
@@ -128,18 +128,18 @@ class LLMJudge(Endpoint):
 
 
 class _NoVerdictError(BadAnswerError):
-    """An endpoint's answer holds no verdict."""
+    """An endpoint's response holds no verdict."""
 
 
 def _verdict(body: str) -> tuple[float, float]:
-    """p(A) and p(B) from the answer of a chat completion endpoint, of which nothing is taken for granted."""
+    """p(A) and p(B) from the response of a chat completion endpoint, which may hold anything."""
     try:
         top = json.loads(body)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         likeliest = [(str(entry["token"]).strip(), math.exp(entry["logprob"])) for entry in top]
     except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise _NoVerdictError(f"the answer has no log-probabilities of the first token: {body!r}") from error
     p_a, p_b = (sum(probability for token, probability in likeliest if token == letter) for letter in "AB")
-    # A model that was about to say something else (such as <think>) has given no verdict
+    # A model that was about to write something else (such as <think>) gave no verdict
     if not MIN_VERDICT_MASS <= p_a + p_b < math.inf:
         raise _NoVerdictError(f"its first token is hardly A or B, but one of {[token for token, _ in likeliest]}")
     return p_a, p_b

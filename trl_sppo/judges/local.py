@@ -1,4 +1,4 @@
-"""What judges share that run a model in this process."""
+"""Judges that run a model in this process: devices, micro-batches, loading."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class LocalJudge:
-    """What judges share that run a model in this process."""
+    """Judges that run a model in this process: devices, micro-batches, loading."""
 
     model: Any
     tokenizer: Any
@@ -74,7 +74,7 @@ def check_positive(**options: float) -> None:
 
 
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """A model, and which weights were missing. transformers would also advise to train them."""
+    """A model, and which of its weights were missing."""
     check_safetensors("judge", path)
     with no_own_code(path), whole_and_silent():  # nobody would put a divided judge together again
         return kind.from_pretrained(
@@ -83,7 +83,7 @@ def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def load_tokenizer(path: Any) -> PreTrainedTokenizerBase:
-    with no_own_code(path):  # without an answer, transformers would ask for one on the terminal
+    with no_own_code(path):  # otherwise transformers asks on the terminal
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
@@ -103,6 +103,6 @@ def check_loaded(path: str, missing: set[str]) -> None:
 
 def not_found(path: str, error: OSError) -> ValueError:
     return ValueError(
-        f"judge {path!r} is neither a folder with a config.json nor a model that can be had from the Hugging Face "
+        f"judge {path!r} is neither a folder with a config.json nor a model that is available on the Hugging Face "
         f"hub. Check the path. ({error})"
     )

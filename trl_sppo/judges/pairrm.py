@@ -1,4 +1,4 @@
-"""PairRM and classifiers with its input form."""
+"""PairRM, and classifiers with its input format."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -80,8 +80,8 @@ class PairRMJudge(LocalJudge):
             `...ForSequenceClassification` model with one label that was trained on the same input form. Or such a
             model, loaded; `tokenizer` is then required. Loaded from safetensors only, without remote code.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the model, with the tokens `<|source|>`, `<|candidate1|>` and `<|candidate2|>`. The one saved
-            beside the model by default. Its chat template, if it has one, renders conversational prompts.
+            Tokenizer of the model, with the tokens `<|source|>`, `<|candidate1|>` and `<|candidate2|>`. The
+            default is the one saved with the model. Its chat template, if it has one, renders conversational prompts.
         batch_size (`int`, *optional*, defaults to `8`):
             Comparisons per forward pass.
         max_length (`int`, *optional*, defaults to `2048`):

@@ -1,4 +1,4 @@
-"""What judges read: the text of prompts and completions, which come from data and from models, never instructions."""
+"""Texts that judges read: prompts and completions, as data and never as instructions."""
 
 import re
 from typing import Any, TypeAlias
@@ -26,13 +26,13 @@ def prompt_text(prompt: Messages) -> str:
 
 
 def _content_text(message: dict[str, Any]) -> str:
-    """The text of a message; of one in parts, such as a text and an image, that of the parts that have one."""
+    """The text of a message. Of several parts, such as a text and an image, the parts with text."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, *more: str) -> re.Pattern[str]:
-    """Matches what a text could spell and the model read as control: special tokens, and others of the template's."""
+    """A pattern of what a model reads as control if a text spells it: special tokens and tokens of the template."""
     template = str(tokenizer.chat_template or "")
     added = tokenizer.added_tokens_decoder.values()
     # Added tokens that only stand for white space are text, though templates have it too
@@ -43,7 +43,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, *more: str) -> re.Pattern
 
 
 def break_up(special: re.Pattern[str], text: str) -> str:
-    """Text is data: put a space into each special token that it spells, so that it is read as ordinary text."""
+    """Put a space into each special token that a text spells, so that the model reads it as ordinary text."""
     return special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 

@@ -1,15 +1,22 @@
-"""Prepares the quickstart's models and prompts as ordinary folders, so that an ordinary recipe can name them."""
+"""Models and prompts of the quickstart, as ordinary folders that an ordinary recipe can name."""
 
 import shutil
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from pathlib import Path
 
 
 POLICY_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The reward model has read single texts, so its template renders the last answer only, with BERT's special tokens (TRL
-# tokenizes the rendered text without adding any).
+# The reward model was trained on single texts, so its template renders the completion only, with BERT's special tokens
+# (TRL tokenizes the rendered text without adding any).
 REWARD_TEMPLATE = "{{ '[CLS] ' + messages[-1]['content'] + ' [SEP]' }}"
+
+
+def recipe(name: str) -> AbstractContextManager[Path]:
+    """The path of a recipe of this package, installed or beside it in the repository."""
+    installed = files("trl_sppo") / "recipes" / name
+    return as_file(installed if installed.is_file() else files("trl_sppo") / ".." / "recipes" / name)
 
 
 def prepare(folder: Path) -> None:
@@ -50,7 +57,7 @@ def _make_reward_model(folder: Path) -> None:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the encoder has no scoring head, which is no news: the adapter brings it
+    logging.set_verbosity_error()  # the encoder has no scoring head: the adapter adds it
     model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1, use_safetensors=True)
     logging.set_verbosity(verbosity)
     with as_file(files("trl_sppo.quickstart") / "reward_model") as adapter:

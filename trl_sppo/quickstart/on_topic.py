@@ -1,4 +1,4 @@
-"""A judge that does not mind sentiment: does an answer speak of the film that the prompt is about?"""
+"""A judge that ignores sentiment: is the completion about the film in the prompt?"""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 def on_topic(
     prompts: list[list[dict[str, str]]], completions: list[list[dict[str, str]]], **kwargs: Any
 ) -> list[float]:
-    """A reward function: how many of the words of four letters or more behind "in which" an answer takes up."""
+    """A reward function: how many of the words of four letters or more after "in which" the completion contains."""
     return [
         float(len(_words(prompt[-1]["content"].split(" in which ")[-1]) & _words(completion[0]["content"])))
         for prompt, completion in zip(prompts, completions, strict=True)

@@ -1,18 +1,18 @@
-"""`trl-sppo quickstart`: prepare, train on an ordinary recipe, then show how its evaluations went."""
+"""`trl-sppo quickstart`: prepare, train on an ordinary recipe, and show the results of its evaluations."""
 
 import json
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from transformers.trainer_utils import IntervalStrategy
 
-from .. import cli, options, train
+from .. import options, train
 from ..evaluation import WinRate
+from ..evaluation_files import Groups
 from ..ladder import stored_players
-from ..play import Groups, play_stored
+from ..play import play_stored
 from ..report import write_report
+from ..tables import as_table
 from . import assets
 
 
@@ -28,25 +28,24 @@ JUDGES = {
 def main(argv: list[str]) -> None:
     """Run the quickstart in the working directory. `argv` overrides options of its recipe."""
     start = time.monotonic()
-    console = Console()
-    with cli.recipe("quickstart.yaml") as recipe:
+    with assets.recipe("quickstart.yaml") as recipe:
         argv = ["--config", str(recipe), *argv]
         args = options.check_arguments(argv)  # before anything is prepared
         strategy = IntervalStrategy(args.eval_strategy).value
         if not args.save_rollouts or strategy == "no":
             options.fail(
-                f"the quickstart shows how its evaluations went, and save_rollouts={args.save_rollouts} or "
-                f"eval_strategy={strategy} leaves none. Remove that option, or use `trl-sppo train`."
+                f"the quickstart shows the results of its evaluations, and save_rollouts={args.save_rollouts} or "
+                f"eval_strategy={strategy} leaves none. Remove this option, or use `trl-sppo train`."
             )
-        console.rule("1/3 Preparing models and prompts")
+        print("\n1/3 Preparing models and prompts")
         assets.prepare(FOLDER)
-        console.rule("2/3 Training with SPPO")
+        print("\n2/3 Training with SPPO")
         trainer = train.main(argv)
     args = trainer.args
     history = trainer.state.log_history
     del trainer
 
-    console.rule("3/3 The trained policy against the initial one, on held-out prompts")
+    print("\n3/3 The trained policy against the initial one, on held-out prompts")
     output_dir = Path(args.output_dir)
     players = stored_players(output_dir)  # the evaluations of the training
     initial, trained = players[0], players[max(players)]
@@ -55,34 +54,26 @@ def main(argv: list[str]) -> None:
     (output_dir / "win_rates.json").write_text(json.dumps(win_rates, indent=2) + "\n")
     _draw(output_dir / "quickstart.png", history, results)
     write_report(output_dir)
-    _show(console, initial, trained, results)
-    console.print(
+    _show(initial, trained, results)
+    print(
         f"\nSaved in {output_dir}: the adapter, report.html, quickstart.png, win_rates.json, and all completions in "
         f"evaluations ({time.monotonic() - start:.0f} s in all)"
     )
 
 
-def _show(console: Console, initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
-    examples = Table(
-        title="Held-out prompts, first sample of each policy (score of the reward model)", show_lines=True
-    )
-    for column in ("prompt", "initial", "trained"):
-        examples.add_column(column)
+def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
+    examples = []
     for before, after in list(zip(initial, trained, strict=True))[:EXAMPLES]:
         cells = [
             f"{group['completions'][0][0]['content'].strip()} ({group['scores']['reward_model'][0]:+.2f})"
             for group in (before, after)
         ]
-        examples.add_row(before["prompt"][-1]["content"], *cells)
-    console.print(examples, markup=False)
-
-    table = Table(title="Win rate of the trained policy against the initial one")
-    for column in ("judge", "win rate", "95 % interval", "prompts"):
-        table.add_column(column)
-    for judge, result in results.items():
-        name = JUDGES.get(judge, judge)
-        table.add_row(name, f"{result.mean:.3f}", f"{result.low:.3f} to {result.high:.3f}", str(result.num_prompts))
-    console.print(table)
+        examples.append([before["prompt"][-1]["content"], *cells])
+    print("\nHeld-out prompts, first completion of each policy (score of the reward model)\n")
+    print(as_table(["prompt", "initial", "trained"], examples, width=118))
+    print("\nWin rate of the trained policy against the initial one\n")
+    rows = [[JUDGES.get(judge, judge), str(rate), str(rate.num_prompts)] for judge, rate in results.items()]
+    print(as_table(["judge", "win rate, 95 % interval", "prompts"], rows))
 
 
 def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:

@@ -12,5 +12,5 @@ def _analyzer() -> Any:
 
 
 def vader(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
-    """A reward function: VADER's sentiment of each answer, from -1 to 1."""
+    """A reward function: VADER's sentiment of each completion, from -1 to 1."""
     return [_analyzer().polarity_scores(completion[0]["content"])["compound"] for completion in completions]
