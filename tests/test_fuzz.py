@@ -22,7 +22,7 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import TINY, make_tokenizer
+from helpers import TINY, make_tokenizer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -32,7 +32,7 @@ from trl_sppo import train
 
 
 RECIPE = {
-    "model_name_or_path": "policy", "reward_funcs": "conftest.count_abc", "dataset_name": "prompts",
+    "model_name_or_path": "policy", "reward_funcs": "helpers.count_abc", "dataset_name": "prompts",
     "output_dir": "out", "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4,
     "max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
     "gradient_checkpointing": False, "disable_tqdm": True,
@@ -97,8 +97,8 @@ TEXTS = st.sampled_from(
         "./nowhere",
         "policy/config.json",
         "policy/nowhere",
-        "conftest",
-        "conftest.TINY",
+        "helpers",
+        "helpers.TINY",
         "a.b",
         ".",
         "é☃",

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import count_abc
 from datasets import Dataset
+from helpers import count_abc
 
 from trl_sppo.ladder import stored_players
 from trl_sppo.opponents import EvaluationFiles

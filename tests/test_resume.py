@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
-from fixed import weights
+from helpers import RUN_PROMPTS, TINY, assert_same, count_abc, history, make_tokenizer, more_abc, weights
 from peft import IA3Config, LoraConfig
 from transformers import (
     BitsAndBytesConfig,
@@ -27,60 +26,8 @@ from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_ma
 from trl_sppo.forms import differences, fingerprint
 
 
-# Iterations of two optimizer steps, each of two micro-batches; three iterations in an epoch
-RUN = {
-    "per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 9,
-    "save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "seed": 3,
-}  # fmt: skip
-PROMPTS = [a + b for a in "abcdef" for b in ("x", "yz")]
-
-
 def lora() -> LoraConfig:
     return LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-@pytest.fixture
-def start(make_trainer, tiny_policy, tmp_path, monkeypatch):
-    """A function that builds a trainer in a folder of its own, and counts its calls of `generate` and of scoring."""
-
-    generate = Qwen2ForCausalLM.generate
-
-    def build(folder: str, **options):
-        calls = Counter()
-
-        def score(completions, **kwargs):
-            calls["score"] += 1
-            return count_abc(completions)
-
-        torch.manual_seed(0)
-        options = {
-            "model": tiny_policy, "reward_funcs": score, "prompts": PROMPTS, **RUN,
-            "output_dir": str(tmp_path / folder), **options,
-        }  # fmt: skip
-        trainer = make_trainer(**options)
-
-        def counting(*args, **kwargs):
-            calls["generate"] += 1
-            return generate(*args, **kwargs)
-
-        monkeypatch.setattr(Qwen2ForCausalLM, "generate", counting)
-        trainer.calls = calls
-        return trainer
-
-    return build
-
-
-def history(trainer) -> list[dict]:
-    """The log, without times and what is said of one call of `train`."""
-    words = "time", "per_second", "train_loss"
-    return [{k: v for k, v in row.items() if not any(w in k for w in words)} for row in trainer.state.log_history]
-
-
-def assert_same(actual, expected) -> None:
-    for name, value in weights(expected).items():
-        assert torch.equal(weights(actual)[name], value), name
-    for mine, row in zip(history(actual), history(expected), strict=True):
-        assert mine == row
 
 
 # ---- Exact resume
@@ -144,7 +91,7 @@ def test_with_several_passes_a_moving_reference_oracles_and_evaluations(start, t
         "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4, "save_steps": 5,
         "disable_dropout": False, "lr_scheduler_type": "cosine", "optim": "rmsprop",
     }  # fmt: skip
-    kwargs = {"preference_func": more_abc, "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"preference_func": more_abc, "eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     whole = start("whole", **options, trainer_kwargs=kwargs)
     whole.train()
     resumed = start("resumed", **options, trainer_kwargs=kwargs)
@@ -169,7 +116,7 @@ def test_qlora(start, tmp_path):
 
 def test_streamed_prompts(start, tmp_path):
     def build(folder):
-        prompts = Dataset.from_dict({"prompt": PROMPTS}).to_iterable_dataset()
+        prompts = Dataset.from_dict({"prompt": RUN_PROMPTS}).to_iterable_dataset()
         return start(folder, trainer_kwargs={"train_dataset": prompts})
 
     whole = build("whole")
@@ -183,7 +130,7 @@ def test_evaluations_change_nothing_about_the_training(start):
     without = start("without")
     without.train()
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
-    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     evaluated = start("with", **evaluation, trainer_kwargs=kwargs)
     evaluated.train()
     for name, value in weights(without).items():

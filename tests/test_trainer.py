@@ -8,11 +8,9 @@ from itertools import count
 import pandas as pd
 import pytest
 import torch
-from conftest import count_abc, make_tokenizer, more_abc
 from datasets import Dataset, load_dataset
-from fixed import COMPLETIONS, alphabet_score, fixed_rollout, weights
+from helpers import COMPLETIONS, alphabet_score, count_abc, decoder, fixed_rollout, make_tokenizer, more_abc, weights
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_rewards import decoder
 from trl import GRPOTrainer
 
 from trl_sppo.faults import RunError
