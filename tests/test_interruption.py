@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from datasets import Dataset
 from helpers import RUN_PROMPTS, TRL_SPPO, assert_same
 from transformers import TrainerCallback
 
-from trl_sppo import interruption
+from trl_sppo import SPPOTrainer, interruption
 from trl_sppo.checkpoints import last_whole_checkpoint
 
 
@@ -39,12 +40,17 @@ def interrupt(trainer, callback, expected) -> None:
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
 
 
+WHOLE: dict[int, SPPOTrainer] = {}  # by save_steps
+
+
 @pytest.mark.parametrize("micro_step", [1, 2, 3, 4, 5, 7, 8, 12])
 @pytest.mark.parametrize("save_steps", [1, 100])
 def test_a_signal_at_any_micro_step(start, tmp_path, capsys, micro_step, save_steps):
     """Two in an optimizer step, four in an iteration, twelve in an epoch. Weights and log are those of a whole run."""
-    whole = start("whole", save_steps=save_steps)
-    whole.train()
+    if save_steps not in WHOLE:
+        WHOLE[save_steps] = start("whole", save_steps=save_steps)
+        WHOLE[save_steps].train()
+    whole = WHOLE[save_steps]
     interrupted = start("run", save_steps=save_steps)
     interrupt(interrupted, SignalAt(interrupted, micro_step), SystemExit(143))
     step = micro_step // 2
@@ -264,12 +270,8 @@ def test_the_command_passes_signals_on_and_ends_with_their_code(workdir, tmp_pat
         "num_processes": processes, "save_strategy": "steps", "save_steps": 100, "max_steps": 8, "seed": 1,
         "learning_rate": 1e-2,
     }  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{tmp_path}",
-    }
-    launch = [*TRL_SPPO, "--resume_from_checkpoint", "true"]
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{tmp_path}"}
+    launch = [warm.python(), *TRL_SPPO[1:], "--resume_from_checkpoint", "true"]
     if processes > 1:
         launch += ["--main_process_port", "0"]
     command = [*launch, *workdir(**options)]

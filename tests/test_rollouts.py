@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from trl import GRPOTrainer
 
-from trl_sppo import SPPOConfig, SPPOTrainer, preferences_from_scores
+from trl_sppo import SPPOConfig, preferences_from_scores
 from trl_sppo.rollouts import Verdict, take_rows, to_device, trim_completions
 
 
@@ -89,10 +89,9 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
     assert all(piece["completion_ids"].device.type == "cpu" for piece in trainer._buffered_inputs)
 
 
-def test_on_a_gpu_each_new_rollout_is_pinned_once(monkeypatch):
-    trainer = object.__new__(SPPOTrainer)
+def test_on_a_gpu_each_new_rollout_is_pinned_once(make_trainer, monkeypatch):
+    trainer = make_trainer()
     trainer.accelerator = SimpleNamespace(device=torch.device("cuda"))
-    trainer._buffered_inputs, trainer._pinned = None, False
     rollouts = iter([["a", "b"], ["c", "d"]])
 
     def prepare(self, generation_batch):
