@@ -200,6 +200,26 @@ def workdir(tiny_policy, tmp_path, monkeypatch):
     return write
 
 
+SIZES: dict = {}
+
+
+@pytest.fixture
+def measured_once(monkeypatch):
+    """`trl-sppo check` measures a model once for all tests."""
+    from trl_sppo import plan
+
+    measure = plan.size_of
+
+    def size_of(config, *args):
+        facts = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+        key = repr((facts, *args))
+        if key not in SIZES:
+            SIZES[key] = measure(config, *args)
+        return SIZES[key]
+
+    monkeypatch.setattr(plan, "size_of", size_of)
+
+
 @pytest.fixture
 def start(make_trainer, tiny_policy, tmp_path, monkeypatch):
     """A function that builds a trainer in a folder of its own, and counts its calls of `generate` and of scoring."""

@@ -17,6 +17,7 @@ from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
 
 
 PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart")
+pytestmark = pytest.mark.usefixtures("measured_once")
 LORA = RECIPES / "qwen2.5-7b-instruct/lora.yaml"
 
 

@@ -25,6 +25,7 @@ from trl_sppo.foreign_options import INSTEAD
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+pytestmark = pytest.mark.usefixtures("measured_once")
 README_AND_PAGES = [ROOT / "README.md", *PAGES]
 
 

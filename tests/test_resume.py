@@ -31,6 +31,24 @@ def lora() -> LoraConfig:
     return LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+DONE: dict[str, Path] = {}
+
+
+@pytest.fixture
+def once(start, tmp_path_factory):
+    """A function that trains with these options, once for all tests, and returns the output directory."""
+
+    def train(**options) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in DONE:
+            folder = tmp_path_factory.mktemp("once")
+            start("", output_dir=str(folder), **options).train()
+            DONE[key] = folder
+        return DONE[key]
+
+    return train
+
+
 # ---- Exact resume
 
 
@@ -360,9 +378,8 @@ def test_training_twice_with_one_trainer(start):
         ({"num_generations": 2}, r"num_generations was 4, now 2"),
     ],
 )
-def test_other_batches(start, tmp_path, changes, expected):
-    start("run", max_steps=1).train()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
+def test_other_batches(start, once, changes, expected):
+    checkpoint = once(max_steps=1) / "checkpoint-1"
     with pytest.raises(ValueError, match=expected) as error:
         start("other", **changes).train(resume_from_checkpoint=str(checkpoint))
     assert f"begin a new run from its weights with model_name_or_path='{checkpoint}'" in str(error.value)
@@ -397,12 +414,11 @@ FORMS = [
 
 @pytest.mark.parametrize(("then", "now", "expected"), FORMS)
 @pytest.mark.parametrize("early", [True, False])
-def test_a_checkpoint_of_another_form(start, tiny_policy, tmp_path, monkeypatch, then, now, expected, early):
+def test_a_checkpoint_of_another_form(start, once, tmp_path, monkeypatch, then, now, expected, early):
     """It is refused before the checkpoint is loaded, and before the policy is, if what differs is known by then."""
     torch.manual_seed(1)
     Qwen2ForCausalLM(Qwen2Config(**TINY)).save_pretrained(tmp_path / "other")
-    start("run", max_steps=1, **then).train()
-    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    checkpoint = str(once(max_steps=1, **then) / "checkpoint-1")
     if "model" in now:
         now = {**now, "model": str(tmp_path / "other")}
     known_late = any(words in expected for words in ("target_modules", "modules_to_save"))
