@@ -42,9 +42,7 @@ def python() -> str:
     program.write_text(PROGRAM.format(python=sys.executable, folder=str(Path(__file__).parent), address=address))
     program.chmod(0o700)
     command = [sys.executable, __file__, address, str(program)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "OMP_NUM_THREADS": "1"
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdin and server.stdout and server.stdout.readline() == b"ready\n"
 
