@@ -69,7 +69,8 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    node.config.stash[NOT_RUN] = getattr(node, "workeroutput", {}).get("not_run", [])
+    if not_run := getattr(node, "workeroutput", {}).get("not_run"):
+        node.config.stash[NOT_RUN] = not_run
 
 
 def pytest_terminal_summary(terminalreporter, config):
