@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import yaml
-from conftest import make_tokenizer
+from helpers import make_tokenizer
 
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import count_abc, make_tokenizer
 from datasets import Dataset
+from helpers import count_abc, make_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from two_processes import FSDP, MODEL  # first of all, since it lets accelerate shard on a CPU
 

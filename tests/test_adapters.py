@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
 from datasets import Dataset
-from fixed import weights
+from helpers import TINY, make_tokenizer, weights
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -346,7 +345,7 @@ def recipe(tiny_policy, tmp_path):
 
 @pytest.fixture
 def rewards(tmp_path, monkeypatch):
-    (tmp_path / "my.py").write_text("from conftest import count_abc as abc\n")
+    (tmp_path / "my.py").write_text("from helpers import count_abc as abc\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_cli import message, workdir  # noqa: F401
+from helpers import message
 
 from trl_sppo import SPPOConfig, train
 from trl_sppo.recipes_reader import check_output_dir, read_recipe, unmade
@@ -87,12 +87,12 @@ def test_anchors(tmp_path):
         ({"report_to": "wandb"}, "report_to='wandb' needs a package that is not installed"),
     ],
 )
-def test_bad_values(workdir, tmp_path, capsys, changes, expected):  # noqa: F811
+def test_bad_values(workdir, tmp_path, capsys, changes, expected):
     assert expected in message(capsys, workdir(**changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_whole_numbers_will_do_where_numbers_are_wanted(workdir):  # noqa: F811
+def test_whole_numbers_will_do_where_numbers_are_wanted(workdir):
     """transformers refuses a temperature that is no float, in the middle of generation."""
     assert train.main(workdir(temperature=2)).state.global_step == 1
     assert isinstance(SPPOConfig("out", bf16=False, temperature=2).temperature, float)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import TINY, make_tokenizer
+from helpers import TINY, make_tokenizer
 from recipe_files import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig
@@ -20,6 +20,7 @@ from trl_sppo.options import load_preference_funcs
 
 
 PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart")
+pytestmark = pytest.mark.usefixtures("measured_once")
 LORA = RECIPES / "qwen2.5-7b-instruct/lora.yaml"
 
 
@@ -270,7 +271,7 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
         ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "as many as the threshold leaves of them"),
         ({"win_rate_threshold": 0.6, "reward_funcs": "accuracy_reward"}, "as many as the threshold leaves of them"),
         (
-            {"win_rate_threshold": 0.6, "preference_funcs": "conftest.more_abc"},
+            {"win_rate_threshold": 0.6, "preference_funcs": "helpers.more_abc"},
             "as many as the threshold leaves of them",
         ),
     ],
@@ -369,7 +370,7 @@ def test_dry_run(path, tmp_path, monkeypatch):
         options["reward_model_name_or_path"] = tiny(kind, tmp_path / "reward", reward=True)
     if "preference_funcs" in options:
         assert options["preference_funcs"] == "trl_sppo.judges.published.pairrm"
-        options["preference_funcs"] = "conftest.more_abc"
+        options["preference_funcs"] = "helpers.more_abc"
     options |= {
         "dataset_name": write_prompts(tmp_path / "prompts", 64),
         "output_dir": str(tmp_path / "out"),

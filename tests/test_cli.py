@@ -12,7 +12,8 @@ from importlib import resources
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import count_abc, make_tokenizer, more_abc
+from helpers import TRL_SPPO, count_abc, encoder, make_tokenizer, message, more_abc
+from helpers import run as run_command
 
 from trl_sppo import __version__, cli, train
 from trl_sppo.foreign_options import INSTEAD
@@ -36,38 +37,6 @@ def test_help_of_train_lists_the_options(capsys):
     printed = capsys.readouterr().out
     for option in ("--eta", "--win_rate_threshold", "--use_peft", "--load_in_4bit", "--num_generations"):
         assert option in printed
-
-
-@pytest.fixture
-def workdir(tiny_policy, tmp_path, monkeypatch):
-    """A folder with a tiny policy, prompts and a recipe; returns a function that writes the recipe."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts").mkdir()
-    for split in ("train", "test"):
-        rows = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in ("ab", "fgh", "cd e", "xyz")]
-        (tmp_path / "prompts" / f"{split}.jsonl").write_text("\n".join(rows))
-
-    def write(**changes):
-        recipe = {
-            "model_name_or_path": "policy", "reward_funcs": "conftest.count_abc", "dataset_name": "prompts",
-            "output_dir": "out", "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4,
-            "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
-            "gradient_checkpointing": False, **changes,
-        }  # fmt: skip
-        lines = [f"{name}: {json.dumps(value)}" for name, value in recipe.items() if value is not None]
-        (tmp_path / "recipe.yaml").write_text("\n".join(lines))
-        return ["--config", "recipe.yaml"]
-
-    return write
-
-
-def message(capsys, argv, run=train.main) -> str:
-    with pytest.raises(SystemExit) as exit:
-        run(argv)
-    assert exit.value.code == 2
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    return printed.split("trl-sppo: error: ")[1]
 
 
 def test_train_in_this_process(workdir, tmp_path):
@@ -130,12 +99,7 @@ def test_ctrl_c_while_a_trainer_is_built(monkeypatch, capsys):
 
 
 def test_an_error_in_the_process_is_one_message_and_a_status(workdir):
-    result = subprocess.run(
-        [sys.executable, "-m", "trl_sppo", "train", *workdir(model_name_or_path="./nowhere")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
-    )
+    result = run_command([*TRL_SPPO, *workdir(model_name_or_path="./nowhere")])
     assert result.returncode != 0
     assert result.stderr.count("trl-sppo: error: model './nowhere' is neither a folder") == 1
     assert "Traceback" not in result.stderr
@@ -277,7 +241,7 @@ def test_negated_options_work_on_the_command_line_and_are_refused_in_a_recipe(wo
 
 def test_the_environment_of_a_recipe_reaches_the_processes(workdir, tmp_path):
     (tmp_path / "rewards_of_test.py").write_text(
-        "import os\nhome = os.environ['HF_HOME']\nfrom conftest import count_abc\n"  # which has one of its own
+        "import os\nhome = os.environ['HF_HOME']\nfrom helpers import count_abc\n"
         "def seen_at_import(completions, **kwargs):\n"
         "    assert home == 'elsewhere'\n"
         "    from huggingface_hub.constants import HF_HOME\n"
@@ -341,12 +305,12 @@ def test_recipe_files(tmp_path, capsys):
         ({"preference_funcs": "nowhere.f"}, "pairwise oracle 'nowhere.f' (--preference_funcs) could not be imported"),
         ({"preference_funcs": "judge"}, "pairwise oracle 'judge' (--preference_funcs) could not be imported"),
         (
-            {"preference_funcs": "conftest.TINY"},
-            "pairwise oracle 'conftest.TINY' (--preference_funcs) is not a function",
+            {"preference_funcs": "helpers.TINY"},
+            "pairwise oracle 'helpers.TINY' (--preference_funcs) is not a function",
         ),
         ({"reward_weights": 1.0}, "recipe recipe.yaml: reward_weights must be a valid list, got 1.0."),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got [1.0, 2.0]"),
-        ({"reward_funcs": "conftest.TINY"}, "reward function 'conftest.TINY' (--reward_funcs) is not a function"),
+        ({"reward_funcs": "helpers.TINY"}, "reward function 'helpers.TINY' (--reward_funcs) is not a function"),
     ],
 )
 def test_bad_input(workdir, capsys, changes, expected):
@@ -446,14 +410,12 @@ def test_what_the_launcher_refuses_is_a_message(workdir, capsys):
 def test_named_reward_functions():
     from trl.rewards import accuracy_reward
 
-    assert load_reward_funcs(["accuracy_reward", "conftest.count_abc"]) == [accuracy_reward, count_abc]
+    assert load_reward_funcs(["accuracy_reward", "helpers.count_abc"]) == [accuracy_reward, count_abc]
     (overlong,) = load_reward_funcs(["get_soft_overlong_punishment"])  # a factory in TRL
     assert overlong(completion_ids=[[1] * 10, [1] * 2000]) == [0.0, -1.0]
 
 
 def test_two_reward_models(workdir, tmp_path):
-    from test_rewards import encoder
-
     for name in ("one", "two"):
         encoder().save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
@@ -472,7 +434,7 @@ def test_qlora(workdir, tmp_path):
 
 
 def test_pairwise_oracles_from_a_recipe(workdir):
-    options = {"preference_funcs": "conftest.more_abc", "both_orders": False, "logging_steps": 1}
+    options = {"preference_funcs": "helpers.more_abc", "both_orders": False, "logging_steps": 1}
     trainer = train.main(workdir(reward_funcs=None, **options))
     log = trainer.state.log_history[0]
     assert trainer.voters.oracles == {"more_abc": more_abc}

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
 from datasets import Dataset, load_dataset
+from helpers import TINY, make_tokenizer
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

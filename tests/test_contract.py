@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY, count_abc, make_tokenizer
 from datasets import Dataset
+from helpers import TINY, count_abc, make_tokenizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations import deepspeed

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_cli import workdir  # noqa: F401
-from test_launch import TRL_SPPO
+from helpers import TRL_SPPO
 
 
 REWARDS = """
@@ -26,7 +25,7 @@ def slow(completions, **kwargs):
 @pytest.mark.parametrize(
     ("command", "moment"), [("rollout", "importing"), ("rollout", "scoring"), ("train", "importing")]
 )
-def test_ctrl_c_in_a_terminal(workdir, command, moment):  # noqa: F811
+def test_ctrl_c_in_a_terminal(workdir, command, moment):
     """A terminal signals all processes, and the launcher passes it on."""
     Path("my_rewards.py").write_text(REWARDS)
     argv = [*TRL_SPPO[:-1], command, *workdir(reward_funcs="my_rewards.slow", save_strategy="steps", max_steps=50)]

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
-from conftest import make_tokenizer
+from helpers import ACCELERATE, encoder, make_tokenizer, run
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
-from test_launch import ACCELERATE, run
-from test_rewards import encoder
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from two_processes import MODEL
 

@@ -11,11 +11,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer, more_abc
-from fixed import alphabet_score
-from test_cli import message, workdir  # noqa: F401
-from test_launch import ACCELERATE, run
-from test_rewards import decoder
+from helpers import ACCELERATE, alphabet_score, decoder, make_tokenizer, message, more_abc, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer, ModelConfig
 
@@ -33,6 +29,7 @@ from trl_sppo.options import check_arguments, make_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+pytestmark = pytest.mark.usefixtures("measured_once")
 README_AND_PAGES = [ROOT / "README.md", *PAGES]
 
 
@@ -173,7 +170,7 @@ def test_commands_run(page, readers_folder):
 
 
 @pytest.fixture
-def readers_folder(workdir, tmp_path):  # noqa: F811
+def readers_folder(workdir, tmp_path):
     """What the pages take to be there: the quickstart's files, their own, and `recipe.yaml` and `train.yaml`."""
     workdir(save_strategy="steps", save_steps=1, per_device_train_batch_size=4)
     recipe = (tmp_path / "recipe.yaml").read_text()

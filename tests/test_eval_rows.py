@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
-from test_evaluate import EVAL, JUDGES, PROMPTS, folder, run  # noqa: F401
+from helpers import EVAL, EVAL_PROMPTS, JUDGES, TINY, count_abc, make_tokenizer, more_abc, run_here
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo import ladder, matches, policies
@@ -38,7 +37,7 @@ def win_rate(output_dir="eval", judge="exact") -> float:
 
 
 def play(model, opponent, *options, judges=("--reward_funcs", "test_eval_rows.exact")):
-    return run(
+    return run_here(
         "eval", "--model_name_or_path", model, "--opponent_name_or_path", opponent, *judges, *options,
     )  # fmt: skip
 
@@ -80,7 +79,7 @@ TWO_GOLDS = [{"prompt": "x", "gold": "a"}, {"prompt": "x", "gold": "b"}, {"promp
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_a_perfect_policy_wins_everything(folder, order):  # noqa: F811
+def test_a_perfect_policy_wins_everything(folder, order):
     """Also where a prompt comes twice with two gold completions."""
     perfect = write("perfect.jsonl", *[{**row, "completions": [row["gold"]] * 2} for row in TWO_GOLDS])
     wrong = write("wrong.jsonl", *[{**TWO_GOLDS[i], "completions": ["z"] * 2} for i in order])
@@ -94,10 +93,10 @@ def test_a_perfect_policy_wins_everything(folder, order):  # noqa: F811
     assert win_rate("anew") == 0.0
 
 
-def test_prompts_that_come_unequally_often_are_sampled_and_read_again(folder, capsys):  # noqa: F811
+def test_prompts_that_come_unequally_often_are_sampled_and_read_again(folder, capsys):
     Path("prompts/test.jsonl").write_text("\n".join(map(json.dumps, [*TWO_GOLDS, TWO_GOLDS[0]])))
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-    assert run(*EVAL, "--reward_funcs", "conftest.count_abc", *sides) == 0
+    assert run_here(*EVAL, "--reward_funcs", "helpers.count_abc", *sides) == 0
     assert "left out" not in capsys.readouterr().err
     for side in ("model", "opponent"):
         groups = load_completions(f"eval/{side}.parquet")
@@ -115,7 +114,7 @@ def test_prompts_that_come_unequally_often_are_sampled_and_read_again(folder, ca
     assert [group["gold"] for group in load_completions("file/opponent.parquet")] == ["a", "b", "c", "a"]
 
 
-def test_rows_with_one_completion_each(folder):  # noqa: F811
+def test_rows_with_one_completion_each(folder):
     """Those that are equal in all other columns are one group, and only those."""
     name = write(
         "single.jsonl",
@@ -150,7 +149,7 @@ def test_the_ladder_keeps_rows_apart(tmp_path):
         ]
         policies_file = EvaluationFiles(str(tmp_path)).path("", step)
         write_parquet(policies_file, groups[:: 1 if step else -1], None)
-    assert run("ladder", tmp_path) == 0
+    assert run_here("ladder", tmp_path) == 0
     result = json.loads((tmp_path / "ladder.json").read_text())["j"]["5"]["0"]
     assert result["mean"] == 1.0 and result["num_prompts"] == 2
 
@@ -181,16 +180,16 @@ def strict_oracle(prompts, first, second, log_metric, **columns):
 
 
 def taken_rows() -> list[dict]:
-    return [{"prompt": prompt, **TAKEN, "answers": f"gold of {prompt}"} for prompt in PROMPTS]
+    return [{"prompt": prompt, **TAKEN, "answers": f"gold of {prompt}"} for prompt in EVAL_PROMPTS]
 
 
 STRICT = ("--reward_funcs", "test_eval_rows.strict", "--preference_funcs", "test_eval_rows.strict_oracle")
 
 
-def test_judges_get_columns_of_every_name(folder):  # noqa: F811
+def test_judges_get_columns_of_every_name(folder):
     Path("prompts/test.jsonl").write_text("\n".join(map(json.dumps, taken_rows())))
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-    assert run(*EVAL, *STRICT, *sides) == 0
+    assert run_here(*EVAL, *STRICT, *sides) == 0
     # They come back from the files
     assert row_of(load_completions("eval/model.parquet")[0]) == taken_rows()[0]
     assert play("eval/model.parquet", "eval/opponent.parquet", "--output_dir", "again", judges=STRICT) == 0
@@ -200,7 +199,7 @@ def test_judges_get_columns_of_every_name(folder):  # noqa: F811
     assert play(write("theirs.jsonl", *theirs), "eval/model.parquet", "--output_dir", "their", judges=STRICT) == 0
 
 
-def test_judges_of_the_ladder_get_columns_of_every_name(folder, make_trainer):  # noqa: F811
+def test_judges_of_the_ladder_get_columns_of_every_name(folder, make_trainer):
     trainer = make_trainer(
         model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1, max_steps=2,
         per_device_eval_batch_size=4, output_dir="run",
@@ -211,7 +210,7 @@ def test_judges_of_the_ladder_get_columns_of_every_name(folder, make_trainer):  
     )  # fmt: skip
     trainer.train()
     assert row_of(EvaluationFiles("run").read("", 2)[0]) == taken_rows()[0]
-    assert run("ladder", "run", *STRICT) == 0  # which samples step 1
+    assert run_here("ladder", "run", *STRICT) == 0  # which samples step 1
     assert set(json.loads(Path("run/ladder.json").read_text())["strict"]) == set("012")
     # The files of a run are known by their versions: `step` and `policy` are theirs
     path = EvaluationFiles("run").path("", 2)
@@ -241,29 +240,29 @@ def takes_no_more(prompts, completions):
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["eval", "ladder"])
 def test_a_judge_that_needs_another_column_is_refused_before_sampling(
-    folder, command, judge, message, capsys, monkeypatch  # noqa: F811
+    folder, command, judge, message, capsys, monkeypatch
 ):  # fmt: skip
     for module in (matches, ladder):
         monkeypatch.setattr(module, "sample", None)
     if command == "eval":
         sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-        assert run(*EVAL, *judge, *sides) == 2
+        assert run_here(*EVAL, *judge, *sides) == 2
     else:
         Path("run/checkpoint-1").mkdir(parents=True)
-        assert run("ladder", "run", *judge, "--dataset_name", "prompts") == 2
+        assert run_here("ladder", "run", *judge, "--dataset_name", "prompts") == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_column_that_only_one_file_has_is_none_to_judges_that_need_it(folder, capsys):  # noqa: F811
+def test_a_column_that_only_one_file_has_is_none_to_judges_that_need_it(folder, capsys):
     with_gold = write("with.jsonl", {"prompt": "x", "completions": ["a"], "gold": "a"})
     without = write("without.jsonl", {"prompt": "x", "completions": ["a"]})
     assert play(with_gold, without) == 2
     assert "missing a required argument: 'gold'" in capsys.readouterr().err
 
 
-def test_prompts_with_images_are_refused(folder, capsys):  # noqa: F811
+def test_prompts_with_images_are_refused(folder, capsys):
     Path("prompts/test.jsonl").write_text(json.dumps({"prompt": "x", "image": "x.png"}))
-    assert run(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") == 2
+    assert run_here(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") == 2
     assert "has images (column 'image'). This command samples from text only" in capsys.readouterr().err
 
 
@@ -285,11 +284,11 @@ THINKING = (
 
 
 @pytest.fixture
-def prompted(folder, monkeypatch):  # noqa: F811
+def prompted(folder, monkeypatch):
     """What each policy was prompted with, by the policy's path, and the texts that a reward model has read."""
     for policy in ("policy-0", "policy-1"):
         make_tokenizer(chat_template=THINKING).save_pretrained(policy)
-    chats = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in PROMPTS[:2]]
+    chats = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in EVAL_PROMPTS[:2]]
     Path("prompts/test.jsonl").write_text("\n".join(map(json.dumps, chats)))
     seen = {}
     sample_ids = policies.sample_ids
@@ -331,7 +330,8 @@ def test_policies_are_prompted_as_they_were_trained(prompted, model, opponent, o
             as_run(policy, **config)
     options = ("--chat_template_kwargs", option) if option else ()
     assert (
-        run(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0", *options) == 0
+        run_here(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0", *options)
+        == 0
     )
     assert prompted == {"policy-1": "ab" + expected[0], "policy-0": "ab" + expected[1]}
     error = capsys.readouterr().err
@@ -343,14 +343,17 @@ def test_a_checkpoint_is_prompted_as_its_run(prompted):
     Path("run").mkdir()
     Path("checkpoint-3").rename("run/checkpoint-3")
     as_run("run", **OFF)
-    assert run(*EVAL, *JUDGES, "--model_name_or_path", "run/checkpoint-3", "--opponent_name_or_path", "policy-0") == 0
+    assert (
+        run_here(*EVAL, *JUDGES, "--model_name_or_path", "run/checkpoint-3", "--opponent_name_or_path", "policy-0")
+        == 0
+    )
     assert prompted == {"run/checkpoint-3": "abq", "policy-0": "abq"}
 
 
 def test_options_of_chat_templates_in_a_file(prompted):
     Path("eval.yaml").write_text("chat_template_kwargs:\n  enable_thinking: false\nnum_generations: 2\n")
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-    assert run(*EVAL, *JUDGES, *sides, "--config", "eval.yaml") == 0
+    assert run_here(*EVAL, *JUDGES, *sides, "--config", "eval.yaml") == 0
     assert set(prompted.values()) == {"abq"}
 
 
@@ -362,8 +365,8 @@ def test_options_of_chat_templates_in_a_file(prompted):
         ('{"tokenize": false}', "chat_template_kwargs: tokenize is set by TRL itself"),
     ],
 )
-def test_options_of_chat_templates_are_checked(folder, value, message, capsys):  # noqa: F811
-    assert run(*EVAL, "--chat_template_kwargs", value) == 2
+def test_options_of_chat_templates_are_checked(folder, value, message, capsys):
+    assert run_here(*EVAL, "--chat_template_kwargs", value) == 2
     assert message in capsys.readouterr().err
 
 
@@ -395,7 +398,7 @@ def test_the_ladder_prompts_as_the_run_did_and_reward_models_too(prompted, make_
     monkeypatch.setattr(trainer, "_tokenize_prompts", spy)
     trainer.train()
     stored = EvaluationFiles("run").read("", 2)
-    assert run("ladder", "run", "--reward_model_name_or_path", "reward") == 0
+    assert run_here("ladder", "run", "--reward_model_name_or_path", "reward") == 0
     assert prompted == {"run/checkpoint-1": "abqz"} and set(trained_on) == {"abqz", "fghqz"}
     panel = LadderArguments(reward_model_name_or_path=["reward"], chat_template_kwargs=kwargs)
     again = [{name: group[name] for name in ("prompt", "completions")} for group in stored]
@@ -404,9 +407,9 @@ def test_the_ladder_prompts_as_the_run_did_and_reward_models_too(prompted, make_
         assert after["scores"]["reward"] == pytest.approx(before["scores"]["reward"], abs=1e-5)
 
 
-def test_tools_of_the_training_are_missed(folder, caplog):  # noqa: F811
+def test_tools_of_the_training_are_missed(folder, caplog):
     Path("policy-1/run_began.json").write_text(json.dumps({"config": {}, "tools": ["search", "add"]}))
-    assert run(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") == 0
+    assert run_here(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") == 0
     assert "'policy-1' was trained with tools (search, add), which it does not have here" in caplog.text
 
 
@@ -414,7 +417,7 @@ def test_tools_of_the_training_are_missed(folder, caplog):  # noqa: F811
 
 
 @pytest.mark.parametrize("moment", ["sampling the first", "sampling the second", "judging"])
-def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # noqa: F811
+def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):
     calls = []
     sample = matches.sample
 
@@ -429,7 +432,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
     Path("eval").mkdir()
     Path("eval/win_rates.json").write_text("of an earlier evaluation")
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-    assert run(*EVAL, *JUDGES, *sides) == 130
+    assert run_here(*EVAL, *JUDGES, *sides) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     kept = sorted(path.name for path in Path("eval").glob("[!_]*"))
     if moment == "sampling the first":
@@ -445,29 +448,29 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):  # 
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     sides = (*options.replace(" and ", " ").split(), "--output_dir", "again", *sides[2:][: 2 * (len(kept) == 1)])
-    assert run(*EVAL, *JUDGES, *sides) == 0
+    assert run_here(*EVAL, *JUDGES, *sides) == 0
 
 
-def test_a_judge_that_fails_loses_no_completions(folder, capsys):  # noqa: F811
+def test_a_judge_that_fails_loses_no_completions(folder, capsys):
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-    assert run(*EVAL, "--reward_funcs", "test_evaluate.broken", *sides) == 2
+    assert run_here(*EVAL, "--reward_funcs", "test_evaluate.broken", *sides) == 2
     assert "ZeroDivisionError" in (error := capsys.readouterr().err)
     assert "The completions are kept: --model_name_or_path eval/model.parquet, with another --output_dir" in error
-    assert len(load_completions("eval/model.parquet")) == len(PROMPTS)
+    assert len(load_completions("eval/model.parquet")) == len(EVAL_PROMPTS)
 
 
 @pytest.mark.parametrize("command", ["ladder", "report", "check"])
-def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):  # noqa: F811
+def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):
     name = {"ladder": "climb_run", "report": "main", "check": "main"}[command]
     module = import_module(f"trl_sppo.command_{command}")
     monkeypatch.setattr(module, name, lambda *args: signal.raise_signal(signal.SIGINT))
-    assert run(command, "prompts") == 130
+    assert run_here(command, "prompts") == 130
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines == ["trl-sppo: interrupted."]
 
 
 @pytest.mark.parametrize("command", ["eval", "ladder"])
-def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):  # noqa: F811
+def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):
     find_spec = matches.check_vllm_is_installed.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == "vllm" else find_spec(name))
     for module in (matches, ladder):
@@ -476,7 +479,7 @@ def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):  # no
     Path("run/checkpoint-1").mkdir(parents=True)
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") if command == "eval" else ()
     start = EVAL if command == "eval" else ("ladder", "run", "--dataset_name", "prompts")
-    assert run(*start, *JUDGES, *sides, "--use_vllm", "true") == 2
+    assert run_here(*start, *JUDGES, *sides, "--use_vllm", "true") == 2
     assert (
         "needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]`" in capsys.readouterr().err
     )
@@ -502,38 +505,40 @@ SIDES = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-
         ((["user"], ["user", "assistant"]), None, "prompt 1 cannot be read by policy 'policy-1': it ends with an "),
     ],
 )  # fmt: skip
-def test_prompts_that_cannot_be_read(folder, capsys, monkeypatch, rows, who, message):  # noqa: F811
+def test_prompts_that_cannot_be_read(folder, capsys, monkeypatch, rows, who, message):
     conversations(*rows)
     Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1)).save_pretrained("judge")
     make_tokenizer().save_pretrained("judge")
     if who:
         make_tokenizer(chat_template=NO_SYSTEM).save_pretrained(who)
     monkeypatch.setattr(matches, "sample", lambda *args: pytest.fail("too late"))
-    assert run(*EVAL, "--reward_model_name_or_path", "judge", *SIDES) == 2
+    assert run_here(*EVAL, "--reward_model_name_or_path", "judge", *SIDES) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "{"])
-def test_files_that_are_empty_or_torn(folder, capsys, content):  # noqa: F811
+def test_files_that_are_empty_or_torn(folder, capsys, content):
     Path("prompts/test.jsonl").write_text(content)
     Path("file.jsonl").write_text(content)
-    assert run(*EVAL, *JUDGES, *SIDES) == 2
+    assert run_here(*EVAL, *JUDGES, *SIDES) == 2
     assert "dataset_name='prompts' with dataset_test_split='test' cannot be loaded" in capsys.readouterr().err
-    assert run("eval", *JUDGES, "--model_name_or_path", "file.jsonl", "--opponent_name_or_path", "file.jsonl") == 2
+    assert (
+        run_here("eval", *JUDGES, "--model_name_or_path", "file.jsonl", "--opponent_name_or_path", "file.jsonl") == 2
+    )
     assert "'file.jsonl' cannot be read as json" in capsys.readouterr().err
 
 
-def test_a_judge_that_runs_out_of_memory_loses_no_completions(folder, capsys, monkeypatch):  # noqa: F811
+def test_a_judge_that_runs_out_of_memory_loses_no_completions(folder, capsys, monkeypatch):
     def score(self, groups):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(matches, "score_groups", score)
-    assert run(*EVAL, *JUDGES, *SIDES) == 2
+    assert run_here(*EVAL, *JUDGES, *SIDES) == 2
     error = capsys.readouterr().err
     assert "OutOfMemoryError: CUDA out of memory" in error and "--model_name_or_path eval/model.parquet" in error
 
 
-def test_columns_with_empty_lists(folder, make_trainer):  # noqa: F811
+def test_columns_with_empty_lists(folder, make_trainer):
     """TRL's test for conversations fails on them."""
     rows = Dataset.from_list(
         [{"prompt": "ab", "tags": []}, {"prompt": "ab", "tags": ["x"]}, {"prompt": "c", "tags": []}]
@@ -548,7 +553,7 @@ def test_columns_with_empty_lists(folder, make_trainer):  # noqa: F811
     assert "eval_win_rate_vs_previous/count_abc" in trainer.state.log_history[-2]
 
 
-def test_a_policy_that_was_trained_on_images_is_not_sampled_without_them(folder, capsys):  # noqa: F811
+def test_a_policy_that_was_trained_on_images_is_not_sampled_without_them(folder, capsys):
     Path("run_began.json").write_text(json.dumps({"began_at": "2026", "images": True, "config": {}}))
-    assert run(*EVAL, *JUDGES, *SIDES) == 2
+    assert run_here(*EVAL, *JUDGES, *SIDES) == 2
     assert "policy 'policy-1' was trained on images" in capsys.readouterr().err

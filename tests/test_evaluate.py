@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from helpers import EVAL, EVAL_PROMPTS, JUDGES, TINY, count_abc, make_tokenizer, more_abc, run_here
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,7 +16,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from trl_sppo import cli, command_ladder, ladder
+from trl_sppo import command_ladder, ladder
 from trl_sppo.evaluation import WinRate
 from trl_sppo.evaluation_files import EvaluationFiles
 from trl_sppo.panel import load_panel
@@ -27,50 +26,12 @@ from trl_sppo.report import read_history
 from trl_sppo.stored_rollouts import write_parquet
 
 
-PROMPTS = ["ab", "fgh", "k", "l m", "no", "p"]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with two policies, an adapter of the first, prompts, and judges in a module."""
-    monkeypatch.chdir(tmp_path)
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(Qwen2Config(**TINY))
-        model.save_pretrained(f"policy-{seed}")
-        make_tokenizer().save_pretrained(f"policy-{seed}")
-    base = Qwen2ForCausalLM.from_pretrained("policy-0")
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=2.0)
-    adapted.save_pretrained("adapter")
-    (tmp_path / "prompts").mkdir()
-    # "step" and "completions" are names that the files have a use of their own for
-    rows = [
-        json.dumps({"prompt": prompt, "topic": len(prompt), "step": "one", "completions": 1}) for prompt in PROMPTS
-    ]
-    (tmp_path / "prompts" / "test.jsonl").write_text("\n".join(rows))
-    return tmp_path
-
-
-def run(*argv) -> int:
-    try:
-        return cli.main([*map(str, argv)])
-    except SystemExit as exit:
-        return exit.code
-
-
-EVAL = ("eval", "--dataset_name", "prompts", "--max_completion_length", 6, "--temperature", 1.0)
-JUDGES = ("--reward_funcs", "conftest.count_abc", "--preference_funcs", "conftest.more_abc")
-
-
 @pytest.mark.parametrize("policy", ["policy-1", "adapter"])
 def test_eval(folder, policy, capsys):
-    assert run(*EVAL, *JUDGES, "--model_name_or_path", policy, "--opponent_name_or_path", "policy-0") == 0
+    assert run_here(*EVAL, *JUDGES, "--model_name_or_path", policy, "--opponent_name_or_path", "policy-0") == 0
     facts = json.loads((folder / "eval" / "win_rates.json").read_text())
     sides = {side: load_completions(f"eval/{side}.parquet") for side in ("model", "opponent")}
-    assert [group["prompt"] for group in sides["model"]] == PROMPTS and sides["model"][0]["topic"] == 2
+    assert [group["prompt"] for group in sides["model"]] == EVAL_PROMPTS and sides["model"][0]["topic"] == 2
     won = []
     for ours, theirs in zip(*sides.values(), strict=True):
         assert len(ours["completions"]) == len(ours["lengths"]) == 4 and max(ours["lengths"]) <= 6
@@ -92,7 +53,7 @@ def test_eval(folder, policy, capsys):
 
 
 def test_eval_of_a_policy_against_itself_uses_other_random_numbers(folder):
-    assert run(*EVAL, *JUDGES, "--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0") == 0
+    assert run_here(*EVAL, *JUDGES, "--model_name_or_path", "policy-0", "--opponent_name_or_path", "policy-0") == 0
     sides = [load_completions(f"eval/{side}.parquet") for side in ("model", "opponent")]
     assert sides[0][0]["completions"] != sides[1][0]["completions"]
 
@@ -118,24 +79,24 @@ def test_eval_of_files(folder, capsys):
         "--opponent_name_or_path",
         "b.csv",
         "--reward_funcs",
-        "conftest.count_abc",
+        "helpers.count_abc",
     )
     # x: 3 and 0 against 2 -> 1/2; y: 2 and 1 against 1 -> 3/4
-    assert run("eval", *files) == 0
+    assert run_here("eval", *files) == 0
     facts = json.loads((folder / "eval" / "win_rates.json").read_text())
     assert facts["win_rates"]["count_abc"]["win_rate"]["mean"] == 0.625 and facts["num_prompts"] == 2
     assert "left out" in capsys.readouterr().err
-    assert run("eval", *files, "--at_least", 0.01) == 0
-    assert run("eval", *files, "--at_least", 0.6) == 1  # the lower bound counts
+    assert run_here("eval", *files, "--at_least", 0.01) == 0
+    assert run_here("eval", *files, "--at_least", 0.6) == 1  # the lower bound counts
     # A column that only some rows have is one to oracles too
     for name, text in (("c", "aa"), ("d", "b")):
         rows = [{"prompt": "x", "completion": text, "ref": "r"}, {"prompt": "y", "completion": text}]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sides = ("--model_name_or_path", "c.jsonl", "--opponent_name_or_path", "d.jsonl")
-    assert run("eval", *sides, "--output_dir", "refs", "--preference_funcs", "conftest.more_abc") == 0
+    assert run_here("eval", *sides, "--output_dir", "refs", "--preference_funcs", "helpers.more_abc") == 0
     # What was written can be compared again, by the scores in it
     files = ("--model_name_or_path", "eval/opponent.parquet", "--opponent_name_or_path", "eval/model.parquet")
-    assert run("eval", *files, "--output_dir", "again") == 0
+    assert run_here("eval", *files, "--output_dir", "again") == 0
     facts = json.loads((folder / "again" / "win_rates.json").read_text())
     assert facts["win_rates"]["count_abc"]["win_rate"]["mean"] == 0.375
 
@@ -167,7 +128,7 @@ def test_eval_messages(folder, argv, message, capsys):
     )
     (folder / "pickled").mkdir()
     (folder / "pickled" / "pytorch_model.bin").write_text("")
-    assert run(*EVAL, *argv) == 2
+    assert run_here(*EVAL, *argv) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (folder / "eval").exists()
@@ -188,7 +149,7 @@ def test_sampling_is_of_the_policy(folder):
 
 
 def test_completions_end_with_their_eos(folder):
-    prompts = Dataset.from_dict({"prompt": PROMPTS})
+    prompts = Dataset.from_dict({"prompt": EVAL_PROMPTS})
     groups = sample("policy-0", prompts, Sampling(num_generations=50, max_completion_length=8, temperature=2.0))
     lengths = [length for group in groups for length in group["lengths"]]
     texts = [text for group in groups for text in group["completions"]]
@@ -216,8 +177,8 @@ def test_a_panel_scores_like_the_trainer(folder, make_trainer):
                    num_labels=1)
     ).save_pretrained("reward")  # fmt: skip
     make_tokenizer().save_pretrained("reward")
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    for prompts in (PROMPTS, chats):
+    chats = [[{"role": "user", "content": prompt}] for prompt in EVAL_PROMPTS]
+    for prompts in (EVAL_PROMPTS, chats):
         trainer = make_trainer(
             reward_funcs=["reward", count_abc], prompts=prompts, eval_strategy="steps", eval_steps=1,
             per_device_eval_batch_size=4, output_dir=str(folder / f"run-{len(prompts[0])}"),
@@ -260,7 +221,7 @@ def make_run(folder, scores: dict[int, list[list[float]]]):
 
 def test_ladder_golden(tmp_path, capsys):
     make_run(tmp_path, {0: [[1.0], [1.0]], 5: [[2.0], [1.0]], 10: [[0.0], [3.0]]})
-    assert run("ladder", tmp_path) == 0
+    assert run_here("ladder", tmp_path) == 0
     matrix = json.loads((tmp_path / "ladder.json").read_text())["judge"]
     assert matrix["5"]["0"]["mean"] == 0.75 and matrix["0"]["5"]["mean"] == 0.25  # a win and a tie
     assert matrix["10"]["5"]["mean"] == 0.5 and matrix["10"]["0"]["mean"] == 0.5
@@ -296,10 +257,12 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     trainer = make_trainer(
         model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1, max_steps=2,
         per_device_eval_batch_size=4, output_dir="run", learning_rate=0.1,
-        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": make_tokenizer()},
+        trainer_kwargs={
+            "eval_dataset": Dataset.from_dict({"prompt": EVAL_PROMPTS}), "processing_class": make_tokenizer(),
+        },
     )  # fmt: skip
     trainer.train()
-    assert run("ladder", "run") == 0
+    assert run_here("ladder", "run") == 0
     assert "the checkpoints of steps [1], which no evaluation sampled" in capsys.readouterr().err
     assert set(json.loads((folder / "run" / "ladder.json").read_text())["count_abc"]) == {"0", "2"}
 
@@ -308,10 +271,10 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
 
     with monkeypatch.context() as patch:
         patch.setattr("trl_sppo.ladder.score_groups", interrupt)
-        assert run("ladder", "run", *JUDGES) == 130
+        assert run_here("ladder", "run", *JUDGES) == 130
     assert "Sampled completions are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
-    assert len(load_completions("run/ladder/step-000001.parquet")) == len(PROMPTS)
-    assert run("ladder", "run", *JUDGES) == 0
+    assert len(load_completions("run/ladder/step-000001.parquet")) == len(EVAL_PROMPTS)
+    assert run_here("ladder", "run", *JUDGES) == 0
     result = json.loads((folder / "run" / "ladder.json").read_text())
     assert set(result) == {"count_abc", "more_abc"} and set(result["more_abc"]) == {"0", "1", "2"}
     for a, b in (("1", "0"), ("2", "1")):  # the oracle's opinion is that of the scores
@@ -329,13 +292,13 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     ],
 )
 def test_messages(folder, argv, message, capsys):
-    assert run(*argv) == 2
+    assert run_here(*argv) == 2
     assert message in capsys.readouterr().err
 
 
 def test_help(capsys):
     for command in ("eval", "ladder", "report"):
-        assert run(command, "--help") == 0
+        assert run_here(command, "--help") == 0
         assert command in capsys.readouterr().out
 
 
@@ -344,39 +307,39 @@ assert more_abc  # imported by its path
 
 def test_eval_and_report_with_pairwise_oracles_alone(folder, make_trainer):
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
-    assert run(*EVAL, *JUDGES[2:], *sides) == 0
+    assert run_here(*EVAL, *JUDGES[2:], *sides) == 0
     assert set(json.loads((folder / "eval" / "win_rates.json").read_text())["win_rates"]) == {"more_abc"}
     trainer = make_trainer(
         model="policy-0", reward_funcs=None, eval_strategy="steps", eval_steps=1, max_steps=2, output_dir="run",
         per_device_eval_batch_size=4,
         trainer_kwargs={
-            "eval_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": make_tokenizer(),
+            "eval_dataset": Dataset.from_dict({"prompt": EVAL_PROMPTS}), "processing_class": make_tokenizer(),
             "preference_func": more_abc,
         },
     )  # fmt: skip
     trainer.train()
     trainer.save_state()
-    assert run("report", "run") == 0
+    assert run_here("report", "run") == 0
     page = (folder / "run" / "report.html").read_text()
     assert "<td>more_abc</td><td>yes</td>" in page  # of the log: the files have no scores
-    assert run("ladder", "run") == 2
-    assert run("ladder", "run", *JUDGES[2:]) == 0
+    assert run_here("ladder", "run") == 2
+    assert run_here("ladder", "run", *JUDGES[2:]) == 0
 
 
 def test_report_of_a_run_with_several_evaluation_sets(folder, make_trainer):
-    sets = {name: Dataset.from_dict({"prompt": PROMPTS[:size]}) for name, size in (("one", 2), ("two", 3))}
+    sets = {name: Dataset.from_dict({"prompt": EVAL_PROMPTS[:size]}) for name, size in (("one", 2), ("two", 3))}
     trainer = make_trainer(
         model="policy-0", eval_strategy="steps", eval_steps=1, max_steps=2, output_dir="run",
         per_device_eval_batch_size=4, trainer_kwargs={"eval_dataset": sets, "processing_class": make_tokenizer()},
     )  # fmt: skip
     trainer.train()
     trainer.save_state()
-    assert run("report", "run") == 0
-    assert run("ladder", "run", "--evaluation_set", "two") == 0
-    assert run("ladder", "run", "--evaluation_set", "three") == 2
+    assert run_here("report", "run") == 0
+    assert run_here("ladder", "run", "--evaluation_set", "two") == 0
+    assert run_here("ladder", "run", "--evaluation_set", "three") == 2
     page = folder / "run" / "report.html"
     assert "the evaluation prompts of one" in page.read_text() and page.read_text().count("<tr data-outcome") == 2
-    assert run("report", "run", "--evaluation_set", "two") == 0
+    assert run_here("report", "run", "--evaluation_set", "two") == 0
     text = page.read_text()
     assert "the evaluation prompts of two" in text and text.count("<tr data-outcome") == 3
     assert text.count("<svg") == 4  # with win rates and ladder
@@ -388,7 +351,7 @@ def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer,
             model="policy-0", eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=1,
             max_steps=steps, per_device_eval_batch_size=4, output_dir="run",
             trainer_kwargs={
-                "eval_dataset": Dataset.from_dict({"prompt": PROMPTS}), "processing_class": make_tokenizer()
+                "eval_dataset": Dataset.from_dict({"prompt": EVAL_PROMPTS}), "processing_class": make_tokenizer()
             },
         )  # fmt: skip
         trainer.train()
@@ -397,12 +360,12 @@ def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer,
     train(4).save_state()
     train(2)
     capsys.readouterr()
-    assert run("ladder", "run") == 0
+    assert run_here("ladder", "run") == 0
     assert "the checkpoints of steps [1], which" in capsys.readouterr().err  # and not 3, and there is no rung 4
     assert "checkpoint-3 is left out: an earlier run has written it" in caplog.text
     assert max(row["step"] for row in read_history(folder / "run")) == 2
     (folder / "run" / "run_began.json").unlink()  # as if of another trainer, which marks nothing
-    assert run("ladder", "run", *JUDGES) == 0
+    assert run_here("ladder", "run", *JUDGES) == 0
     assert set(json.loads((folder / "run" / "ladder.json").read_text())["count_abc"]) == set("01234")
 
 
@@ -417,7 +380,7 @@ def test_the_ladder_samples_as_the_run_did_unless_told_otherwise(tmp_path, monke
 
     monkeypatch.setattr(command_ladder, "climb_run", climb_run)
     for argv in ([], ["--temperature", "0.8", "--num_generations", "4"]):
-        assert run("ladder", tmp_path, *argv) == 2
+        assert run_here("ladder", tmp_path, *argv) == 2
     first, second = seen
     assert (first.temperature, first.max_completion_length, first.num_generations) == (0.3, 9, 8)
     assert (second.temperature, second.max_completion_length, second.num_generations) == (0.8, 9, 4)
@@ -432,7 +395,7 @@ def test_the_ladder_pairs_by_prompt_and_leaves_out_who_did_not_play(tmp_path):
     for group in late:
         group["scores"] = {"judge": group["scores"]["judge"], "late": [1.0]}
     write_parquet(files.path("", 4), late, None)
-    assert run("ladder", tmp_path) == 0
+    assert run_here("ladder", tmp_path) == 0
     result = json.loads((tmp_path / "ladder.json").read_text())
     assert result["judge"]["2"]["0"]["mean"] == 1.0 and set(result) == {"judge"}
 
@@ -453,7 +416,7 @@ def test_lengths_in_one_unit(folder):
     )
     (folder / "b.jsonl").write_text(json.dumps({"prompt": "x", "completions": ["c"], "answers": ["kept out"]}))
     files = ("--model_name_or_path", "a.jsonl", "--opponent_name_or_path", "b.jsonl", *JUDGES[:2])
-    assert run("eval", *files) == 0
+    assert run_here("eval", *files) == 0
     facts = json.loads((folder / "eval" / "win_rates.json").read_text())
     assert facts["mean_length"] == {"model": 2, "opponent": 1} and facts["unit_of_length"] == "words"
 
@@ -461,11 +424,11 @@ def test_lengths_in_one_unit(folder):
 def test_more_eval_messages(folder, capsys):
     (folder / "a.jsonl").write_text(json.dumps({"prompt": "x", "completions": ["a"]}))
     sides = ("eval", "--model_name_or_path", "a.jsonl", "--opponent_name_or_path", "a.jsonl")
-    assert run(*sides, *JUDGES[:2], "--output_dir", ".") == 2
+    assert run_here(*sides, *JUDGES[:2], "--output_dir", ".") == 2
     assert "lies in output_dir" in capsys.readouterr().err
-    assert run(*sides, "--reward_funcs", "test_evaluate.broken") == 2
+    assert run_here(*sides, "--reward_funcs", "test_evaluate.broken") == 2
     assert "judge 'broken' failed: ZeroDivisionError" in capsys.readouterr().err
-    assert run(*sides, "--reward_funcs", "conftest.count_abc", "--preference_funcs", "test_evaluate.namesake") == 0
+    assert run_here(*sides, "--reward_funcs", "helpers.count_abc", "--preference_funcs", "test_evaluate.namesake") == 0
     assert set(json.loads(Path("eval/win_rates.json").read_text())["win_rates"]) == {"count_abc_0", "count_abc_1"}
 
 

@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import count_abc, make_tokenizer, more_abc
-from test_judges import endpoint  # noqa: F401
-from test_rewards import encoder
+from helpers import count_abc, encoder, make_tokenizer, more_abc
 
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -69,7 +67,7 @@ def test_panel_of_reward_models(tiny_policy, reward_model, prompts, options):
     assert any("preferences/panel_disagreement" in row for row in trainer.state.log_history)
 
 
-def test_llm_judge(tiny_policy, endpoint, prompts, options):  # noqa: F811
+def test_llm_judge(tiny_policy, endpoint, prompts, options):
     trainer = example("llm_judge").main(tiny_policy, "judge", endpoint.url, prompts, **options)
     assert trainer.state.global_step == 2 and endpoint.requests
     assert any("preferences/judge/order_disagreement" in row for row in trainer.state.log_history)
@@ -100,7 +98,7 @@ def test_evaluate_checkpoint(tiny_policy, reward_model, prompts, tmp_path, monke
     monkeypatch.setattr("trl_sppo.judges.pairrm.PairRMJudge", lambda name: more_abc)
     results = example("evaluate_checkpoint").main(
         model_name_or_path=tiny_policy, opponent_name_or_path=tiny_policy, reward_model_name_or_path=[reward_model],
-        reward_funcs=["conftest.count_abc"], dataset_name=prompts, max_completion_length=4, use_vllm=False,
+        reward_funcs=["helpers.count_abc"], dataset_name=prompts, max_completion_length=4, use_vllm=False,
         output_dir=str(tmp_path / "evaluated"),
     )  # fmt: skip
     assert len(results) == 3 and count_abc.__name__ in results

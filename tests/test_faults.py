@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer
 from datasets import Dataset, load_dataset
-from fixed import weights
-from test_cli import workdir  # noqa: F401
-from test_judges import endpoint  # noqa: F401
-from test_launch import TRL_SPPO, run
-from test_served import RewardServer, logits, score, server  # noqa: F401
+from helpers import (
+    TINY,
+    TRL_SPPO,
+    count_abc,
+    logits,
+    make_tokenizer,
+    run,
+    score_request,
+    weights,
+)
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
@@ -26,7 +30,7 @@ GO_ON = "the same command with --resume_from_checkpoint true goes on"
 
 
 @pytest.fixture
-def run_until(workdir, capsys, monkeypatch, tmp_path):  # noqa: F811
+def run_until(workdir, capsys, monkeypatch, tmp_path):
     """A function that trains, with a fault at the second step, and returns its status, its words and the trainer."""
 
     build = train.build_trainer
@@ -147,7 +151,7 @@ def test_a_reward_source_without_a_score(run_until, nothing, share):
 # ---- Reward models behind a server
 
 
-def serve(server, answer):  # noqa: F811
+def serve(server, answer):
     def fault(trainer):
         server.answer = answer
 
@@ -155,7 +159,7 @@ def serve(server, answer):  # noqa: F811
 
 
 @pytest.fixture
-def served(server, run_until):  # noqa: F811
+def served(server, run_until):
     """`run_until` with a reward model behind a server."""
     return lambda fault, **options: run_until(
         fault, reward_funcs=None, reward_model_name_or_path=server.url, **options
@@ -174,12 +178,12 @@ def test_a_served_reward_model_that_is_not_there(run_until):
      (200, {"data": [{"probs": [None]}]}), (404, {"error": "no such model"})],
     ids=["500", "503", "nonsense", "two numbers", "no number", "404"],
 )  # fmt: skip
-def test_a_served_reward_model_that_stops_answering(server, served, answer):  # noqa: F811
+def test_a_served_reward_model_that_stops_answering(server, served, answer):
     result = served(serve(server, lambda number, request: answer))
     assert_stopped(result, f"the reward model at '{server.url}' gave no score to any of 8 completions")
 
 
-def test_a_served_reward_model_that_is_shut_down_and_started_again(server, served, run_until, monkeypatch):  # noqa: F811
+def test_a_served_reward_model_that_is_shut_down_and_started_again(server, served, run_until, monkeypatch):
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     calls = []
 
@@ -191,25 +195,25 @@ def test_a_served_reward_model_that_is_shut_down_and_started_again(server, serve
     assert status == 0 and trainer.state.global_step == 3 and calls
 
 
-def test_a_served_reward_model_that_fails_once(server, served):  # noqa: F811
+def test_a_served_reward_model_that_fails_once(server, served):
     served_ones = []
 
     def shaky(number, request):
         served_ones.append(number)
-        return (500, {}) if len(served_ones) % 3 == 1 else (200, logits(score(request)))
+        return (500, {}) if len(served_ones) % 3 == 1 else (200, logits(score_request(request)))
 
     status, _, trainer = served(serve(server, shaky), logging_steps=1)
     assert status == 0 and trainer.state.log_history[1]["win_rate/unscorable"] == 0
 
 
-def test_a_served_reward_model_that_is_slow(server, make_trainer):  # noqa: F811
+def test_a_served_reward_model_that_is_slow(server, make_trainer):
     """What takes longer than the time-out, in each attempt, is lost alone."""
     import time
 
     def slow(number, request):
         if len(server.requests) > 1 and "slow" in json.dumps(request):
             time.sleep(0.5)
-        return 200, logits(score(request))
+        return 200, logits(score_request(request))
 
     server.answer = slow
     reward = ServedRewardModel(server.url, timeout=0.2, max_retries=1)
@@ -256,7 +260,7 @@ def test_a_judge_that_falls_silent(run_until, then, reason, monkeypatch):
         trainer.voters.oracles["more_abc"] = judge
         judge.calls = 1
 
-    result = run_until(fault, reward_funcs=None, preference_funcs="conftest.more_abc", max_steps=9)
+    result = run_until(fault, reward_funcs=None, preference_funcs="helpers.more_abc", max_steps=9)
     status, words, _ = result
     assert status == 1 and "of the last 6 prompts: " + reason in words
     assert str(last_whole_checkpoint("out")) == "out/checkpoint-3"
@@ -267,19 +271,19 @@ def test_an_llm_judge_that_is_not_there(run_until, monkeypatch):
         trainer.voters.oracles["more_abc"] = LLMJudge("m", "http://127.0.0.1:9/v1", max_retries=0, timeout=1)
         trainer.voters.load_state_dict({"silence": {}})
 
-    result = run_until(fault, reward_funcs=None, preference_funcs="conftest.more_abc")
+    result = run_until(fault, reward_funcs=None, preference_funcs="helpers.more_abc")
     assert_stopped(result, "preference_func 'more_abc' gave no usable answer to any comparison of")
 
 
 @pytest.mark.parametrize("body", ["nonsense", {"choices": []}, {"choices": [{"logprobs": None}]}])
-def test_an_llm_judge_that_answers_nonsense_beside_a_reward_source(endpoint, run_until, body):  # noqa: F811
+def test_an_llm_judge_that_answers_nonsense_beside_a_reward_source(endpoint, run_until, body):
     """The reward source goes on alone, until the judge has said nothing for too long."""
     endpoint.answer = lambda number, request: (200, body)
 
     def fault(trainer):
         trainer.voters.oracles["more_abc"] = LLMJudge("m", endpoint.url, max_retries=0)
 
-    status, _, trainer = run_until(fault, preference_funcs="conftest.more_abc", logging_steps=1, max_steps=2)
+    status, _, trainer = run_until(fault, preference_funcs="helpers.more_abc", logging_steps=1, max_steps=2)
     assert status == 0
     assert [row["preferences/more_abc/lost"] for row in trainer.state.log_history[:2]] == [0, 1]
 
@@ -543,7 +547,7 @@ def test_steps_that_stay_not_finite_end_the_run_with_the_batch_on_disk(run_until
 
 
 @pytest.mark.parametrize("size", [0, 4_000, 60_000])
-def test_a_disk_that_is_full(run_until, workdir, size):  # noqa: F811
+def test_a_disk_that_is_full(run_until, workdir, size):
     """The system refuses files above some bytes: rollouts, models, optimizers, in this order as there is more room."""
     argv = workdir(save_strategy="steps", save_steps=1, max_steps=3)
     result = run([sys.executable, str(Path(__file__).parent / "full_disk.py"), str(size), *argv])
@@ -588,7 +592,7 @@ def test_an_output_directory_that_cannot_be(run_until, where):
 
 DIES = """
 import os, signal
-from conftest import count_abc
+from helpers import count_abc
 calls = 0
 def dies(completions, **kwargs):
     global calls
@@ -608,7 +612,7 @@ def dies(completions, **kwargs):
     ],
     ids=["killed", "raises", "killed alone"],
 )
-def test_a_process_dies(workdir, tmp_path, how, processes, expected):  # noqa: F811
+def test_a_process_dies(workdir, tmp_path, how, processes, expected):
     """The other ends too, if there is one, and does not wait for ever."""
     (tmp_path / "rewards_of_test.py").write_text(DIES.format(how=how, rank=processes - 1))
     argv = workdir(

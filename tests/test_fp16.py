@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from fixed import weights
-from test_resume import history
+from helpers import history, weights
 from transformers import TrainerCallback
 
 from trl_sppo.nonfinite import MAX_SKIPPED_STEPS

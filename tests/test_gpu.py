@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import WITH_DEVICES
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -88,13 +87,13 @@ def test_without_a_device(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def measure(tmp_path_factory):
+def measure(tmp_path_factory, environment_with_devices):
     """A function that runs one stage on the device, and gives the rows of its tables."""
 
     def measure(stage: str) -> dict[str, list[dict]]:
         out = tmp_path_factory.mktemp(stage)
         command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--stages", stage, "--out", str(out)]
-        result = subprocess.run(command, env=WITH_DEVICES, capture_output=True, text=True)
+        result = subprocess.run(command, env=environment_with_devices, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout
         rows: dict[str, list[dict]] = {}
         for outcome in json.loads((out / "results.json").read_text()):

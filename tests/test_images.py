@@ -5,58 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
-from datasets import Dataset
-from fixed import weights
-from PIL import Image
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2Config,
-)
-
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] + ':' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ ' ' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
-
-
-@pytest.fixture
-def seeing():
-    """A tiny LLaVA and its processor: an image is 4 patches of 8 x 8 pixels."""
-    tokenizer = make_tokenizer(extra_special_tokens={"image_token": "<image>"}, chat_template=TEMPLATE)
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    size = {"height": 16, "width": 16}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=size, crop_size=size), tokenizer, patch_size=8, chat_template=TEMPLATE,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    text = Qwen2Config(**{**TINY, "vocab_size": image_id + 1})
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id, pad_token_id=0, eos_token_id=1)
-    )
-    return model, processor
-
-
-def dataset(with_images: bool = True) -> Dataset:
-    prompts = [[{"role": "user", "content": letter}] for letter in "abcd"]
-    columns = {"prompt": prompts}
-    if with_images:
-        columns["image"] = [Image.new("RGB", (16, 16), color=(60 * i, 255 - 60 * i, 30)) for i in range(4)]
-    return Dataset.from_dict(columns)
-
-
-def score(completions, **kwargs):
-    return [float(sum(map(ord, completion[0]["content"]))) for completion in completions]
+from helpers import image_dataset, image_score, weights
 
 
 @pytest.mark.parametrize("options", [{}, {"train_on": "best_and_worst", "num_iterations": 2}, {"beta": 1.0}])
@@ -68,8 +17,9 @@ def test_training_with_images(make_trainer, seeing, tmp_path, options, split):
         processor.save_pretrained(tmp_path / "seeing")
         model = str(tmp_path / "seeing")
     trainer = make_trainer(
-        model=model, reward_funcs=score, per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
-        max_steps=4, trainer_kwargs={"train_dataset": dataset(), "processing_class": processor}, **options,
+        model=model, reward_funcs=image_score, per_device_train_batch_size=split[0], max_steps=4,
+        gradient_accumulation_steps=split[1], **options,
+        trainer_kwargs={"train_dataset": image_dataset(), "processing_class": processor},
     )  # fmt: skip
     before = weights(trainer)
     pixels = []
@@ -91,8 +41,10 @@ def test_training_with_images(make_trainer, seeing, tmp_path, options, split):
 @pytest.mark.parametrize("logs", [True, False])
 def test_images_are_part_of_the_log_of_completions(make_trainer, seeing, logs):
     model, processor = seeing
-    kwargs = {"train_dataset": dataset(), "processing_class": processor}
-    trainer = make_trainer(model=model, reward_funcs=score, log_multimodal=logs, max_steps=1, trainer_kwargs=kwargs)
+    kwargs = {"train_dataset": image_dataset(), "processing_class": processor}
+    trainer = make_trainer(
+        model=model, reward_funcs=image_score, log_multimodal=logs, max_steps=1, trainer_kwargs=kwargs
+    )
     trainer.train()
     assert len(trainer._logs["images"]) == (8 if logs else 0)
 
@@ -114,10 +66,10 @@ def test_the_split_does_not_matter_with_images_either(make_trainer, seeing):
     results = []
     for per_device, accumulation in ((8, 1), (2, 4)):
         trainer = make_trainer(
-            model=copy.deepcopy(model), reward_funcs=score, train_on="best_and_worst", optim="sgd", max_steps=2,
+            model=copy.deepcopy(model), reward_funcs=image_score, train_on="best_and_worst", optim="sgd", max_steps=2,
             num_iterations=2, max_grad_norm=0.0, lr_scheduler_type="constant", learning_rate=3e-3,
             per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
-            trainer_kwargs={"train_dataset": dataset(), "processing_class": processor},
+            trainer_kwargs={"train_dataset": image_dataset(), "processing_class": processor},
         )  # fmt: skip
         trainer._generate_single_turn = generate(trainer)
         trainer.train()

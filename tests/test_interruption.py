@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from datasets import Dataset
-from test_cli import workdir  # noqa: F401
-from test_launch import TRL_SPPO
-from test_resume import PROMPTS, assert_same, start  # noqa: F401
+from helpers import RUN_PROMPTS, TRL_SPPO, assert_same
 from transformers import TrainerCallback
 
-from trl_sppo import interruption
+from trl_sppo import SPPOTrainer, interruption
 from trl_sppo.checkpoints import last_whole_checkpoint
 
 
@@ -41,12 +40,17 @@ def interrupt(trainer, callback, expected) -> None:
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
 
 
+WHOLE: dict[int, SPPOTrainer] = {}  # by save_steps
+
+
 @pytest.mark.parametrize("micro_step", [1, 2, 3, 4, 5, 7, 8, 12])
 @pytest.mark.parametrize("save_steps", [1, 100])
-def test_a_signal_at_any_micro_step(start, tmp_path, capsys, micro_step, save_steps):  # noqa: F811
+def test_a_signal_at_any_micro_step(start, tmp_path, capsys, micro_step, save_steps):
     """Two in an optimizer step, four in an iteration, twelve in an epoch. Weights and log are those of a whole run."""
-    whole = start("whole", save_steps=save_steps)
-    whole.train()
+    if save_steps not in WHOLE:
+        WHOLE[save_steps] = start("whole", save_steps=save_steps)
+        WHOLE[save_steps].train()
+    whole = WHOLE[save_steps]
     interrupted = start("run", save_steps=save_steps)
     interrupt(interrupted, SignalAt(interrupted, micro_step), SystemExit(143))
     step = micro_step // 2
@@ -63,10 +67,10 @@ def test_a_signal_at_any_micro_step(start, tmp_path, capsys, micro_step, save_st
     assert calls == {"generate": 5, "score": 5}
 
 
-def test_a_signal_at_a_step_with_an_evaluation(start, tmp_path):  # noqa: F811
+def test_a_signal_at_a_step_with_an_evaluation(start, tmp_path):
     """The evaluation comes first; the log has it once."""
     options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "save_steps": 100}
-    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     whole = start("whole", **options, trainer_kwargs=kwargs)
     whole.train()
     interrupted = start("run", **options, trainer_kwargs=kwargs)
@@ -77,9 +81,9 @@ def test_a_signal_at_a_step_with_an_evaluation(start, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("micro_step", [9, 12])
-def test_a_signal_with_evaluations_at_the_end_of_an_epoch(start, tmp_path, micro_step):  # noqa: F811
+def test_a_signal_with_evaluations_at_the_end_of_an_epoch(start, tmp_path, micro_step):
     options = {"eval_strategy": "epoch", "per_device_eval_batch_size": 4, "save_steps": 100}
-    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     whole = start("whole", **options, trainer_kwargs=kwargs)
     whole.train()
     interrupted = start("run", **options, trainer_kwargs=kwargs)
@@ -89,34 +93,34 @@ def test_a_signal_with_evaluations_at_the_end_of_an_epoch(start, tmp_path, micro
     assert_same(resumed, whole)
 
 
-def test_a_best_model_is_not_loaded_and_the_checkpoint_stays(start, tmp_path):  # noqa: F811
+def test_a_best_model_is_not_loaded_and_the_checkpoint_stays(start, tmp_path):
     """At its end, a run that keeps one checkpoint deletes the last one if that is not the best."""
     options = {
         "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "save_steps": 1,
         "save_total_limit": 1, "load_best_model_at_end": True, "metric_for_best_model": "reward",
     }  # fmt: skip
-    trainer = start("run", **options, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})})
+    trainer = start("run", **options, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})})
     trainer._determine_best_metric = lambda metrics, trial: setattr(trainer.state, "best_global_step", 1) or False
     interrupt(trainer, SignalAt(trainer, 7), SystemExit(143))
     assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-3"
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
-def test_with_save_strategy_best(start, tmp_path):  # noqa: F811
+def test_with_save_strategy_best(start, tmp_path):
     """transformers drops the wish to save where an evaluation is no new best."""
     options = {
         "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "save_strategy": "best",
         "metric_for_best_model": "reward",
     }  # fmt: skip
-    trainer = start("run", **options, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})})
+    trainer = start("run", **options, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})})
     trainer._determine_best_metric = lambda metrics, trial: trainer.state.global_step == 1
     interrupt(trainer, SignalAt(trainer, 6), SystemExit(143))
     assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-3"
 
 
-def test_a_signal_in_an_evaluation_starts_no_rollout(start, tmp_path):  # noqa: F811
+def test_a_signal_in_an_evaluation_starts_no_rollout(start, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "save_steps": 100}
-    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     whole = start("whole", **options, trainer_kwargs=kwargs)
     whole.train()
     trainer = start("run", **options, trainer_kwargs=kwargs)
@@ -134,7 +138,7 @@ def test_a_signal_in_an_evaluation_starts_no_rollout(start, tmp_path):  # noqa: 
     assert_same(resumed, whole)
 
 
-def test_a_signal_when_all_is_done(start, tmp_path):  # noqa: F811
+def test_a_signal_when_all_is_done(start, tmp_path):
     class AtTheEnd(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -143,7 +147,7 @@ def test_a_signal_when_all_is_done(start, tmp_path):  # noqa: F811
     assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-2"
 
 
-def test_interrupted_and_continued_in_one_process(start, tmp_path):  # noqa: F811
+def test_interrupted_and_continued_in_one_process(start, tmp_path):
     options = {"save_steps": 1, "save_total_limit": 1}
     whole = start("whole", **options)
     whole.train()
@@ -156,14 +160,14 @@ def test_interrupted_and_continued_in_one_process(start, tmp_path):  # noqa: F81
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
 
 
-def test_ctrl_c_is_a_keyboard_interrupt(start, tmp_path, capfd):  # noqa: F811
+def test_ctrl_c_is_a_keyboard_interrupt(start, tmp_path, capfd):
     trainer = start("run", save_steps=100)
     interrupt(trainer, SignalAt(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
     assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-1"
     assert "trl-sppo: SIGINT: finishing the micro-step, then a checkpoint is written." in capfd.readouterr().err
 
 
-def test_the_same_signal_again(start, tmp_path, monkeypatch):  # noqa: F811
+def test_the_same_signal_again(start, tmp_path, monkeypatch):
     """A launcher may send it twice; later, it is a user who does not want to wait."""
 
     class Twice(SignalAt):
@@ -187,7 +191,7 @@ def test_the_same_signal_again(start, tmp_path, monkeypatch):  # noqa: F811
         signal.signal(signal.SIGINT, before)
 
 
-def test_in_another_thread_signals_are_left_alone(start):  # noqa: F811
+def test_in_another_thread_signals_are_left_alone(start):
     trainer = start("run", max_steps=1)
     thread = threading.Thread(target=trainer.train)
     thread.start()
@@ -210,7 +214,7 @@ def clock(monkeypatch):
     return Clock
 
 
-def test_a_time_budget_ends_the_run_before_the_micro_step_that_would_not_fit(start, tmp_path, clock):  # noqa: F811
+def test_a_time_budget_ends_the_run_before_the_micro_step_that_would_not_fit(start, tmp_path, clock):
     """
     A micro-step takes 10 s, and 100 s if it begins with a rollout: 100, 110, 120, 130 | 230, 240, 250, 260 | ...
     Of 6 minutes 342 s are for training. At 260 s, after two iterations, another rollout would fit no more (360 > 342).
@@ -239,7 +243,7 @@ def test_a_time_budget_ends_the_run_before_the_micro_step_that_would_not_fit(sta
     assert_same(resumed, whole)
 
 
-def test_a_time_budget_must_be_positive(start):  # noqa: F811
+def test_a_time_budget_must_be_positive(start):
     with pytest.raises(ValueError, match=r"time_budget must be positive, got 0.0: it is the minutes"):
         start("run", time_budget=0)
 
@@ -249,7 +253,7 @@ def test_a_time_budget_must_be_positive(start):  # noqa: F811
 
 SLOW = """
 import os, time
-from conftest import count_abc
+from helpers import count_abc
 def slow(completions, **kwargs):
     open("scoring", "a").write("x")
     time.sleep(0.2)
@@ -258,7 +262,7 @@ def slow(completions, **kwargs):
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_the_command_passes_signals_on_and_ends_with_their_code(workdir, tmp_path, number, processes):  # noqa: F811
+def test_the_command_passes_signals_on_and_ends_with_their_code(workdir, tmp_path, number, processes):
     """To the command alone, as a scheduler or `kill` does; and the same command goes on."""
     (tmp_path / "rewards_of_test.py").write_text(SLOW)
     options = {
@@ -266,12 +270,8 @@ def test_the_command_passes_signals_on_and_ends_with_their_code(workdir, tmp_pat
         "num_processes": processes, "save_strategy": "steps", "save_steps": 100, "max_steps": 8, "seed": 1,
         "learning_rate": 1e-2,
     }  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{tmp_path}",
-    }
-    launch = [*TRL_SPPO, "--resume_from_checkpoint", "true"]
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{tmp_path}"}
+    launch = [warm.python(), *TRL_SPPO[1:], "--resume_from_checkpoint", "true"]
     if processes > 1:
         launch += ["--main_process_port", "0"]
     command = [*launch, *workdir(**options)]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fixed import COMPLETIONS, alphabet_score, fixed_rollout, weights
+from helpers import COMPLETIONS, alphabet_score, fixed_rollout, weights
 from peft import LoraConfig
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fixed import COMPLETIONS, alphabet_score, token_logps, weights
+from helpers import COMPLETIONS, alphabet_score, token_logps, weights
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForCausalLM
 

@@ -1,18 +1,14 @@
 """Starting several processes: as many as were asked for, or an error."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import warnings
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from accelerate.utils import is_deepspeed_available
+from helpers import ACCELERATE, TRL_SPPO, message, run
 from safetensors.torch import load_file
-from test_cli import message, workdir  # noqa: F401
 
 from trl_sppo.launching import launch_arguments
 from trl_sppo.options import make_parser, parse_arguments
@@ -22,39 +18,18 @@ REWARDS = """
 import os
 from pathlib import Path
 from torch import distributed
-from conftest import count_abc
+from helpers import count_abc
 
 def witness(completions, **kwargs):
     path = Path(f"witness{distributed.get_rank()}of{distributed.get_world_size()}")
     path.write_text(f"{len(completions)} {distributed.get_backend()}")
     return count_abc(completions)
 """
-TRL_SPPO = [sys.executable, "-m", "trl_sppo", "train"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 MODULE = ["--main_process_port", "0", "--module", "trl_sppo.train"]
 
 
-def run(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end. If it hangs, ask it to end, since killing it would leave its processes behind."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONFAULTHANDLER": "1"}
-    environment["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.getcwd()}"
-    pipe = subprocess.PIPE
-    for _ in range(2):
-        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                raise
-        if "(SIGSEGV)" not in stderr:
-            break
-        # PyTorch's, for we have no native code: seen once, with FSDP on a CPU, which accelerate does not support
-        warnings.warn(f"A second try, since a process crashed in native code:\n{stderr}", stacklevel=2)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
 @pytest.fixture
-def recipe(workdir, tmp_path):  # noqa: F811
+def recipe(workdir, tmp_path):
     """A function that writes the recipe of a group that straddles two processes."""
     (tmp_path / "rewards_of_test.py").write_text(REWARDS)
     options = {"per_device_train_batch_size": 2, "reward_funcs": "rewards_of_test.witness", "use_cpu": None}
@@ -77,7 +52,8 @@ def assert_two_processes_have_trained(folder: Path) -> None:
     ids=["trl-sppo", "accelerate"],
 )
 def test_two_processes_on_the_cpu(recipe, tmp_path, command):
-    result = run([*command, *recipe(logging_steps=1), "--use_cpu"])
+    # Once without the forks that stand for processes elsewhere
+    result = run([*command, *recipe(logging_steps=1), "--use_cpu"], fork=command[:4] != TRL_SPPO)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Saved the policy to out.") == 1
     assert_two_processes_have_trained(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from test_cli import message, workdir  # noqa: F401
+from helpers import message
 from trl import DatasetMixtureConfig
 
 from trl_sppo import cli, train
@@ -149,7 +149,7 @@ def test_a_saved_dataset_without_its_tables(here):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "saved"])
-def test_commands(workdir, kind, capsys):  # noqa: F811
+def test_commands(workdir, kind, capsys):
     """Training, its plan, and rollouts; `eval` and `ladder` read prompts by `JudgeArguments.load_prompts`."""
     argv = workdir(dataset_name=save(kind))
     assert cli.main(["check", *argv]) in (0, 1)

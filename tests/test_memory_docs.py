@@ -8,8 +8,8 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import make_tokenizer
 from datasets import Dataset, load_dataset
+from helpers import make_tokenizer
 from peft import LoraConfig
 from recipe_files import POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

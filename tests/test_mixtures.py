@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from conftest import count_abc
 from datasets import Dataset, DatasetDict, load_dataset
+from helpers import count_abc
 
 from trl_sppo import train
 

@@ -2,8 +2,8 @@
 
 import re
 
-from conftest import count_abc, more_abc
 from datasets import Dataset
+from helpers import count_abc, more_abc
 from peft import LoraConfig
 
 from trl_sppo import __version__

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, more_abc
 from datasets import Dataset, load_dataset
+from helpers import TINY, count_abc, more_abc
 from transformers import EarlyStoppingCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, win_rate

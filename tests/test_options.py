@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from accelerate import ParallelismConfig
-from conftest import count_abc, make_tokenizer
 from datasets import Dataset
+from helpers import count_abc, make_tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
@@ -472,7 +472,7 @@ def test_the_command_resumes(tiny_policy, tmp_path, monkeypatch, resumes):
 
     def first_row(steps, *more):
         options = {
-            "model_name_or_path": tiny_policy, "reward_funcs": "conftest.count_abc", "dataset_name": "prompts",
+            "model_name_or_path": tiny_policy, "reward_funcs": "helpers.count_abc", "dataset_name": "prompts",
             "output_dir": "out", "num_generations": 4, "max_completion_length": 4, "use_cpu": True, "bf16": False,
             "report_to": "none", "save_steps": 1, "logging_steps": 1, "max_steps": steps,
         }  # fmt: skip

@@ -46,6 +46,15 @@ def test_the_core_modules_do_not_import_each_other():
         subprocess.run([sys.executable, "-c", code.format(*names)], check=True)
 
 
+def test_no_test_module_imports_another():
+    """What several of them need is in helpers.py, or a fixture in conftest.py."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name == "conftest" or name.startswith("test_")], (path, node.lineno)
+
+
 def test_public_names_are_there_and_documented():
     for name in trl_sppo._PUBLIC:
         assert getattr(trl_sppo, name).__doc__, name

@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_tokenizer
 from datasets import Dataset
+from helpers import TINY, make_tokenizer
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -6,10 +6,8 @@ import re
 import pytest
 import torch
 import trl
-from conftest import CHAT_TEMPLATE, TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
-from test_images import dataset as image_dataset
-from test_images import score, seeing  # noqa: F401
+from helpers import CHAT_TEMPLATE, TINY, count_abc, image_dataset, image_score, make_tokenizer, more_abc
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from trl_sppo.checks_sources import how_to_make_prompts
@@ -440,7 +438,7 @@ def test_a_column_of_images_for_a_policy_that_reads_texts(make_trainer, tiny_mod
         make_trainer(trainer_kwargs={"eval_dataset": rows})
 
 
-def test_a_model_that_sees_without_images(make_trainer, seeing):  # noqa: F811
+def test_a_model_that_sees_without_images(make_trainer, seeing):
     """Prompts are read through the processor; an empty column is left out, also where only some rows are taken."""
     model, processor = seeing
     rows = image_dataset()
@@ -448,7 +446,7 @@ def test_a_model_that_sees_without_images(make_trainer, seeing):  # noqa: F811
     both = [{**row, "image": row["image"] if i < 2 else None} for i, row in enumerate(rows)]
     both = Dataset.from_list(both, features=features)
     kwargs = {"processing_class": processor, "train_dataset": both.select([2, 3])}
-    trainer = make_trainer(model=model, reward_funcs=score, trainer_kwargs=kwargs, max_steps=1)
+    trainer = make_trainer(model=model, reward_funcs=image_score, trainer_kwargs=kwargs, max_steps=1)
     assert trainer.train_dataset.column_names == ["prompt"]
     prompts = [row["prompt"] for row in trainer.train_dataset]
     assert trainer._readers[0].look(prompts) == (trainer._tokenize_prompts(prompts)[0], None)
@@ -552,7 +550,7 @@ def check(tmp_path, capsys):
         for split in ("train", "test"):
             (tmp_path / f"data/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         policy = policy or save(tmp_path / "policy", make_tokenizer())
-        reward = ["--reward_model_name_or_path", reward] if reward else ["--reward_funcs", "conftest.count_abc"]
+        reward = ["--reward_model_name_or_path", reward] if reward else ["--reward_funcs", "helpers.count_abc"]
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(json.dumps({
             "model_name_or_path": policy, "dataset_name": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"),

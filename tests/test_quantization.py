@@ -3,7 +3,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
+from helpers import TINY, make_tokenizer
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from conftest import make_tokenizer
 from datasets import Dataset
-from test_rewards import encoder
+from helpers import encoder, make_tokenizer
 
 
 ROOT = Path(__file__).parents[1]

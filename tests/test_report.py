@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import count_abc
 from datasets import Dataset
+from helpers import count_abc
 
 from trl_sppo.evaluation_files import EvaluationFiles
 from trl_sppo.ladder import stored_players
@@ -40,9 +40,30 @@ def run(make_trainer, tmp_path):
     return tmp_path / "out"
 
 
+def assert_balanced(text: str) -> None:
+    """Each element of a page is closed, and none is closed that is not open."""
+    opened = []
+
+    class Page(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "link", "br", "hr", "input", "img"):
+                opened.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag, self.getpos()
+
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert opened == []
+
+
 def test_the_page(run):
     text = write_report(run).read_text()
-    HTMLParser().feed(text)
+    assert_balanced(text)
     assert EVIL not in text and "&lt;script&gt;" in text  # what models and datasets say is data
     assert not re.search(r"(src|href)=.https?:", text)  # no network
     for expected in ("count_abc", "length", "winners", "learning_rate", "transformers", "step 4"):

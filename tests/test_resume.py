@@ -1,6 +1,7 @@
 """A run that ends at any point goes on as if it had not. benchmarks/kill_and_resume.py has the harness that kills."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
-from fixed import weights
+from helpers import RUN_PROMPTS, TINY, assert_same, count_abc, history, make_tokenizer, more_abc, weights
 from peft import IA3Config, LoraConfig
 from transformers import (
     BitsAndBytesConfig,
@@ -27,60 +27,26 @@ from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_ma
 from trl_sppo.forms import differences, fingerprint
 
 
-# Iterations of two optimizer steps, each of two micro-batches; three iterations in an epoch
-RUN = {
-    "per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 9,
-    "save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "seed": 3,
-}  # fmt: skip
-PROMPTS = [a + b for a in "abcdef" for b in ("x", "yz")]
-
-
 def lora() -> LoraConfig:
     return LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+DONE: dict[str, Path] = {}
+
+
 @pytest.fixture
-def start(make_trainer, tiny_policy, tmp_path, monkeypatch):
-    """A function that builds a trainer in a folder of its own, and counts its calls of `generate` and of scoring."""
+def once(start, tmp_path_factory):
+    """A function that trains with these options, once for all tests, and returns the output directory."""
 
-    generate = Qwen2ForCausalLM.generate
+    def train(**options) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in DONE:
+            folder = tmp_path_factory.mktemp("once")
+            start("", output_dir=str(folder), **options).train()
+            DONE[key] = folder
+        return DONE[key]
 
-    def build(folder: str, **options):
-        calls = Counter()
-
-        def score(completions, **kwargs):
-            calls["score"] += 1
-            return count_abc(completions)
-
-        torch.manual_seed(0)
-        options = {
-            "model": tiny_policy, "reward_funcs": score, "prompts": PROMPTS, **RUN,
-            "output_dir": str(tmp_path / folder), **options,
-        }  # fmt: skip
-        trainer = make_trainer(**options)
-
-        def counting(*args, **kwargs):
-            calls["generate"] += 1
-            return generate(*args, **kwargs)
-
-        monkeypatch.setattr(Qwen2ForCausalLM, "generate", counting)
-        trainer.calls = calls
-        return trainer
-
-    return build
-
-
-def history(trainer) -> list[dict]:
-    """The log, without times and what is said of one call of `train`."""
-    words = "time", "per_second", "train_loss"
-    return [{k: v for k, v in row.items() if not any(w in k for w in words)} for row in trainer.state.log_history]
-
-
-def assert_same(actual, expected) -> None:
-    for name, value in weights(expected).items():
-        assert torch.equal(weights(actual)[name], value), name
-    for mine, row in zip(history(actual), history(expected), strict=True):
-        assert mine == row
+    return train
 
 
 # ---- Exact resume
@@ -144,7 +110,7 @@ def test_with_several_passes_a_moving_reference_oracles_and_evaluations(start, t
         "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4, "save_steps": 5,
         "disable_dropout": False, "lr_scheduler_type": "cosine", "optim": "rmsprop",
     }  # fmt: skip
-    kwargs = {"preference_func": more_abc, "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"preference_func": more_abc, "eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     whole = start("whole", **options, trainer_kwargs=kwargs)
     whole.train()
     resumed = start("resumed", **options, trainer_kwargs=kwargs)
@@ -169,7 +135,7 @@ def test_qlora(start, tmp_path):
 
 def test_streamed_prompts(start, tmp_path):
     def build(folder):
-        prompts = Dataset.from_dict({"prompt": PROMPTS}).to_iterable_dataset()
+        prompts = Dataset.from_dict({"prompt": RUN_PROMPTS}).to_iterable_dataset()
         return start(folder, trainer_kwargs={"train_dataset": prompts})
 
     whole = build("whole")
@@ -183,7 +149,7 @@ def test_evaluations_change_nothing_about_the_training(start):
     without = start("without")
     without.train()
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
-    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    kwargs = {"eval_dataset": Dataset.from_dict({"prompt": RUN_PROMPTS[:2]})}
     evaluated = start("with", **evaluation, trainer_kwargs=kwargs)
     evaluated.train()
     for name, value in weights(without).items():
@@ -263,15 +229,15 @@ def test_rollouts_of_other_options_are_set_aside(start, tmp_path):
 # ---- Killed
 
 
-def test_killed_at_fifty_points():
+def test_killed_at_any_point():
     """SIGKILL anywhere, also while checkpoints and rollouts are being written; LoRA and full, one process and two."""
+    points = int(os.environ.get("TRL_SPPO_KILL_POINTS", 12))
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--points", "50"], capture_output=True, text=True, timeout=1800
-    )
+    command = [sys.executable, str(script), "--points", str(points)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout + result.stderr
     counts = Counter(json.loads(result.stdout.splitlines()[-1]))
-    assert counts["killed"] == counts["same weights"] == counts["same log"] == 50, result.stdout
+    assert counts["killed"] == counts["same weights"] == counts["same log"] == points, result.stdout
     assert counts["torn checkpoints"] > 0
     # At most what was under way is done again: by each of two processes one sampling, one scoring, one judgement
     assert counts["calls repeated"] <= 3 * counts["kills"]
@@ -412,9 +378,8 @@ def test_training_twice_with_one_trainer(start):
         ({"num_generations": 2}, r"num_generations was 4, now 2"),
     ],
 )
-def test_other_batches(start, tmp_path, changes, expected):
-    start("run", max_steps=1).train()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
+def test_other_batches(start, once, changes, expected):
+    checkpoint = once(max_steps=1) / "checkpoint-1"
     with pytest.raises(ValueError, match=expected) as error:
         start("other", **changes).train(resume_from_checkpoint=str(checkpoint))
     assert f"begin a new run from its weights with model_name_or_path='{checkpoint}'" in str(error.value)
@@ -449,12 +414,11 @@ FORMS = [
 
 @pytest.mark.parametrize(("then", "now", "expected"), FORMS)
 @pytest.mark.parametrize("early", [True, False])
-def test_a_checkpoint_of_another_form(start, tiny_policy, tmp_path, monkeypatch, then, now, expected, early):
+def test_a_checkpoint_of_another_form(start, once, tmp_path, monkeypatch, then, now, expected, early):
     """It is refused before the checkpoint is loaded, and before the policy is, if what differs is known by then."""
     torch.manual_seed(1)
     Qwen2ForCausalLM(Qwen2Config(**TINY)).save_pretrained(tmp_path / "other")
-    start("run", max_steps=1, **then).train()
-    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    checkpoint = str(once(max_steps=1, **then) / "checkpoint-1")
     if "model" in now:
         now = {**now, "model": str(tmp_path / "other")}
     known_late = any(words in expected for words in ("target_modules", "modules_to_save"))

@@ -2,29 +2,13 @@
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
 from datasets import Dataset, IterableDataset
+from helpers import decoder, encoder, make_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
 )
 
 from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
-
-
-def encoder(num_labels=1):
-    config = BertConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, num_labels=num_labels, pad_token_id=0,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
-
-
-def decoder(num_labels=1):
-    return Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=num_labels))
 
 
 @pytest.fixture(params=[encoder, decoder], ids=["encoder", "decoder"])

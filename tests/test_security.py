@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer
 from datasets import Dataset
-from test_judges import Endpoint, save_gpm
-from test_served import RewardServer, logits, score
+from helpers import TINY, Endpoint, RewardServer, count_abc, logits, make_tokenizer, save_gpm, score_request
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import logging as transformers_logging
@@ -399,7 +397,7 @@ def test_secrets_reach_their_servers_and_nothing_else(tiny_policy, tmp_path, mon
     def refuse_sometimes(number, key, answer):
         return (401, {"error": {"message": f"no: {SECRETS[key]}"}}) if number % 5 == 4 else (200, answer)
 
-    rewards.answer = lambda number, request: refuse_sometimes(number, "VLLM_API_KEY", logits(score(request)))
+    rewards.answer = lambda number, request: refuse_sometimes(number, "VLLM_API_KEY", logits(score_request(request)))
     top = [{"token": "A", "logprob": -0.5}, {"token": "B", "logprob": -1.0}]
     verdict = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
     verdicts.answer = lambda number, request: refuse_sometimes(number, "OPENAI_API_KEY", verdict)

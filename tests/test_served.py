@@ -9,58 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import count_abc, make_tokenizer
-from test_judges import Endpoint
+from helpers import count_abc, logits, make_tokenizer, request_text, score_request
 from transformers import AutoModelForSequenceClassification
 from trl.trainer.utils import is_async_callable
 
 from trl_sppo import ServedRewardModel
 from trl_sppo.rewards import load_reward_models
 from trl_sppo.train import build_trainer
-
-
-def logits(*values):
-    """vLLM's answer to a request to classify."""
-    result = {"index": 0, "label": "LABEL_0", "probs": list(values), "num_classes": len(values)}
-    return {"id": "x", "object": "list", "created": 0, "model": "m", "data": [result], "usage": {}}
-
-
-def text(request):
-    return request["input"] if "input" in request else request["messages"][-1]["content"]
-
-
-def score(request):
-    """What the server answers here: the number of letters a, b and c."""
-    return count_abc([text(request)])[0]
-
-
-class RewardServer(Endpoint):
-    def __init__(self):
-        super().__init__()
-        self.url = self.url.removesuffix("/v1")
-        self.answer = lambda number, request: (200, logits(score(request)))
-        self.models = (200, {"object": "list", "data": [{"id": "org/Reward-8B"}, {"id": "other"}]})
-
-        def get(handler):
-            status, body = self.models if handler.path == "/v1/models" else (404, {})
-            body = (body if isinstance(body, str) else json.dumps(body)).encode()
-            handler.send_response(status)
-            handler.send_header("Content-Length", str(len(body)))
-            handler.end_headers()
-            handler.wfile.write(body)
-
-        self.server.RequestHandlerClass.do_GET = get
-
-
-@pytest.fixture
-def server(monkeypatch):
-    # Pauses between attempts are not what is tested
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    server = RewardServer()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
 
 
 def ask(reward, prompts, completions, **kwargs):
@@ -90,7 +45,7 @@ def test_each_completion_gets_its_own_score(server):
 
     def answer(number, request):
         time.sleep(0.02 * (3 - number % 4))
-        return 200, logits(len(text(request)) - 0.5)
+        return 200, logits(len(request_text(request)) - 0.5)
 
     server.answer = answer
     reward = ServedRewardModel(server.url)
@@ -134,7 +89,7 @@ NONSENSE = [
 
 @pytest.mark.parametrize("body", NONSENSE, ids=range(len(NONSENSE)))
 def test_answers_without_a_score(server, body, caplog):
-    server.answer = lambda number, request: (200, logits(-0.5) if text(request) == "xc" else body)
+    server.answer = lambda number, request: (200, logits(-0.5) if request_text(request) == "xc" else body)
     reward = ServedRewardModel(server.url, "reward")
     assert ask(reward, ["x"] * 3, ["a", "c", "a"]) == [None, -0.5, None]
     assert ask(reward, ["x"] * 2, ["a", "c"]) == [None, -0.5]
@@ -157,7 +112,7 @@ def test_a_server_that_dies_stops_the_run(server):
 def test_texts_that_a_living_server_refuses_do_not_stop_the_run(server):
     """A group of one prompt, all too long."""
     server.answer = lambda number, request: (
-        (400, {"error": {"message": "too long"}}) if len(text(request)) > 5 else (200, logits(1.5))
+        (400, {"error": {"message": "too long"}}) if len(request_text(request)) > 5 else (200, logits(1.5))
     )
     reward = ServedRewardModel(server.url)
     with pytest.raises(RuntimeError, match=r"gave no score to any of 1 completions.*too long"):
@@ -315,7 +270,9 @@ def test_what_it_refuses(monkeypatch):
 
 def test_the_trainer_trains_with_it(server, make_trainer):
     """Beside a reward function that gives the same scores, and with one text that it cannot score."""
-    server.answer = lambda number, request: (400, {}) if "z" in text(request) else (200, logits(score(request)))
+    server.answer = lambda number, request: (
+        (400, {}) if "z" in request_text(request) else (200, logits(score_request(request)))
+    )
     prompts = [[{"role": "user", "content": text}] for text in ("ab", "fgh")]
     seen = []
 

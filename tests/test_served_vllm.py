@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
+from helpers import TINY, make_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

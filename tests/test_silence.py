@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, count_abc, make_tokenizer, more_abc
 from datasets import Dataset
+from helpers import TINY, count_abc, make_tokenizer, more_abc
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo.faults import RunError

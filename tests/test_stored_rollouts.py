@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import count_abc, make_tokenizer, more_abc
 from datasets import Dataset, load_dataset
-from fixed import weights
+from helpers import count_abc, make_tokenizer, more_abc, weights
 from peft import LoraConfig
 
 from trl_sppo.stored_rollouts import COLUMNS, RolloutFiles, load_rollouts

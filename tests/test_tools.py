@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from fixed import weights
-from test_resume import history
+from helpers import history, weights
 from tool_policy import CLOSE, DIGITS, END, OPEN, PROMPTS, double, make_policy, make_tokenizer
 
 from trl_sppo import cli

@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from conftest import TINY, make_tokenizer
 from datasets import Dataset
+from helpers import TINY, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 

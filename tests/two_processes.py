@@ -4,8 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from conftest import TINY, make_tokenizer
-from fixed import COMPLETIONS, alphabet_score
+from helpers import COMPLETIONS, TINY, alphabet_score, make_tokenizer
 
 
 if FSDP := os.environ.get("ACCELERATE_USE_FSDP") == "true":
