@@ -17,7 +17,7 @@ import torch
 from trl_sppo.evaluation import outcomes_of_scores, win_rate
 from trl_sppo.play import aligned
 from trl_sppo.policies import load_completions
-from trl_sppo.stored_rollouts import to_tensor
+from trl_sppo.rows import to_tensor
 
 
 def main():

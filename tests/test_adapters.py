@@ -24,7 +24,8 @@ from trl import ModelConfig
 from trl_sppo import command_check as check
 from trl_sppo import train
 from trl_sppo.adapters import adopt_options, base_of, is_adapter, tokenizer_of
-from trl_sppo.checkpoints import last_whole_checkpoint, read_beginning
+from trl_sppo.checkpoints import last_whole_checkpoint
+from trl_sppo.files import read_beginning
 from trl_sppo.rewards import load_reward_models
 
 

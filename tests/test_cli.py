@@ -74,7 +74,7 @@ def test_ctrl_c_before_a_command_has_begun(monkeypatch, capsys, command):
     assert capsys.readouterr().err == "trl-sppo: interrupted.\n"
 
 
-@pytest.mark.parametrize("module", ["trl_sppo", "trl_sppo.train", "trl_sppo.make_rollouts"])
+@pytest.mark.parametrize("module", ["trl_sppo", "trl_sppo.train", "trl_sppo.sample"])
 def test_ctrl_c_while_a_process_imports(tmp_path, module):
     (tmp_path / "torch.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"

@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from trl_sppo import ServedRewardModel, SPPOTrainer, train
 from trl_sppo.checkpoints import last_whole_checkpoint
-from trl_sppo.faults import RunError, explain
+from trl_sppo.errors import RunError, explain
 from trl_sppo.judges import LLMJudge
 
 

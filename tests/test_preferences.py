@@ -5,12 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sppo.preferences import (
-    mean_preferences,
-    preferences_from_scores,
-    win_rates,
-    win_rates_from_scores,
-)
+from trl_sppo.preferences import mean_preferences, preferences_from_scores, win_rates, win_rates_from_scores
 
 
 NAN, INF = math.nan, math.inf

@@ -11,7 +11,7 @@ from helpers import CHAT_TEMPLATE, TINY, count_abc, image_dataset, image_score, 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from trl_sppo.checks_sources import how_to_make_prompts
-from trl_sppo.faults import RunError
+from trl_sppo.errors import RunError
 from trl_sppo.prompts import check_prompts
 from trl_sppo.readers import policy_reader
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers import TINY, count_abc, make_tokenizer, more_abc
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from trl_sppo.faults import RunError
+from trl_sppo.errors import RunError
 from trl_sppo.reward_sources import RewardSources
 from trl_sppo.voters import Voters
 

@@ -13,7 +13,7 @@ from helpers import COMPLETIONS, alphabet_score, count_abc, decoder, fixed_rollo
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOTrainer
 
-from trl_sppo.faults import RunError
+from trl_sppo.errors import RunError
 
 
 NAN = math.nan

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .stored_rollouts import ROW
+from .rows import ROW
 from .targets import RolloutTargets
 
 

@@ -1,14 +1,13 @@
 """Which checkpoints are whole. A run may be killed while it writes one."""
 
 import json
-import os
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from .files import _now, read_beginning, write_atomically
 from .forms import differences
 
 
@@ -16,7 +15,6 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"  # in each checkpoint
 FORMAT = 2  # of what a checkpoint holds besides what transformers saves
-BEGINNING = "run_began.json"  # in the output directory
 REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
 # Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
@@ -24,16 +22,6 @@ LAYOUT = (
     "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
     "num_iterations",
 )  # fmt: skip
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, whenever the process ends."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
@@ -84,31 +72,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         if path.stat().st_size != size:
             raise ValueError(f"its file {name} has {path.stat().st_size} bytes instead of {size}")
     return manifest
-
-
-def mark_beginning(output_dir: str, **facts: Any) -> None:
-    """
-    Write down that a run begins here, so that checkpoints of earlier ones are not taken for its own.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        facts:
-            What readers of the run will want to know: its policy, sources, options and versions.
-    """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"began_at": _now(), **facts}, indent=2, default=str)
-    write_atomically(Path(output_dir) / BEGINNING, text + "\n")
-
-
-def read_beginning(output_dir: str) -> dict[str, Any]:
-    """What was written down when the run in a folder began; empty if nothing was."""
-    path = Path(output_dir) / BEGINNING
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
 
 
 def asked_checkpoint(resume_from_checkpoint: Any) -> Path | None:

@@ -4,9 +4,9 @@ import argparse
 import signal
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
-from . import __version__
 from .quiet import hush
 
 
@@ -16,7 +16,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "check": ("command_check", {}, "report what a recipe would do and need, and what looks wrong, without a GPU"),
     "rollout": (
         "command_launch",
-        {"module": "trl_sppo.make_rollouts"},
+        {"module": "trl_sppo.sample"},
         "sample and score completions as a recipe says, without training, for `train --rollouts`",
     ),
     "eval": ("command_evaluate", {}, "compare two policies on the same prompts, under one or several judges"),
@@ -42,7 +42,7 @@ def _run(argv: list[str]) -> int:
         description="Self-Play Preference Optimization (SPPO) for TRL.",
         epilog="`trl-sppo COMMAND --help` lists the options of a command.",
     )
-    parser.add_argument("--version", action="version", version=f"trl-sppo {__version__}")
+    parser.add_argument("--version", action="version", version=f"trl-sppo {version('trl_sppo')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, _, description) in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)

@@ -17,7 +17,7 @@ from .option_checks import find_chat_template_problems
 from .options import _Parser, load_preference_funcs, load_reward_funcs, split_config
 from .panel import Panel, load_panel
 from .policies import Sampling
-from .stored_rollouts import IMAGES
+from .rows import IMAGES
 
 
 @dataclass

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from .checkpoints import read_beginning, write_atomically
+from .checkpoints import checkpoints_of_run
 from .command_judging import JudgeArguments, check_matplotlib, parse, run_and_options
-from .ladder import SAMPLED, Matrix, climb, draw, missing_steps, sample_steps, stored_players, verdict
+from .files import read_beginning, write_atomically
+from .ladder import SAMPLED, Matrix, climb, draw, sample_checkpoints, stored_players, verdict
 from .matches import prompts_of
 from .options import fail
 from .tables import as_table
@@ -58,15 +59,15 @@ def main(argv: list[str]) -> int:
 def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     """Let all policies of a run play against each other. Raises `ValueError` if there are fewer than two."""
     players = stored_players(run, args.evaluation_set)
-    missing = missing_steps(run, players)
+    missing = {step: path for step, path in sorted(checkpoints_of_run(str(run)).items()) if step not in players}
     panel = None
     if args.has_judges:
         prompts = prompts_of(next(iter(players.values()))) if players else args.load_prompts()
         panel = args.load_panel(prompts["prompt"][0], prompts.column_names, cast(Any, args.chat_template_kwargs))
-        players |= sample_steps(run, missing, prompts, args.sampling, panel)
+        players |= sample_checkpoints(run, missing, prompts, args.sampling, panel)
     elif missing:
         print(
-            f"Left out: the checkpoints of steps {missing}, which no evaluation sampled. Pass a judge "
+            f"Left out: the checkpoints of steps {list(missing)}, which no evaluation sampled. Pass a judge "
             "(--reward_funcs ...) to sample them now, or train with eval_steps equal to save_steps.",
             file=sys.stderr,
         )

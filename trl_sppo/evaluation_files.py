@@ -8,7 +8,8 @@ import pyarrow.parquet
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from .stored_rollouts import COLUMNS, IMAGES, unused
+from .rows import IMAGES
+from .stored_rollouts import COLUMNS, unused
 
 
 logger = logging.get_logger(__name__)

@@ -1,56 +1,10 @@
 """What a run says when it cannot go on."""
 
-import errno
-import os
 import sys
 import traceback
 
-import torch
-from torch import distributed as dist
-
 from .checkpoints import last_whole_checkpoint, read_manifest
-
-
-class RunError(RuntimeError):
-    """A run cannot go on, and the message says why and what to do. The cause, if there is one, is a user's code."""
-
-
-def explain(error: BaseException) -> str:
-    """
-    What went wrong and what helps, in one line or two.
-
-    Args:
-        error (`BaseException`):
-            What a training raised.
-
-    Returns:
-        `str`: the error's own words, with a cure where the words alone do not tell it.
-    """
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, RunError):
-        return str(error)
-    # safetensors and torch.save do not say by an errno what they met
-    full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
-    if any(words in text for words in (*full, "PytorchStreamWriter failed", "iostream error", "unexpected pos")):
-        return (
-            f"a file could not be written, most likely because the disk is full ({text.splitlines()[0]}). Make room, "
-            "or lower save_total_limit and rollouts_total_limit."
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"the GPU's memory does not suffice ({error}). Lower per_device_train_batch_size (and raise "
-            "steps_per_generation and gradient_accumulation_steps for the same iteration) or reward_batch_size; "
-            "docs/memory.md has the arithmetic."
-        )
-    if is_of_another_process(error):
-        return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
-    return text
-
-
-def is_of_another_process(error: BaseException) -> bool:
-    """Whether an error only says that another process of the run is gone."""
-    words = "onnection closed by peer", "onnection reset by peer", "third_party/gloo", "NCCL error"
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+from .errors import RunError, explain
 
 
 def how_to_go_on(output_dir: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from datasets import Dataset
 
-from .checkpoints import checkpoints_of_run
 from .checks_arguments import check_vllm_is_installed
 from .evaluation import WinRate
 from .evaluation_files import EvaluationFiles, Groups
@@ -22,23 +21,19 @@ Matrix = dict[str, dict[str, WinRate]]
 SAMPLED = "ladder"  # folder in the run, for the completions of checkpoints that no evaluation sampled
 
 
-def missing_steps(run: Path, players: dict[int, Groups]) -> list[int]:
-    """Steps of the checkpoints of a run that no evaluation sampled."""
-    return sorted(checkpoints_of_run(str(run)).keys() - players.keys())
-
-
-def sample_steps(run: Path, steps: list[int], prompts: Dataset, sampling: Sampling, panel: Panel) -> dict[int, Groups]:
+def sample_checkpoints(
+    run: Path, checkpoints: dict[int, Path], prompts: Dataset, sampling: Sampling, panel: Panel
+) -> dict[int, Groups]:
     """Sample checkpoints of a run, each with a seed of its own, and write their completions into its folder."""
-    if steps and sampling.use_vllm:
+    if checkpoints and sampling.use_vllm:
         check_vllm_is_installed()
-    checkpoints = {step: str(checkpoints_of_run(str(run))[step]) for step in steps}
     for checkpoint in checkpoints.values():
-        check_policy(checkpoint, sampling.trust_remote_code, sampling.use_vllm)
-        read_prompts(checkpoint, prompts, sampling)
+        check_policy(str(checkpoint), sampling.trust_remote_code, sampling.use_vllm)
+        read_prompts(str(checkpoint), prompts, sampling)
     panel.check_prompts(prompts["prompt"])
     sampled = {}
     for number, (step, checkpoint) in enumerate(checkpoints.items()):
-        sampled[step] = sample(checkpoint, prompts, replace(sampling, seed=sampling.seed + number))
+        sampled[step] = sample(str(checkpoint), prompts, replace(sampling, seed=sampling.seed + number))
         write_groups(run / SAMPLED / f"step-{step:06d}.parquet", sampled[step])
     return sampled
 

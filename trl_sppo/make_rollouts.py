@@ -1,12 +1,6 @@
-"""Rollouts without training: what `SPPOTrainer.rollout` does, and what `trl-sppo rollout` runs in each process."""
+"""Rollouts without training."""
 
 from typing import Any
-
-from .quiet import say_interrupts
-
-
-if __name__ == "__main__":
-    say_interrupts()
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -56,11 +50,3 @@ def make_rollouts(trainer: Any) -> str:
                 trainer._generate_and_score_completions(inputs, iteration, only_sample=True)
             progress.update()
     return str(recorder.files.folder)
-
-
-if __name__ == "__main__":
-    from trl_sppo.train import make_rollouts as main
-
-    trainer = main()
-    if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
-        trainer.end()

@@ -8,11 +8,11 @@ from typing import Any
 from datasets import Dataset
 from trl.data_utils import is_conversational
 
-from .checkpoints import write_atomically
 from .checks_arguments import check_vllm_is_installed
+from .errors import RunError
 from .evaluation import WinRate
 from .evaluation_files import Groups, row_of, with_json, without_images
-from .faults import RunError
+from .files import write_atomically
 from .panel import Panel
 from .play import matched, play, play_stored, score_groups
 from .policies import Sampling, check_policy, is_file, load_completions, run_of, sample

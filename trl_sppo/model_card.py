@@ -1,11 +1,11 @@
 """What a model card says besides TRL's: how it was trained, and how often it beats the model it started from."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .checkpoints import write_atomically
+from .files import write_atomically
 
 
 RATE = re.compile(r"eval_(?:(?P<set>.+?)_)?win_rate_vs_initial/(?P<judge>.+)")
@@ -25,7 +25,7 @@ def add_to_card(path: Path, trainer: Any) -> None:
     # TRL has no name for a model that was loaded from a folder, nor for one that goes nowhere but into a folder
     text = text.replace("[None](https://huggingface.co/None)", "a model in a folder")
     text = text.replace('model="None"', f'model="{path.parent.resolve().name}"')
-    text = text.replace("- TRL: ", f"- TRL-SPPO: {__version__}\n- TRL: ", 1)
+    text = text.replace("- TRL: ", f"- TRL-SPPO: {version('trl_sppo')}\n- TRL: ", 1)
     own = "\n\n".join([_training(trainer), _win_rates(trainer)])
     before, heading, after = text.partition("### Framework versions")
     write_atomically(path, f"{before}{own}\n\n{heading}{after}")

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .faults import RunError
+from .errors import RunError
 
 
 logger = logging.get_logger(__name__)

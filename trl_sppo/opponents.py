@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from .evaluation_files import NO_PROMPT, TAKEN, EvaluationFiles, Groups, group_of, with_json, without_images
 from .play import play
-from .stored_rollouts import IMAGES, installed_versions, key_of, to_lists, write_parquet
+from .rows import IMAGES, key_of, to_lists
+from .stored_rollouts import installed_versions, write_parquet
 
 
 logger = logging.get_logger(__name__)

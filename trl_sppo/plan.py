@@ -16,16 +16,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from .checkpoints import check_resume
 from .checks_arguments import check_activation_checkpointing, check_optimizer
-from .checks_models import (
-    check_adapter,
-    check_not_replaced,
-    check_policy_weights,
-    check_quantization,
-    check_sharding,
-)
+from .checks_models import check_adapter, check_not_replaced, check_policy_weights, check_quantization, check_sharding
 from .checks_sources import check_columns, check_datasets, check_judges, check_sources, named_datasets
 from .config import SPPOConfig
 from .forms import form_of
+from .given import is_judged, load_rollouts, prompts_of
 from .launching import accelerate_config, launch_arguments
 from .loading import check_one_dataset, is_folder_or_id, load_data
 from .memory import ModelSize, Placement, budget, size_of
@@ -34,7 +29,6 @@ from .prompts import check_prompts, without_empty_images
 from .readers import policy_reader, reward_readers
 from .recipes_reader import check_output_dir
 from .rewards import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
-from .stored_rollouts import is_judged, load_rollouts, prompts_of
 from .trust import is_url
 
 

@@ -9,7 +9,7 @@ from .comparisons import PreferenceFunc, ask_oracle
 from .evaluation import WinRate, length_controlled_win_rate, outcomes_of_scores, win_rate
 from .evaluation_files import Groups, row_of
 from .panel import Panel
-from .stored_rollouts import IMAGES, key_of, to_lists, to_tensor
+from .rows import IMAGES, key_of, to_lists, to_tensor
 
 
 logger = logging.get_logger(__name__)

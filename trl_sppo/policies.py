@@ -26,10 +26,11 @@ from transformers.utils import logging
 from trl.data_utils import is_conversational
 
 from .adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some, tokenizer_of
-from .checkpoints import read_beginning
 from .evaluation_files import Groups, group_of, row_of, with_messages
+from .files import read_beginning
 from .generation import end_tokens, only_requested_generation
-from .stored_rollouts import COLUMNS, without_nulls
+from .rows import without_nulls
+from .stored_rollouts import COLUMNS
 from .trust import check_safetensors, own_code_is_refused
 from .weights import check_weights, whole_and_silent
 

@@ -9,9 +9,9 @@ from transformers.utils import logging
 
 from .checks_sources import AnyDataset, columns_of, from_sharegpt
 from .config import SPPOConfig
-from .faults import RunError
+from .errors import RunError
 from .readers import LEAVE_OUT, Problem, Reader, key_of_prompt, room_for_prompts
-from .stored_rollouts import IMAGES
+from .rows import IMAGES
 
 
 logger = logging.get_logger(__name__)

@@ -12,18 +12,9 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from .comparisons import Answers
-from .stored_rollouts import (
-    COLUMNS,
-    IMAGES,
-    ROW,
-    RolloutFiles,
-    installed_versions,
-    same_prompts,
-    stored_panel,
-    to_lists,
-    to_tensor,
-    without_nulls,
-)
+from .given import stored_panel
+from .rows import IMAGES, ROW, same_prompts, to_lists, to_tensor, without_nulls
+from .stored_rollouts import COLUMNS, RolloutFiles, installed_versions
 from .targets import RolloutTargets
 from .voters import preferences_of_sources
 

@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import checkpoints_of_run, read_beginning, write_atomically
+from .checkpoints import checkpoints_of_run
 from .evaluation_files import Groups
+from .files import read_beginning, write_atomically
 from .ladder import climb, draw, stored_players, verdict, which_evaluation_set
 from .matches import mean_length
 from .play import aligned, play_stored
-from .stored_rollouts import to_tensor
+from .rows import to_tensor
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -21,16 +21,18 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .alone import alone_in
-from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, mark_beginning, write_manifest
+from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, write_manifest
 from .checks_models import quantized_bits
 from .config import SPPOConfig
 from .faults import how_to_go_on
+from .files import mark_beginning
 from .forms import digest, form_of
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 from .opponents import Opponents
 from .recording import RolloutRecorder
-from .stored_rollouts import IMAGES, installed_versions
+from .rows import IMAGES
+from .stored_rollouts import installed_versions
 
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from .comparisons import own_copy, run_coroutines
-from .faults import RunError, is_of_another_process
+from .errors import RunError, is_of_another_process
 
 
 # Columns of the dataset that reward functions do not get: their own arguments have these names

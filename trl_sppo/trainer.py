@@ -31,9 +31,10 @@ from .checks_models import check_trainable, quantized_bits
 from .checks_sources import named_datasets
 from .comparisons import PreferenceFunc, oracle_name, told_apart
 from .config import SPPOConfig
-from .faults import RunError, is_of_another_process
+from .errors import RunError, is_of_another_process
 from .forms import form_of
 from .generation import only_requested_generation
+from .given import is_judged, load_rollouts, prompts_of
 from .make_rollouts import make_rollouts
 from .model_card import add_to_card
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
@@ -45,7 +46,6 @@ from .resumable import ResumableTrainer
 from .reward_sources import RewardSources, names_of
 from .rewards import RewardSource, in_micro_batches, load_reward_models, without_slash
 from .step_metrics import StepMetrics
-from .stored_rollouts import is_judged, load_rollouts, prompts_of
 from .targets import RolloutTargets
 from .voters import Voters
 from .weight_sync import prepare_weight_sync

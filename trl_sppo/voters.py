@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .comparisons import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle
 from .config import SPPOConfig
 from .diagnostics import order_disagreement
-from .faults import RunError
+from .errors import RunError
 from .judges.endpoint import Endpoint
 from .preferences import preferences_from_scores, sum_of_scores
 from .reward_sources import RewardSources

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..errors import check_positive
 from ..trust import check_url, is_url
-from .local import check_positive
 
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .local import LocalJudge, check_loaded, check_positive, last_part, load, load_tokenizer, no_own_code, not_found
+from ..errors import check_positive
+from .local import LocalJudge, check_loaded, last_part, load, load_tokenizer, no_own_code, not_found
 from .texts import Messages, break_up, break_up_messages, completion_text, special_tokens
 
 

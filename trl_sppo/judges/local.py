@@ -67,12 +67,6 @@ def last_part(name: str) -> str:
     return name.rstrip("/").split("/")[-1]
 
 
-def check_positive(**options: float) -> None:
-    for name, value in options.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
-
-
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """A model, and which of its weights were missing."""
     check_safetensors("judge", path)

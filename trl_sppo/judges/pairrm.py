@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .local import LocalJudge, check_loaded, check_positive, last_part, load, load_tokenizer, not_found
+from ..errors import check_positive
+from .local import LocalJudge, check_loaded, last_part, load, load_tokenizer, not_found
 from .texts import Messages, break_up, break_up_messages, completion_text, prompt_text, special_tokens
 
 
