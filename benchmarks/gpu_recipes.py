@@ -25,7 +25,7 @@ from gpu_tools import (
 )
 
 from trl_sppo import SPPOTrainer, train
-from trl_sppo.plan import Plan, read
+from trl_sppo.planning.plan import Plan, read
 
 
 ROLLOUT = ("generating", "weight sync", "scoring", "rest of the rollout")

@@ -273,7 +273,7 @@ def engines(case: str) -> None:
 
 def pinned() -> None:
     """Rollouts of an iteration on their way to the device, from memory that is pinned and from memory that is not."""
-    from trl_sppo.batch import pin, to_device
+    from trl_sppo.rollouts.batch import pin, to_device
 
     rows, columns = (16, 64) if args.rehearse else (512, 2048)
     batch = {name: torch.ones(rows, columns, dtype=torch.int64) for name in ("ids", "mask")}
@@ -286,7 +286,7 @@ def pinned() -> None:
 
 def reward_model() -> None:
     """Texts of drawn lengths: in micro-batches of similar length, and as TRL does, in one forward of all."""
-    from trl_sppo.rewards import MicroBatchedRewardModel
+    from trl_sppo.oracles.reward_models import MicroBatchedRewardModel
 
     name = "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
     model = random_model(name).eval()
@@ -320,7 +320,7 @@ def quantization() -> None:
     """A reward model loaded whole, in 8 bit and in 4 bit."""
     if version_of("bitsandbytes") is None:
         raise NotRunError("needs bitsandbytes")
-    from trl_sppo.rewards import load_reward_models
+    from trl_sppo.oracles.reward_models import load_reward_models
 
     name = "Skywork/Skywork-Reward-V2-Qwen3-4B"
     path = checkpoint(name)
@@ -351,7 +351,7 @@ def merge() -> None:
     """A weight sync of a LoRA policy without a receiver: TRL's merge in place, and with the base weights restored."""
     from trl.generation.vllm_generation import VLLMGeneration
 
-    from trl_sppo.weight_sync import prepare_weight_sync
+    from trl_sppo.rollouts.weight_sync import prepare_weight_sync
 
     name = "Qwen/Qwen2.5-7B-Instruct"
     generation: Any = object.__new__(VLLMGeneration)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_sppo import SPPOConfig, SPPOTrainer
-from trl_sppo.checkpoints import last_whole_checkpoint
+from trl_sppo.runs.checkpoints import last_whole_checkpoint
 
 
 LETTERS = [chr(ord("a") + i) for i in range(26)]

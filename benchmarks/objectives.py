@@ -10,8 +10,8 @@ prompts against the initial policy. What is there already (in ./quickstart/objec
 import argparse
 
 from trl_sppo import train
-from trl_sppo.ladder import stored_players
-from trl_sppo.play import play_stored
+from trl_sppo.evaluation.ladder import stored_players
+from trl_sppo.evaluation.play import play_stored
 from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.run import FOLDER
 

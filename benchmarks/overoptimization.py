@@ -29,7 +29,7 @@ from trl_sppo.quickstart.assets import REWARD_TEMPLATE
 from trl_sppo.quickstart.on_topic import on_topic
 from trl_sppo.quickstart.run import FOLDER as QUICKSTART
 from trl_sppo.quickstart.vader import vader
-from trl_sppo.report import RULES
+from trl_sppo.runs.report import RULES
 
 
 FOLDER = Path("overoptimization")

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from trl_sppo.oracles.reward_models import MicroBatchedRewardModel
 from trl_sppo.quickstart.run import FOLDER
-from trl_sppo.rewards import MicroBatchedRewardModel
 
 
 QUESTIONS = [

@@ -14,9 +14,9 @@ import statistics
 
 import torch
 
-from trl_sppo.evaluation import outcomes_of_scores, win_rate
-from trl_sppo.play import aligned
-from trl_sppo.policies import load_completions
+from trl_sppo.evaluation.play import aligned
+from trl_sppo.evaluation.policies import load_completions
+from trl_sppo.evaluation.statistics import outcomes_of_scores, win_rate
 from trl_sppo.rows import to_tensor
 
 

@@ -6,7 +6,7 @@ Needs a GPU with 48 GB: the official SPPO checkpoint of Mistral-7B against its s
 `trl-sppo eval` does the same from the command line (docs/evaluation.md).
 """
 
-from trl_sppo.command_evaluate import EvalArguments, evaluate
+from trl_sppo.commands.evaluate import EvalArguments, evaluate
 
 
 def main(**options) -> dict:

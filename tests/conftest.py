@@ -207,7 +207,7 @@ SIZES: dict = {}
 @pytest.fixture
 def measured_once(monkeypatch):
     """`trl-sppo check` measures a model once for all tests."""
-    from trl_sppo import plan
+    from trl_sppo.planning import plan
 
     measure = plan.size_of
 

@@ -21,12 +21,12 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from trl_sppo import command_check as check
 from trl_sppo import train
-from trl_sppo.adapters import adopt_options, base_of, is_adapter, tokenizer_of
-from trl_sppo.checkpoints import last_whole_checkpoint
+from trl_sppo.commands import check
 from trl_sppo.files import read_beginning
-from trl_sppo.rewards import load_reward_models
+from trl_sppo.models.adapters import adopt_options, base_of, is_adapter, tokenizer_of
+from trl_sppo.oracles.reward_models import load_reward_models
+from trl_sppo.runs.checkpoints import last_whole_checkpoint
 
 
 KINDS = {
@@ -605,8 +605,8 @@ def test_an_adapter_on_a_trained_head(tiny_policy, tmp_path):
 
 
 def test_eval_and_check_take_a_reward_adapter(recipe, rewards, tiny_policy, reward_adapter, tmp_path, capsys):
-    from trl_sppo.panel import load_panel
-    from trl_sppo.play import score_groups
+    from trl_sppo.evaluation.play import score_groups
+    from trl_sppo.oracles.panel import load_panel
 
     panel = load_panel([reward_adapter], [], conversational=False)
     groups = [{"prompt": "", "completions": TEXTS}]

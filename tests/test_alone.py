@@ -11,16 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_sppo.alone import alone_in
-from trl_sppo.command_evaluate import EvalArguments, evaluate
-from trl_sppo.command_judging import parse
+from trl_sppo.commands.evaluate import EvalArguments, evaluate
+from trl_sppo.commands.judging import parse
+from trl_sppo.runs.alone import alone_in
 from trl_sppo.train import build_trainer
 
 
 HOLD = """
 import sys, time
-from trl_sppo.alone import alone_in
-from trl_sppo.command_evaluate import EvalArguments, evaluate, parse
+from trl_sppo.runs.alone import alone_in
+from trl_sppo.commands.evaluate import EvalArguments, evaluate, parse
 with alone_in(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -74,7 +74,7 @@ def test_the_lock_of_a_dead_process_that_its_children_hold_is_waited_for(other_r
     facts = json.loads(owner.read_text())
     dead = {**facts, "process": 2**22 + 1}  # beyond the largest number of a process
     owner.write_text(json.dumps(dead))
-    monkeypatch.setattr("trl_sppo.alone.ORPHANS", 0.3)
+    monkeypatch.setattr("trl_sppo.runs.alone.ORPHANS", 0.3)
     with pytest.raises(ValueError, match="not seen from here: its children"), alone_in(str(tmp_path / "out")):
         pass
     for other, message in (({**dead, "host": "elsewhere"}, "on elsewhere"), ("torn", "in use by another process")):
@@ -82,7 +82,7 @@ def test_the_lock_of_a_dead_process_that_its_children_hold_is_waited_for(other_r
         with pytest.raises(ValueError, match=message), alone_in(str(tmp_path / "out")):
             pass
     owner.write_text(json.dumps(dead))
-    monkeypatch.setattr("trl_sppo.alone.ORPHANS", 30)
+    monkeypatch.setattr("trl_sppo.runs.alone.ORPHANS", 30)
     threading.Timer(0.5, other_run.kill).start()
     with alone_in(str(tmp_path / "out")):
         assert json.loads(owner.read_text())["process"] == os.getpid()
@@ -97,7 +97,7 @@ def test_a_run_that_has_ended_leaves_the_folder_free(make_trainer, tmp_path):
     with pytest.raises(RuntimeError, match="boom"):
         make_trainer(reward_funcs=fails).train()
     make_trainer(max_steps=1).train()
-    code = f"from trl_sppo.alone import alone_in\nwith alone_in({str(tmp_path / 'out')!r}): print('free')"
+    code = f"from trl_sppo.runs.alone import alone_in\nwith alone_in({str(tmp_path / 'out')!r}): print('free')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "free\n", result.stderr
     assert not (tmp_path / "out" / "_run.json").exists()
@@ -108,6 +108,6 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeyp
     def flock(*args):
         raise error
 
-    monkeypatch.setattr("trl_sppo.alone.fcntl", error and SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr("trl_sppo.runs.alone.fcntl", error and SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
     with alone_in(str(tmp_path / str(error))):
         assert f"cannot be locked ({error or 'this system has no flock'})" in caplog.text

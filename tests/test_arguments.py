@@ -7,7 +7,7 @@ import pytest
 from helpers import message
 
 from trl_sppo import SPPOConfig, train
-from trl_sppo.recipes_reader import check_output_dir, read_recipe, unmade
+from trl_sppo.arguments.recipes import check_output_dir, read_recipe, unmade
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig
 
 from trl_sppo import SPPOConfig, train
-from trl_sppo import command_check as check
-from trl_sppo.memory import ModelSize, Placement, budget, peak, size_of
-from trl_sppo.options import load_preference_funcs
+from trl_sppo.arguments.options import load_preference_funcs
+from trl_sppo.commands import check
+from trl_sppo.planning.memory import ModelSize, Placement, budget, peak, size_of
 
 
 PATHS = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "quickstart")

@@ -16,9 +16,15 @@ from helpers import TRL_SPPO, count_abc, encoder, make_tokenizer, message, more_
 from helpers import run as run_command
 
 from trl_sppo import __version__, cli, train
-from trl_sppo.foreign_options import INSTEAD
-from trl_sppo.launching import launch_arguments
-from trl_sppo.options import check_dotted, load_preference_funcs, load_reward_funcs, make_parser, parse_arguments
+from trl_sppo.arguments.foreign_options import INSTEAD
+from trl_sppo.arguments.launching import launch_arguments
+from trl_sppo.arguments.options import (
+    check_dotted,
+    load_preference_funcs,
+    load_reward_funcs,
+    make_parser,
+    parse_arguments,
+)
 
 
 def test_help():

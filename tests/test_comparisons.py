@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from trl_sppo.comparisons import _calls, ask_oracle, check_oracle, ordered_pairs
 from trl_sppo.diagnostics import order_disagreement
+from trl_sppo.oracles.asking import _calls, ask_oracle, check_oracle, ordered_pairs
 
 
 PROMPTS = ["p"] * 4 + ["q"] * 4

@@ -23,8 +23,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 import trl_sppo
 from trl_sppo import SPPOConfig, SPPOTrainer
-from trl_sppo.batch import IMAGE_FIELDS
-from trl_sppo.resumable import ResumableTrainer
+from trl_sppo.rollouts.batch import IMAGE_FIELDS
+from trl_sppo.runs.resumable import ResumableTrainer
 
 
 SIGNATURES = {

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer, ModelConfig
 
 import trl_sppo
-from trl_sppo import command_check as check
 from trl_sppo import judges, train
-from trl_sppo.command_evaluate import EvalArguments
-from trl_sppo.command_judging import parse
-from trl_sppo.comparisons import check_oracle
+from trl_sppo.arguments.foreign_options import INSTEAD
+from trl_sppo.arguments.launching import launch_arguments
+from trl_sppo.arguments.options import check_arguments, make_parser
+from trl_sppo.commands import check
+from trl_sppo.commands.evaluate import EvalArguments
+from trl_sppo.commands.judging import parse
 from trl_sppo.config import SPPOConfig
-from trl_sppo.foreign_options import INSTEAD
-from trl_sppo.launching import launch_arguments
-from trl_sppo.options import check_arguments, make_parser
+from trl_sppo.oracles.asking import check_oracle
 
 
 ROOT = Path(__file__).parents[1]

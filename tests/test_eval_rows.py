@@ -11,12 +11,12 @@ from datasets import Dataset
 from helpers import EVAL, EVAL_PROMPTS, JUDGES, TINY, count_abc, make_tokenizer, more_abc, run_here
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
-from trl_sppo import ladder, matches, policies
-from trl_sppo.command_ladder import LadderArguments
-from trl_sppo.evaluation_files import EvaluationFiles, group_of, row_of
-from trl_sppo.play import aligned, matched, score_groups
-from trl_sppo.policies import load_completions
-from trl_sppo.stored_rollouts import write_parquet
+from trl_sppo.commands.ladder import LadderArguments
+from trl_sppo.evaluation import ladder, matches, policies
+from trl_sppo.evaluation.files import EvaluationFiles, group_of, row_of
+from trl_sppo.evaluation.play import aligned, matched, score_groups
+from trl_sppo.evaluation.policies import load_completions
+from trl_sppo.rollouts.files import write_parquet
 
 
 assert count_abc and more_abc  # imported by their paths
@@ -462,7 +462,7 @@ def test_a_judge_that_fails_loses_no_completions(folder, capsys):
 @pytest.mark.parametrize("command", ["ladder", "report", "check"])
 def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):
     name = {"ladder": "climb_run", "report": "main", "check": "main"}[command]
-    module = import_module(f"trl_sppo.command_{command}")
+    module = import_module(f"trl_sppo.commands.{command}")
     monkeypatch.setattr(module, name, lambda *args: signal.raise_signal(signal.SIGINT))
     assert run_here(command, "prompts") == 130
     lines = [line for line in capsys.readouterr().err.splitlines() if line]

@@ -16,14 +16,15 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from trl_sppo import command_ladder, ladder
-from trl_sppo.evaluation import WinRate
-from trl_sppo.evaluation_files import EvaluationFiles
-from trl_sppo.panel import load_panel
-from trl_sppo.play import score_groups
-from trl_sppo.policies import Sampling, load_completions, sample, sample_ids
-from trl_sppo.report import read_history
-from trl_sppo.stored_rollouts import write_parquet
+from trl_sppo.commands import ladder as command_ladder
+from trl_sppo.evaluation import ladder
+from trl_sppo.evaluation.files import EvaluationFiles
+from trl_sppo.evaluation.play import score_groups
+from trl_sppo.evaluation.policies import Sampling, load_completions, sample, sample_ids
+from trl_sppo.evaluation.statistics import WinRate
+from trl_sppo.oracles.panel import load_panel
+from trl_sppo.rollouts.files import write_parquet
+from trl_sppo.runs.report import read_history
 
 
 @pytest.mark.parametrize("policy", ["policy-1", "adapter"])
@@ -270,7 +271,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("trl_sppo.ladder.score_groups", interrupt)
+        patch.setattr("trl_sppo.evaluation.ladder.score_groups", interrupt)
         assert run_here("ladder", "run", *JUDGES) == 130
     assert "Sampled completions are in run/ladder, for `trl-sppo eval`." in capsys.readouterr().err
     assert len(load_completions("run/ladder/step-000001.parquet")) == len(EVAL_PROMPTS)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_sppo.policies import Sampling, sample
+from trl_sppo.evaluation.policies import Sampling, sample
 
 
 POLICY = os.environ.get("TRL_SPPO_TEST_POLICY")

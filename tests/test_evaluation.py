@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, win_rate
+from trl_sppo.evaluation.statistics import length_controlled_win_rate, outcomes_of_scores, win_rate
 
 
 def test_outcomes_golden():

@@ -21,9 +21,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 from trl_sppo import ServedRewardModel, SPPOTrainer, train
-from trl_sppo.checkpoints import last_whole_checkpoint
 from trl_sppo.errors import RunError, explain
 from trl_sppo.judges import LLMJudge
+from trl_sppo.runs.checkpoints import last_whole_checkpoint
 
 
 GO_ON = "the same command with --resume_from_checkpoint true goes on"
@@ -565,7 +565,7 @@ def full(*args, **kwargs):
 @pytest.mark.parametrize(
     "where",
     [
-        "trl_sppo.resumable.write_manifest",
+        "trl_sppo.runs.resumable.write_manifest",
         "transformers.trainer_callback.TrainerState.save_to_json",
         "transformers.Trainer._save_rng_state",
         "pandas.DataFrame.to_parquet",

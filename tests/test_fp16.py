@@ -5,7 +5,7 @@ import torch
 from helpers import history, weights
 from transformers import TrainerCallback
 
-from trl_sppo.nonfinite import MAX_SKIPPED_STEPS
+from trl_sppo.runs.nonfinite import MAX_SKIPPED_STEPS
 
 
 class Watch(TrainerCallback):

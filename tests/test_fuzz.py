@@ -31,7 +31,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_callback import DefaultFlowCallback
 
 from trl_sppo import train
-from trl_sppo.options import make_parser
+from trl_sppo.arguments.options import make_parser
 
 
 RECIPE = {

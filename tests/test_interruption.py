@@ -14,8 +14,9 @@ from datasets import Dataset
 from helpers import RUN_PROMPTS, TRL_SPPO, assert_same
 from transformers import TrainerCallback
 
-from trl_sppo import SPPOTrainer, interruption
-from trl_sppo.checkpoints import last_whole_checkpoint
+from trl_sppo import SPPOTrainer
+from trl_sppo.runs import interruption
+from trl_sppo.runs.checkpoints import last_whole_checkpoint
 
 
 class SignalAt(TrainerCallback):

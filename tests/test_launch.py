@@ -10,8 +10,8 @@ from accelerate.utils import is_deepspeed_available
 from helpers import ACCELERATE, TRL_SPPO, message, run
 from safetensors.torch import load_file
 
-from trl_sppo.launching import launch_arguments
-from trl_sppo.options import make_parser, parse_arguments
+from trl_sppo.arguments.launching import launch_arguments
+from trl_sppo.arguments.options import make_parser, parse_arguments
 
 
 REWARDS = """

@@ -10,8 +10,8 @@ from helpers import message
 from trl import DatasetMixtureConfig
 
 from trl_sppo import cli, train
-from trl_sppo.command_judging import JudgeArguments
-from trl_sppo.loading import dataset_source, load_data
+from trl_sppo.arguments.loading import dataset_source, load_data
+from trl_sppo.commands.judging import JudgeArguments
 
 
 TEXTS = ["ab", "fgh", "cd e", "xyz"]

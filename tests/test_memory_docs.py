@@ -19,9 +19,9 @@ from trl import ModelConfig, get_quantization_config
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from trl_sppo.memory import NF4, ModelSize, peak, size_of
-from trl_sppo.plan import read
-from trl_sppo.rewards import _quantization_config
+from trl_sppo.oracles.reward_models import _quantization_config
+from trl_sppo.planning.memory import NF4, ModelSize, peak, size_of
+from trl_sppo.planning.plan import read
 
 
 ROOT = Path(__file__).parents[1]

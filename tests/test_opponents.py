@@ -9,8 +9,8 @@ from datasets import Dataset, load_dataset
 from helpers import TINY, count_abc, more_abc
 from transformers import EarlyStoppingCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from trl_sppo.evaluation import length_controlled_win_rate, outcomes_of_scores, win_rate
-from trl_sppo.evaluation_files import EvaluationFiles
+from trl_sppo.evaluation.files import EvaluationFiles
+from trl_sppo.evaluation.statistics import length_controlled_win_rate, outcomes_of_scores, win_rate
 
 
 EVAL_PROMPTS = Dataset.from_dict({"prompt": ["ab", "fgh", "k", "l m", "no"], "topic": list("vwxyz")})
@@ -349,7 +349,7 @@ def test_messages_of_tools_are_messages_to_oracles(evaluated, monkeypatch, tmp_p
         seen.extend(first + second)
         return [0.5] * len(first)
 
-    monkeypatch.setattr("trl_sppo.opponents.Opponents._as_json", True)
+    monkeypatch.setattr("trl_sppo.evaluation.opponents.Opponents._as_json", True)
     prompts = [[{"role": "user", "content": text}] for text in ("ab", "q")]
     trainer = evaluated(
         prompts=prompts * 4,

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from trl_sppo.policies import Sampling, check_policy, load_policy, sample
+from trl_sppo.evaluation.policies import Sampling, check_policy, load_policy, sample
 
 
 LAYERS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}

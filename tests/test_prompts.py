@@ -10,10 +10,10 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value, loa
 from helpers import CHAT_TEMPLATE, TINY, count_abc, image_dataset, image_score, make_tokenizer, more_abc
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-from trl_sppo.checks_sources import how_to_make_prompts
+from trl_sppo.checks.prompts import check_prompts
+from trl_sppo.checks.readers import policy_reader
+from trl_sppo.checks.sources import how_to_make_prompts
 from trl_sppo.errors import RunError
-from trl_sppo.prompts import check_prompts
-from trl_sppo.readers import policy_reader
 
 
 USER = {"role": "user", "content": "ab"}
@@ -26,7 +26,7 @@ ALTERNATE = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE
 )
 PRINTS = "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ ' ' }}{% endfor %}"
-LOADERS = "trl.trainer.grpo_trainer.create_model_from_path", "trl_sppo.rewards.patch_environment"
+LOADERS = "trl.trainer.grpo_trainer.create_model_from_path", "trl_sppo.oracles.reward_models.patch_environment"
 
 
 def save(folder, tokenizer, reward=False, **config) -> str:
@@ -271,7 +271,7 @@ def test_a_prompt_is_rendered_as_training_does(make, tmp_path):
 
 
 def test_equal_prompts_are_rendered_once(make, monkeypatch):
-    from trl_sppo.readers import Reader
+    from trl_sppo.checks.readers import Reader
 
     seen = []
     read = Reader.read
@@ -285,7 +285,7 @@ def test_equal_prompts_are_rendered_once(make, monkeypatch):
 
 
 def test_the_first_row_of_several_is_named_and_batches_are_counted(make, monkeypatch):
-    monkeypatch.setattr("trl_sppo.prompts.BATCH", 3)
+    monkeypatch.setattr("trl_sppo.checks.prompts.BATCH", 3)
     rows = [[{"role": "user", "content": letter}] for letter in "abcdefgh"]
     with pytest.raises(ValueError, match=r"^row 7 of train_dataset has no prompt"):
         make([*rows[:7], None, rows[7], None])
@@ -543,7 +543,7 @@ def test_texts_that_are_read_as_they_are(make, tmp_path, caplog, prompts, tokeni
 @pytest.fixture
 def check(tmp_path, capsys):
     """A function that checks a recipe with these prompts: exit status and what it says."""
-    from trl_sppo import command_check
+    from trl_sppo.commands import check as command_check
 
     def run(rows, policy=None, reward=None, *options) -> tuple[int, str]:
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -599,7 +599,7 @@ def test_check_reads_the_prompts_of_rollouts(check, tmp_path):
 
 
 def test_a_progress_bar_for_many_prompts(make_trainer, capsys, monkeypatch):
-    monkeypatch.setattr("trl_sppo.prompts.MANY", 4)
+    monkeypatch.setattr("trl_sppo.checks.prompts.MANY", 4)
     make_trainer(disable_tqdm=False)
     assert "prompts of train_dataset" in capsys.readouterr().err
     make_trainer(disable_tqdm=True)

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from trl_sppo.rewards import load_reward_models
+from trl_sppo.oracles.reward_models import load_reward_models
 
 
 NF4 = BitsAndBytesConfig(

@@ -5,12 +5,12 @@ from importlib.resources import files
 
 import pytest
 
-from trl_sppo.evaluation import WinRate
+from trl_sppo.evaluation.statistics import WinRate
+from trl_sppo.oracles.reward_models import MicroBatchedRewardModel, load_reward_models
 from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.on_topic import on_topic
 from trl_sppo.quickstart.run import _draw, _show
 from trl_sppo.quickstart.vader import vader
-from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
 
 
 FOLDER = files("trl_sppo.quickstart")

@@ -13,8 +13,8 @@ from recipe_files import RECIPES, header_of, options_of
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-from trl_sppo.launching import launch_arguments
-from trl_sppo.options import make_parser
+from trl_sppo.arguments.launching import launch_arguments
+from trl_sppo.arguments.options import make_parser
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset
 from helpers import count_abc
 
-from trl_sppo.evaluation_files import EvaluationFiles
-from trl_sppo.ladder import stored_players
-from trl_sppo.report import RULES, diagnose, samples, write_report
-from trl_sppo.stored_rollouts import write_parquet
+from trl_sppo.evaluation.files import EvaluationFiles
+from trl_sppo.evaluation.ladder import stored_players
+from trl_sppo.rollouts.files import write_parquet
+from trl_sppo.runs.report import RULES, diagnose, samples, write_report
 
 
 EVIL = "<script>document.title='owned'</script>"

@@ -23,8 +23,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trl_sppo.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
-from trl_sppo.forms import differences, fingerprint
+from trl_sppo.runs.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
+from trl_sppo.runs.forms import differences, fingerprint
 
 
 def lora() -> LoraConfig:
@@ -312,7 +312,7 @@ def test_a_run_without_a_checkpoint_begins_anew(start, caplog):
 
 
 def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(start, tmp_path, monkeypatch):
-    from trl_sppo import resumable
+    from trl_sppo.runs import resumable
 
     whole_before = []
     write = resumable.write_manifest
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_runs(start, tmp_pa
 
 
 def test_a_whole_checkpoint_is_kept_until_the_one_that_replaces_it_is_whole(start, tmp_path, monkeypatch):
-    from trl_sppo import resumable
+    from trl_sppo.runs import resumable
 
     start("run", max_steps=2).train()
     whole = []

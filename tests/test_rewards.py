@@ -8,7 +8,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from trl_sppo.rewards import MicroBatchedRewardModel, load_reward_models
+from trl_sppo.oracles.reward_models import MicroBatchedRewardModel, load_reward_models
 
 
 @pytest.fixture(params=[encoder, decoder], ids=["encoder", "decoder"])
@@ -247,7 +247,7 @@ def test_a_list_is_no_dataset(make_trainer):
 
 
 def test_only_the_prompt_says_whether_prompts_are_conversational(make_trainer, tiny_model):
-    from trl_sppo.checks_sources import check_datasets
+    from trl_sppo.checks.sources import check_datasets
 
     args = make_trainer().args
     message = [{"role": "user", "content": "a"}]

@@ -3,8 +3,8 @@
 import torch
 
 from trl_sppo import SPPOConfig, preferences_from_scores
-from trl_sppo.batch import pin, take_rows, to_device, trim_completions
-from trl_sppo.targets import RolloutTargets
+from trl_sppo.rollouts.batch import pin, take_rows, to_device, trim_completions
+from trl_sppo.rollouts.targets import RolloutTargets
 
 
 # Three groups of three, of which the last ties
@@ -74,7 +74,7 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
         return to_device(batch, device)
 
     taken = []
-    for module in ("trainer", "batch"):
+    for module in ("trainer", "rollouts.batch"):
         monkeypatch.setattr(f"trl_sppo.{module}.to_device", record)
         monkeypatch.setattr(f"trl_sppo.{module}.take_rows", lambda *args: taken.append(len(moves)) or take_rows(*args))
     trainer = fixed(

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from transformers.utils import logging as transformers_logging
 
 from trl_sppo import ServedRewardModel, SPPOConfig, train
-from trl_sppo.checkpoints import write_manifest
+from trl_sppo.arguments.options import parse_arguments
 from trl_sppo.judges import GeneralPreferenceJudge, LLMJudge, PairRMJudge
-from trl_sppo.judges.texts import break_up, special_tokens
-from trl_sppo.options import parse_arguments
-from trl_sppo.rewards import load_reward_models
+from trl_sppo.oracles.reward_models import load_reward_models
+from trl_sppo.oracles.texts import break_up, special_tokens
+from trl_sppo.runs.checkpoints import write_manifest
 
 
 ROOT = Path(__file__).parents[1]

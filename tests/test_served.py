@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from trl.trainer.utils import is_async_callable
 
 from trl_sppo import ServedRewardModel
-from trl_sppo.rewards import load_reward_models
+from trl_sppo.oracles.reward_models import load_reward_models
 from trl_sppo.train import build_trainer
 
 
@@ -260,7 +260,7 @@ def test_what_it_refuses(monkeypatch):
         ServedRewardModel(url, max_retries=-1)
     with pytest.raises(ValueError, match="api_key must be ASCII"):
         ServedRewardModel(url, api_key="sk-…")
-    monkeypatch.setattr("trl_sppo.served.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_sppo.oracles.served.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"ServedRewardModel needs openai.*pip install trl-sppo\[served\]"):
         ServedRewardModel(url)
 

@@ -10,8 +10,8 @@ from helpers import TINY, count_abc, make_tokenizer, more_abc
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo.errors import RunError
-from trl_sppo.reward_sources import RewardSources
-from trl_sppo.voters import Voters
+from trl_sppo.oracles.scoring import RewardSources
+from trl_sppo.oracles.voters import Voters
 
 
 def stops_after(scored, per_rollout=2, length=1000, shuffle=True, may_pass=True, alone=True) -> int | None:

@@ -9,8 +9,8 @@ from datasets import Dataset, load_dataset
 from helpers import count_abc, make_tokenizer, more_abc, weights
 from peft import LoraConfig
 
-from trl_sppo.given import load_rollouts
-from trl_sppo.stored_rollouts import COLUMNS, RolloutFiles
+from trl_sppo.rollouts.files import COLUMNS, RolloutFiles
+from trl_sppo.rollouts.given import load_rollouts
 
 
 # Two optimizer steps for each iteration of four prompts

@@ -10,7 +10,7 @@ from helpers import history, weights
 from tool_policy import CLOSE, DIGITS, END, OPEN, PROMPTS, double, make_policy, make_tokenizer
 
 from trl_sppo import cli
-from trl_sppo.given import load_rollouts
+from trl_sppo.rollouts.given import load_rollouts
 
 
 OPTIONS = {

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOConfig
-from trl_sppo.checks_models import check_sharding
-from trl_sppo.weight_sync import prepare_weight_sync
+from trl_sppo.checks.models import check_sharding
+from trl_sppo.rollouts.weight_sync import prepare_weight_sync
 
 
 def lora_generation(tiny_model):
@@ -33,7 +33,9 @@ def test_a_hundred_syncs_of_an_adapter_leave_the_base_weights_as_they_were(tiny_
 
     before = weight.detach().clone()
     list(generation._iter_named_params())
-    assert not torch.equal(weight, before), "TRL's own sync is exact by now: trl_sppo/weight_sync.py has less to do"
+    assert not torch.equal(weight, before), (
+        "TRL's own sync is exact by now: trl_sppo/rollouts/weight_sync.py has less to do"
+    )
 
     with torch.no_grad():
         weight.copy_(before)

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from trl_sppo import cli
-from trl_sppo import command_check as check
-from trl_sppo.rewards import load_reward_models
-from trl_sppo.weights import check_weights
+from trl_sppo.commands import check
+from trl_sppo.models.weights import check_weights
+from trl_sppo.oracles.reward_models import load_reward_models
 
 
 def save(folder, kind=Qwen2ForCausalLM, without: str = "", **config) -> str:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 PASSED_ON = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 IMPORTED = [
-    "accelerate.commands.launch", "datasets", "peft", "torch.distributed.run", "trl_sppo.check", "trl_sppo.evaluate",
-    "trl_sppo.ladder", "trl_sppo.sample", "trl_sppo.report", "trl_sppo.train", "trl_sppo.trainer",
+    "accelerate.commands.launch", "datasets", "peft", "torch.distributed.run", "trl_sppo.commands.check",
+    "trl_sppo.commands.evaluate",
+    "trl_sppo.evaluation.ladder", "trl_sppo.sample", "trl_sppo.runs.report", "trl_sppo.train", "trl_sppo.trainer",
     "transformers.models.bert.modeling_bert", "transformers.models.qwen2.modeling_qwen2",
 ]  # fmt: skip
 PROGRAM = """#!{python} -IS

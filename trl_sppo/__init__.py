@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SPPOConfig": "config",
     "SPPOTrainer": "trainer",
-    "ServedRewardModel": "served",
+    "ServedRewardModel": "oracles.served",
     "log_mean_exp_baseline": "objectives",
     "mean_preferences": "preferences",
     "preferences_from_answers": "preferences",
@@ -28,8 +28,6 @@ _MODULES = {
     "judges",
     "objectives",
     "preferences",
-    "rewards",
-    "served",
     "trainer",
 }
 
@@ -39,12 +37,12 @@ if TYPE_CHECKING:
     from .objectives import select_completions as select_completions
     from .objectives import sppo_loss as sppo_loss
     from .objectives import sppo_targets as sppo_targets
+    from .oracles.served import ServedRewardModel as ServedRewardModel
     from .preferences import mean_preferences as mean_preferences
     from .preferences import preferences_from_answers as preferences_from_answers
     from .preferences import preferences_from_scores as preferences_from_scores
     from .preferences import win_rates as win_rates
     from .preferences import win_rates_from_scores as win_rates_from_scores
-    from .served import ServedRewardModel as ServedRewardModel
     from .trainer import SPPOTrainer as SPPOTrainer
 
 

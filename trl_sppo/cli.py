@@ -12,16 +12,16 @@ from .quiet import hush
 
 # The module whose `main` runs a command, further arguments of `main`, and the help
 COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "train": ("command_launch", {}, "train a policy as a YAML recipe and the command line say"),
-    "check": ("command_check", {}, "report what a recipe would do and need, and what looks wrong, without a GPU"),
+    "train": ("commands.launch", {}, "train a policy as a YAML recipe and the command line say"),
+    "check": ("commands.check", {}, "report what a recipe would do and need, and what looks wrong, without a GPU"),
     "rollout": (
-        "command_launch",
+        "commands.launch",
         {"module": "trl_sppo.sample"},
         "sample and score completions as a recipe says, without training, for `train --rollouts`",
     ),
-    "eval": ("command_evaluate", {}, "compare two policies on the same prompts, under one or several judges"),
-    "ladder": ("command_ladder", {}, "let the checkpoints of a run play against each other"),
-    "report": ("command_report", {}, "write a page about a run: curves, win rates, diagnostics, samples"),
+    "eval": ("commands.evaluate", {}, "compare two policies on the same prompts, under one or several judges"),
+    "ladder": ("commands.ladder", {}, "let the checkpoints of a run play against each other"),
+    "report": ("commands.report", {}, "write a page about a run: curves, win rates, diagnostics, samples"),
     "quickstart": ("quickstart", {}, "train a small real model on this machine and show its win rate against itself"),
 }
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import GRPOConfig
 
-from .option_checks import (
+from .option_rules import (
     OPTIONS_OF_ERRORS,
     find_keyword_problems,
     find_launch_problems,

@@ -15,15 +15,15 @@ if __name__ == "__main__":
 
 from trl import get_peft_config, get_quantization_config  # noqa: E402
 
-from .adapters import adopt_options, is_adapter  # noqa: E402
-from .alone import alone_in  # noqa: E402
-from .checks_arguments import check_activation_checkpointing, check_optimizer  # noqa: E402
-from .checks_models import check_adapter  # noqa: E402
-from .faults import how_to_go_on, report  # noqa: E402
-from .loading import load_data  # noqa: E402
-from .options import SPPOScriptArguments as SPPOScriptArguments  # noqa: E402
-from .options import fail, load_preference_funcs, load_reward_funcs, parse_arguments  # noqa: E402
-from .recipes_reader import unmade  # noqa: E402
+from .arguments.loading import load_data  # noqa: E402
+from .arguments.options import SPPOScriptArguments as SPPOScriptArguments  # noqa: E402
+from .arguments.options import fail, load_preference_funcs, load_reward_funcs, parse_arguments  # noqa: E402
+from .arguments.recipes import unmade  # noqa: E402
+from .checks.arguments import check_activation_checkpointing, check_optimizer  # noqa: E402
+from .checks.models import check_adapter  # noqa: E402
+from .models.adapters import adopt_options, is_adapter  # noqa: E402
+from .runs.alone import alone_in  # noqa: E402
+from .runs.endings import how_to_go_on, report  # noqa: E402
 from .trainer import SPPOTrainer  # noqa: E402
 
 

@@ -13,8 +13,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.extras.profiling import profiling_context
 
-from .adapters import continue_adapter, is_adapter, keep_reference, load_weights
-from .batch import (
+from .checks.arguments import check_trainer_arguments
+from .checks.models import check_trainable, quantized_bits
+from .checks.prompts import check_prompt_ids, check_prompts, check_rows, without_empty_images
+from .checks.readers import policy_reader, reward_readers
+from .checks.sources import named_datasets
+from .config import SPPOConfig
+from .errors import RunError, is_of_another_process
+from .evaluation.opponents import choose_metric
+from .models.adapters import continue_adapter, is_adapter, keep_reference, load_weights
+from .models.generation import only_requested_generation
+from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
+from .oracles.asking import PreferenceFunc, oracle_name, told_apart
+from .oracles.panel import Panel, place
+from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
+from .oracles.scoring import RewardSources, names_of
+from .oracles.voters import Voters
+from .rollouts.batch import (
     Rollout,
     columns_of,
     count_kept,
@@ -25,30 +40,15 @@ from .batch import (
     take_rows,
     to_device,
 )
-from .checkpoints import check_resume
-from .checks_arguments import check_trainer_arguments
-from .checks_models import check_trainable, quantized_bits
-from .checks_sources import named_datasets
-from .comparisons import PreferenceFunc, oracle_name, told_apart
-from .config import SPPOConfig
-from .errors import RunError, is_of_another_process
-from .forms import form_of
-from .generation import only_requested_generation
-from .given import is_judged, load_rollouts, prompts_of
-from .make_rollouts import make_rollouts
-from .model_card import add_to_card
-from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
-from .opponents import choose_metric
-from .panel import Panel, place
-from .prompts import check_prompt_ids, check_prompts, check_rows, without_empty_images
-from .readers import policy_reader, reward_readers
-from .resumable import ResumableTrainer
-from .reward_sources import RewardSources, names_of
-from .rewards import RewardSource, in_micro_batches, load_reward_models, without_slash
-from .step_metrics import StepMetrics
-from .targets import RolloutTargets
-from .voters import Voters
-from .weight_sync import prepare_weight_sync
+from .rollouts.given import is_judged, load_rollouts, prompts_of
+from .rollouts.sample_only import make_rollouts
+from .rollouts.step_metrics import StepMetrics
+from .rollouts.targets import RolloutTargets
+from .rollouts.weight_sync import prepare_weight_sync
+from .runs.checkpoints import check_resume
+from .runs.forms import form_of
+from .runs.model_card import add_to_card
+from .runs.resumable import ResumableTrainer
 
 
 logger = logging.get_logger(__name__)

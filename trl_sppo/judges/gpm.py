@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from ..errors import check_positive
-from .local import LocalJudge, check_loaded, last_part, load, load_tokenizer, no_own_code, not_found
-from .texts import Messages, break_up, break_up_messages, completion_text, special_tokens
+from ..oracles.texts import Messages, break_up, break_up_messages, completion_text, last_part, special_tokens
+from .local import LocalJudge, check_loaded, load, load_tokenizer, no_own_code, not_found
 
 
 class GeneralPreferenceJudge(LocalJudge):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from .endpoint import BadAnswerError, Endpoint
-from .local import last_part
-from .texts import Messages, completion_text, prompt_text
+from ..oracles.endpoint import BadAnswerError, Endpoint
+from ..oracles.texts import Messages, completion_text, last_part, prompt_text
 
 
 DEFAULT_INSTRUCTIONS = (

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..models.weights import whole_and_silent
 from ..trust import check_safetensors, own_code_is_refused
-from ..weights import whole_and_silent
 
 
 logger = logging.get_logger(__name__)
@@ -61,10 +61,6 @@ class LocalJudge:
                 f"leave out long prompts. This is said once; {self.__name__}/truncated is the share."
             )
         self.num_truncated += sum(truncated)
-
-
-def last_part(name: str) -> str:
-    return name.rstrip("/").split("/")[-1]
 
 
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

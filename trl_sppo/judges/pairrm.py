@@ -17,8 +17,16 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import check_positive
-from .local import LocalJudge, check_loaded, last_part, load, load_tokenizer, not_found
-from .texts import Messages, break_up, break_up_messages, completion_text, prompt_text, special_tokens
+from ..oracles.texts import (
+    Messages,
+    break_up,
+    break_up_messages,
+    completion_text,
+    last_part,
+    prompt_text,
+    special_tokens,
+)
+from .local import LocalJudge, check_loaded, load, load_tokenizer, not_found
 
 
 # PairRM's prefixes: field of the config with the token's id -> token (https://huggingface.co/llm-blender/PairRM-hf)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from transformers.trainer_utils import IntervalStrategy
 
-from .. import options, train
-from ..evaluation import WinRate
-from ..evaluation_files import Groups
-from ..ladder import stored_players
-from ..play import play_stored
-from ..report import write_report
+from .. import train
+from ..arguments import options
+from ..evaluation.files import Groups
+from ..evaluation.ladder import stored_players
+from ..evaluation.play import play_stored
+from ..evaluation.statistics import WinRate
+from ..runs.report import write_report
 from ..tables import as_table
 from . import assets
 

@@ -1,0 +1,1 @@
+"""Command line and recipes: options, launching, datasets."""

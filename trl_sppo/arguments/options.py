@@ -1,0 +1,164 @@
+"""Options of the training commands: their parser, and the functions that they name."""
+
+import importlib
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from ..config import SPPOConfig
+from .launching import check_num_processes, launch_arguments
+from .recipes import check_output_dir
+
+
+@dataclass
+class SPPOScriptArguments(ScriptArguments):
+    """
+    Arguments of the SPPO training script, besides those of [`SPPOConfig`] and [`~trl.ModelConfig`].
+
+    Args:
+        reward_model_name_or_path (`list[str]`, *optional*):
+            Reward models: ids on the hub or folders. Each is an oracle of its own.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: names in `trl.rewards`, or dotted import paths such as `my_rewards.brevity`.
+        preference_funcs (`list[str]`, *optional*):
+            Pairwise oracles: dotted import paths of functions or of judges, such as `my_judges.judge`.
+        eval_reward_model_name_or_path, eval_reward_funcs, eval_preference_funcs (`list[str]`, *optional*):
+            The same, as judges in evaluations only.
+    """
+
+    reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward models (sequence classifiers with one label): ids on the hub or folders."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions: names in trl.rewards, or dotted import paths ('my_rewards.brevity')."},
+    )
+    preference_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge')."},
+    )
+    eval_reward_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward models that judge in evaluations only."},
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions that judge in evaluations only."},
+    )
+    eval_preference_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Pairwise oracles that judge in evaluations only."},
+    )
+
+    def __post_init__(self):
+        # A YAML recipe may give one name instead of a list
+        for name in ("reward_model_name_or_path", "reward_funcs", "preference_funcs"):
+            for each in (name, f"eval_{name}"):
+                if isinstance(getattr(self, each), str):
+                    setattr(self, each, [getattr(self, each)])
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def fail(message: object) -> NoReturn:
+    """Exit with one error message and status 2."""
+    print(f"trl-sppo: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_parser(prog: str = "trl-sppo train", config: type[SPPOConfig] = SPPOConfig) -> TrlParser:
+    types: Any = (SPPOScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    return _Parser(types, prog=prog, allow_abbrev=False)
+
+
+def split_config(argv: list[str]) -> list[str]:
+    """TRL's parser knows `--config recipe.yaml` only: write `--config=recipe.yaml` as that."""
+    return [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
+
+
+def parse_arguments(argv: list[str]) -> tuple[SPPOScriptArguments, SPPOConfig, ModelConfig, DatasetMixtureConfig]:
+    """The options of a training process. Raises `ValueError` for unknown or contradictory ones."""
+    parser = make_parser()
+    argv = split_config(argv)
+    launch = launch_arguments(parser, argv)  # refuses unknown options
+    try:
+        parsed: Any = parser.parse_args_and_config(argv, return_remaining_strings=True)[:4]
+    except ValueError:
+        check_num_processes(launch)  # too few processes may be the reason
+        raise
+    check_num_processes(launch)
+    check_output_dir(parsed[1].output_dir)
+    return parsed
+
+
+def check_arguments(argv: list[str]) -> SPPOConfig:
+    """The training options. Exits with a message if they are wrong, or with the list of options for --help."""
+    if {"-h", "--help"} & set(argv):
+        make_parser().print_help()
+        raise SystemExit(0)
+    try:
+        return parse_arguments(argv)[1]
+    except ValueError as error:
+        fail(error)
+
+
+def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
+    """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
+    functions = []
+    for name in names:
+        if name == "get_soft_overlong_punishment":  # a factory, which `trl grpo` calls with these values
+            from trl.rewards import get_soft_overlong_punishment
+
+            functions.append(get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
+        else:
+            check_dotted(name, f"reward function {name!r} (--{option})", option.replace("funcs", "model_name_or_path"))
+            path = name if "." in name else f"trl.rewards.{name}"
+            hint = "Give a name in trl.rewards or a dotted path, my_rewards.brevity for `brevity` in my_rewards.py"
+            functions.append(import_callable(path, f"reward function {name!r} (--{option})", hint))
+    return functions
+
+
+def load_preference_funcs(names: list[str], option: str = "preference_funcs") -> list:
+    """Import pairwise oracles by dotted paths, also of modules in the working directory."""
+    hint = "Give a dotted path, such as my_judges.judge for `judge` in my_judges.py"
+    for name in names:
+        check_dotted(name, f"pairwise oracle {name!r} (--{option})")
+    return [import_callable(name, f"pairwise oracle {name!r} (--{option})", hint) for name in names]
+
+
+def check_dotted(name: str, what: str, model_option: str | None = None) -> None:
+    """Raise `ValueError` for the path of a file or of a model instead of a dotted import path."""
+    is_file = re.search(r"\.py\b", name)
+    if not is_file and not {"/", ":"} & set(name):
+        return
+    folder, _, module = name.rpartition("/")
+    parts = [part for part in re.split("[.:]+", re.sub(r"\.py\b", "", module)) if part]
+    is_dotted = len(parts) > 1 and all(part.isidentifier() for part in parts) and "://" not in name
+    if not is_file and (os.path.isdir(name) or not is_dotted):
+        hint = f" A model is given with {model_option}." if model_option else ""
+        raise ValueError(f"{what} is not a dotted import path such as my_rewards.brevity.{hint}")
+    path = ".".join(parts) if is_dotted else f"{parts[0]}.NAME, with the name of the function"
+    where = f", and start in the folder {folder}, or add it to PYTHONPATH" if folder not in ("", ".") else ""
+    raise ValueError(f"{what} is written as a file, but must be a dotted import path. Write {path}{where}.")
+
+
+def import_callable(path: str, what: str, hint: str) -> Any:
+    """Import by a dotted path, also from the working directory. `what` and `hint` go into the `ValueError`."""
+    module, _, attribute = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{what} could not be imported: {error}. {hint}.") from error
+    if not callable(function):
+        raise ValueError(f"{what} is not a function: {function!r}.")
+    return function

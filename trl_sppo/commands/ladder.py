@@ -1,0 +1,106 @@
+"""`trl-sppo ladder`: the policies of a run against each other."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from ..arguments.options import fail
+from ..evaluation.ladder import SAMPLED, Matrix, climb, draw, sample_checkpoints, stored_players, verdict
+from ..evaluation.matches import prompts_of
+from ..files import read_beginning, write_atomically
+from ..runs.checkpoints import checkpoints_of_run
+from ..tables import as_table
+from .judging import JudgeArguments, check_matplotlib, parse, run_and_options
+
+
+@dataclass
+class LadderArguments(JudgeArguments):
+    """
+    Arguments of `trl-sppo ladder`, besides those of [`JudgeArguments`].
+
+    Args:
+        evaluation_set (`str`, *optional*):
+            Evaluation set of a run with several. The first by default.
+    """
+
+    evaluation_set: str | None = field(
+        default=None, metadata={"help": "Evaluation set of a run with several. The first by default."}
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run `trl-sppo ladder` and return its exit status."""
+    try:
+        run, argv = run_and_options(argv, "trl-sppo ladder")
+        check_matplotlib("trl-sppo ladder")
+        args = parse(LadderArguments, "trl-sppo ladder RUN", argv, defaults=_sampling_of(run))
+        ladders = climb_run(run, args)
+    except KeyboardInterrupt:
+        kept = run / SAMPLED
+        said = f"Sampled completions are in {kept}, for `trl-sppo eval`." if kept.exists() else ""
+        raise KeyboardInterrupt(f"interrupted. {said}".strip()) from None
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    for judge, matrix in ladders.items():
+        print(f"\n{judge}: win rate of the row against the column\n{matrix_table(matrix)}")
+        print("\n".join(verdict(matrix)))
+    facts = {
+        judge: {a: {b: vars(rate) for b, rate in row.items()} for a, row in matrix.items()}
+        for judge, matrix in ladders.items()
+    }
+    write_atomically(run / "ladder.json", json.dumps(facts, indent=2) + "\n")
+    draw(ladders).savefig(run / "ladder.png", dpi=120)
+    print(f"\nSaved ladder.json and ladder.png in {run}.")
+    return 0
+
+
+def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
+    """Let all policies of a run play against each other. Raises `ValueError` if there are fewer than two."""
+    players = stored_players(run, args.evaluation_set)
+    missing = {step: path for step, path in sorted(checkpoints_of_run(str(run)).items()) if step not in players}
+    panel = None
+    if args.has_judges:
+        prompts = prompts_of(next(iter(players.values()))) if players else args.load_prompts()
+        panel = args.load_panel(prompts["prompt"][0], prompts.column_names, cast(Any, args.chat_template_kwargs))
+        players |= sample_checkpoints(run, missing, prompts, args.sampling, panel)
+    elif missing:
+        print(
+            f"Left out: the checkpoints of steps {list(missing)}, which no evaluation sampled. Pass a judge "
+            "(--reward_funcs ...) to sample them now, or train with eval_steps equal to save_steps.",
+            file=sys.stderr,
+        )
+    if len(players) < 2:
+        cure = (
+            "Save more checkpoints (save_steps, save_total_limit), or compare one with the initial policy by "
+            "`trl-sppo eval`."
+            if args.has_judges
+            else "Train with eval_strategy, or pass a judge and --dataset_name to sample the checkpoints now."
+        )
+        raise ValueError(
+            f"a ladder needs two policies, and {str(run)!r} has {len(players)}: "
+            f"{'checkpoints' if args.has_judges else 'evaluations'} of steps {sorted(players)}. {cure}"
+        )
+    ladders = climb(players, panel)
+    if not ladders:
+        raise ValueError(
+            "no reward source scored these evaluations, and the comparisons of pairwise oracles are not stored. Pass "
+            "--preference_funcs or another judge."
+        )
+    return ladders
+
+
+def matrix_table(matrix: Matrix) -> str:
+    """The mean win rates of a matrix, as a table."""
+    steps = sorted(matrix, key=int)
+    rows = [[a, *("-" if a == b else f"{matrix[a][b].mean:.3f}" for b in steps)] for a in steps]
+    return as_table(["step", *steps], rows)
+
+
+def _sampling_of(run: Path) -> dict[str, Any]:
+    """How a run sampled in its evaluations, as far as that is known."""
+    config = read_beginning(str(run)).get("config", {})
+    found = {name: config.get(name) for name in ("max_completion_length", "temperature", "chat_template_kwargs")}
+    found["num_generations"] = config.get("num_generations_eval") or config.get("num_generations")
+    return {name: value for name, value in found.items() if value is not None}

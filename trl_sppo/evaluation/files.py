@@ -1,0 +1,100 @@
+"""Evaluation files: one Parquet file per evaluation of a training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from transformers.utils import logging
+from trl.data_utils import is_conversational
+
+from ..rollouts.files import COLUMNS, unused
+from ..rows import IMAGES
+
+
+logger = logging.get_logger(__name__)
+
+# Columns of the dataset with these names are in a group's "dataset_columns": its own have them, or files no place
+TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
+FOLDER = "evaluations"  # in the output directory
+NO_PROMPT = [{"role": "user", "content": ""}]  # TRL's, of a dataset that leaves prompts to its environments
+
+Groups = list[dict[str, Any]]
+
+
+def group_of(row: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """A row of the dataset as a group, with columns of the group's own."""
+    taken = {name: value for name, value in row.items() if name in TAKEN}
+    free = {name: value for name, value in row.items() if name not in TAKEN}
+    return {**free, **({"dataset_columns": taken} if taken else {}), **own}
+
+
+def row_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The row of the dataset that a group is of, which judges get."""
+    free = {name: value for name, value in group.items() if name not in TAKEN}
+    return {**free, **(group.get("dataset_columns") or {})}
+
+
+def without_images(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as it is written. Images are large."""
+    kept = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
+    return {
+        **{name: value for name, value in group.items() if name != "dataset_columns"},
+        **({"dataset_columns": kept} if kept else {}),  # Parquet has no place for an empty table
+    }
+
+
+def with_json(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with completions as JSON: tools make messages of many shapes, which Parquet cannot hold."""
+    return {**group, "completions": [json.dumps(completion, default=str) for completion in group["completions"]]}
+
+
+def with_messages(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with messages again, if `with_json` has written it."""
+    texts = group["completions"]
+    if not is_conversational({"prompt": group.get("prompt")}) or not all(str(text)[:3] == '[{"' for text in texts):
+        return group
+    return {**group, "completions": [json.loads(text) for text in texts]}
+
+
+class EvaluationFiles:
+    """
+    The evaluations in an output directory: a file for each, a folder for each evaluation set if there are several.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+    """
+
+    def __init__(self, output_dir: str):
+        self.folder = Path(output_dir) / FOLDER
+
+    def path(self, name: str, step: int) -> Path:
+        return self.folder / name / f"step-{step:06d}.parquet"
+
+    def steps(self, name: str) -> list[int]:
+        """Optimizer steps at which there is an evaluation, in order."""
+        return sorted(int(path.stem.split("-")[1]) for path in (self.folder / name).glob("step-*.parquet"))
+
+    def names(self) -> list[str]:
+        """The evaluation sets: `"."` if there is only one."""
+        return sorted({str(path.parent.relative_to(self.folder)) for path in self.folder.rglob("step-*.parquet")})
+
+    def read(self, name: str, step: int) -> Groups | None:
+        """The rows of an evaluation, or `None` if there is none."""
+        path = self.path(name, step)
+        return [*map(with_messages, pyarrow.parquet.read_table(path).to_pylist())] if path.is_file() else None
+
+    def set_aside(self) -> None:
+        """Move what an earlier run has left here, so that the two are not mixed up."""
+        if self.folder.exists():
+            aside = unused(self.folder)
+            self.folder.rename(aside)
+            logger.warning(f"{self.folder} holds evaluations of an earlier run: they are now in {aside}.")
+
+    def rotate(self, step: int, limit: int | None) -> None:
+        """Of those up to a checkpoint at this step, keep the first and the last `limit`."""
+        if limit is not None:
+            for name in self.names():
+                for old in [each for each in self.steps(name) if each <= step][1:-limit]:
+                    self.path(name, old).unlink()

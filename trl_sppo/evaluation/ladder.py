@@ -1,0 +1,128 @@
+"""Ladders: the policies of a run against each other."""
+
+from dataclasses import replace
+from itertools import combinations, pairwise, permutations
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..checks.arguments import check_vllm_is_installed
+from ..oracles.panel import Panel
+from .files import EvaluationFiles, Groups
+from .matches import write_groups
+from .play import play, play_stored, score_groups
+from .policies import Sampling, check_policy, read_prompts, sample
+from .statistics import WinRate
+
+
+# matrix[a][b]: win rate of a against b
+Matrix = dict[str, dict[str, WinRate]]
+SAMPLED = "ladder"  # folder in the run, for the completions of checkpoints that no evaluation sampled
+
+
+def sample_checkpoints(
+    run: Path, checkpoints: dict[int, Path], prompts: Dataset, sampling: Sampling, panel: Panel
+) -> dict[int, Groups]:
+    """Sample checkpoints of a run, each with a seed of its own, and write their completions into its folder."""
+    if checkpoints and sampling.use_vllm:
+        check_vllm_is_installed()
+    for checkpoint in checkpoints.values():
+        check_policy(str(checkpoint), sampling.trust_remote_code, sampling.use_vllm)
+        read_prompts(str(checkpoint), prompts, sampling)
+    panel.check_prompts(prompts["prompt"])
+    sampled = {}
+    for number, (step, checkpoint) in enumerate(checkpoints.items()):
+        sampled[step] = sample(str(checkpoint), prompts, replace(sampling, seed=sampling.seed + number))
+        write_groups(run / SAMPLED / f"step-{step:06d}.parquet", sampled[step])
+    return sampled
+
+
+def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, Matrix]:
+    """A matrix of win rates by judge, of policies by step. Without judges, the scores of the evaluations count."""
+    if panel is not None:
+        for groups in players.values():
+            score_groups(panel, groups)
+    ladders: dict[str, Matrix] = {}
+    for a, b in combinations(sorted(players), 2):
+        pair = players[b], players[a]
+        results = play_stored(*pair) if panel is None else play(*pair, panel)
+        for judge, (rate, _) in results.items():
+            matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
+            matrix[str(b)][str(a)] = rate
+            matrix[str(a)][str(b)] = WinRate(1 - rate.mean, 1 - rate.high, 1 - rate.low, rate.num_prompts)
+    # A judge may not have scored all policies. Its ladder leaves out those that it did not compare with all others
+    return {
+        judge: {a: row for a, row in matrix.items() if row and len(row) == max(map(len, matrix.values()))}
+        for judge, matrix in ladders.items()
+    }
+
+
+def which_evaluation_set(run: Path, evaluation_set: str | None) -> str:
+    """The evaluation set asked for, or the first; `"."` if there is only one. Raises `ValueError` if it is unknown."""
+    names = EvaluationFiles(str(run)).names()
+    if evaluation_set is not None and evaluation_set not in names:
+        raise ValueError(f"evaluation_set={evaluation_set!r} is unknown. This run has {names}.")
+    return evaluation_set or (names[0] if names else ".")
+
+
+def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Groups]:
+    """The evaluations of a run by step. Raises `ValueError` for an unknown evaluation set."""
+    files = EvaluationFiles(str(run))
+    name = which_evaluation_set(run, evaluation_set)
+    found = {step: files.read(name, step) for step in files.steps(name)}
+    return {step: groups for step, groups in found.items() if groups}
+
+
+def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:
+    """Triples in which each beats the next and the last beats the first, with the weakest of the three win rates."""
+    found = []
+    for a, b, c in permutations(matrix, 3):
+        rates = [matrix[x].get(y) for x, y in ((a, b), (b, c), (c, a))]
+        if a == min((a, b, c), key=int) and all(rate is not None and rate.mean > 0.5 for rate in rates):
+            known = [rate for rate in rates if rate is not None]
+            found.append(((a, b, c), min(known, key=lambda rate: rate.mean)))
+    return found
+
+
+def verdict(matrix: Matrix) -> list[str]:
+    """Describe a matrix of win rates in words."""
+    steps = sorted(matrix, key=int)
+    lines = []
+    pairs = [*pairwise(steps), (steps[0], steps[-1])]
+    for earlier, later in dict.fromkeys(pairs):
+        rate = matrix[later][earlier]
+        word = "beats" if rate.low > 0.5 else "loses to" if rate.high < 0.5 else "cannot be distinguished from"
+        lines.append(f"step {later} {word} step {earlier}: {rate}")
+    found = circles(matrix)
+    sure = [circle for circle in found if circle[1].low > 0.5]
+    for (a, b, c), rate in sure:
+        lines.append(f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a} (weakest: {rate})")
+    if not found:
+        lines.append("no circles: the win rates are transitive")
+    elif not sure:
+        lines.append(f"{len(found)} circle(s), none beyond the noise of {found[0][1].num_prompts} prompts")
+    return lines
+
+
+def draw(ladders: dict[str, Matrix]) -> Any:
+    """A matplotlib figure with a matrix for each judge."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(ladders), 4), layout="constrained")
+    axes = figure.subplots(1, len(ladders), squeeze=False)[0]
+    for axis, (judge, matrix) in zip(axes, ladders.items(), strict=True):
+        steps = sorted(matrix, key=int)
+        values = [[0.5 if a == b else matrix[a][b].mean for b in steps] for a in steps]
+        image = axis.imshow(values, cmap="RdBu", vmin=0, vmax=1)
+        axis.set(title=f"{judge}", xlabel="opponent: step", ylabel="policy: step")
+        axis.set_xticks(range(len(steps)), steps)
+        axis.set_yticks(range(len(steps)), steps)
+        if len(steps) <= 12:
+            for i, row in enumerate(values):
+                for j, value in enumerate(row):
+                    if i != j:
+                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
+                        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=list(axes), label="win rate of the row against the column", shrink=0.8)
+    return figure

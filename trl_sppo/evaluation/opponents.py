@@ -1,0 +1,225 @@
+"""Opponents of a training's evaluations: the completions of earlier ones."""
+
+import math
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Features
+from transformers import SchedulerType, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+from ..rollouts.files import installed_versions, write_parquet
+from ..rows import IMAGES, key_of, to_lists
+from .files import NO_PROMPT, TAKEN, EvaluationFiles, Groups, group_of, with_json, without_images
+from .play import play
+
+
+logger = logging.get_logger(__name__)
+
+
+class DefaultMetric(str):
+    """The name of a metric that nobody has asked for."""
+
+
+def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
+    """
+    Let a win rate say which policy is the best: transformers' default, the loss, says nothing about that.
+
+    Args:
+        args ([`SPPOConfig`]):
+            Configuration, in which the metric is set.
+        judges (sequence of `str`):
+            Names of the judges. The first decides.
+        eval_dataset:
+            The evaluation set, or a `dict` of them, of which the first decides.
+    """
+    if args.metric_for_best_model != "loss" and not isinstance(args.metric_for_best_model, DefaultMetric):
+        return
+    prefix = f"eval_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else "eval"
+    args.metric_for_best_model = DefaultMetric(f"{prefix}_win_rate_vs_initial/{judges[0]}")
+    args.greater_is_better = True
+    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, "greedy"):
+        args.lr_scheduler_kwargs = {"mode": "max", **cast(dict, args.lr_scheduler_kwargs or {})}
+    logger.warning(f"metric_for_best_model is {args.metric_for_best_model!s}, by default the first judge's.")
+
+
+class Opponents(TrainerCallback):
+    """
+    Lets each evaluation of a training play against the first one and the one before, without sampling those again.
+
+    For each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
+
+    Args:
+        trainer:
+            An [`SPPOTrainer`].
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.args = trainer.args
+        self.files = EvaluationFiles(self.args.output_dir)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget an earlier training of this trainer."""
+        self._steps: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
+        self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
+        self._groups: Groups = []
+        self._elsewhere: EvaluationFiles | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": {name: list(steps) for name, steps in self._steps.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = {name: list(steps) for name, steps in state["steps"].items()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The initial policy is the first opponent. A resumed run has that, or cannot have it any more
+        if state.global_step == 0 and args.eval_strategy != IntervalStrategy.NO and not args.eval_on_start:
+            self.trainer.evaluate()
+
+    def resume_from(self, checkpoint: str) -> None:
+        """Look for earlier evaluations beside this checkpoint too, which may be in another run's folder."""
+        self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
+
+    def begin(self, prefix: str, dataset: Any) -> None:
+        """
+        Begin an evaluation.
+
+        Args:
+            prefix (`str`):
+                Of its metrics: `"eval"`, and the name of the evaluation set if there are several.
+            dataset:
+                The evaluation set. Several processes may see some of its prompts again at the end.
+        """
+        self._prefix, self._name = prefix, prefix.removeprefix("eval").removeprefix("_")
+        self._num_prompts = len(dataset) if isinstance(dataset, Sized) else None
+        self._groups = []
+
+    def add(
+        self, rows: Sequence[dict[str, Any]], completions: Sequence[Any], lengths: torch.Tensor, scores: dict
+    ) -> None:
+        """
+        Add a batch.
+
+        Args:
+            rows (sequence of `dict`), completions (sequence):
+                This process's rows of the dataset and their completions.
+            lengths (`torch.Tensor` of shape `(groups, K)`):
+                Tokens of the completions of all processes.
+            scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
+                By reward source.
+        """
+        size = lengths.size(1)
+        # Images are for oracles, and gathered only if there are any: they are large
+        has_oracles = bool(self.trainer.voters.oracles or self.trainer.panel.oracles)
+        names = [name for name in rows[0] if has_oracles or name not in IMAGES]
+        prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
+        texts = gather_object(list(completions))
+        for g, prompt in enumerate(prompts):
+            # Parquet has no place for an empty table
+            judged = {"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}
+            self._groups.append(group_of(
+                {"prompt": NO_PROMPT, **prompt},
+                step=self.trainer.state.global_step,
+                completions=texts[g * size : (g + 1) * size],
+                lengths=lengths[g].int().tolist(),
+                **judged,
+                policy=self.trainer.policy_name,
+                versions=installed_versions(self.args.use_vllm),
+            ))  # fmt: skip
+
+    @property
+    def _as_json(self) -> bool:
+        """Whether completions are messages of many shapes, which tools and environments bring."""
+        return bool(self.trainer.tools or self.trainer.environment_factories)
+
+    def finish(self) -> dict[str, float]:
+        """
+        Play against the opponents, and keep the answers for the next evaluation.
+
+        Returns:
+            `dict[str, float]`: metrics, with the prefix.
+        """
+        groups, self._groups = self._groups[: self._num_prompts], []
+        trainer, step = self.trainer, self.trainer.state.global_step
+        steps = self._steps.get(self._name, [])
+        earlier = [each for each in steps if each < step]
+        metrics: dict[str, float] = {}
+        results: dict[int, dict[str, float]] = {}
+        if 0 not in earlier and step > 0 and trainer.is_in_train:
+            logger.warning_once(
+                "there are no win rates against the initial policy: this training has no evaluation of it, which an "
+                "earlier version, or a run without evaluations, has left out."
+            )
+        for label, opponent in (("initial", earlier[:1]), ("previous", earlier[-1:])):
+            if opponent and (label == "previous" or opponent == [0]):
+                if opponent[0] not in results:
+                    results[opponent[0]] = self._play(groups, self._get(self._name, opponent[0]))
+                metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent[0]].items()}
+        if trainer.is_in_train:
+            self._keep(groups, step, steps)
+        metrics = {f"{self._prefix}_{name}": value for name, value in metrics.items()}
+        metric = self.args.metric_for_best_model
+        is_asked = isinstance(metric, DefaultMetric) and metric.startswith(f"{self._prefix}_win_rate")
+        if is_asked and metric not in metrics and trainer.is_in_train and step > 0:
+            logger.warning_once(
+                f"{metric!s} is not known: the judge has scored nothing, or there is no evaluation of the initial "
+                "policy. This policy is not taken for the best."
+            )
+            metrics[str(metric)] = math.nan  # better than nothing: transformers would end the run
+        return metrics
+
+    def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
+        name = self._name
+        groups = [without_images(group) for group in groups]
+        self._steps[name] = [*(each for each in steps if each < step), step]
+        kept = {(name, steps[0] if steps else step)}
+        self._memory = {key: value for key, value in self._memory.items() if key[0] != name or key in kept}
+        self._memory[name, step] = groups
+        if self.args.save_rollouts and self.trainer.is_world_process_zero():
+            dataset = self.trainer.eval_dataset
+            dataset = dataset.get(name) if isinstance(dataset, dict) else dataset
+            features = getattr(dataset, "features", None) or {}
+            taken = {column: kind for column, kind in features.items() if column in TAKEN and column not in IMAGES}
+            features = Features({column: kind for column, kind in features.items() if column not in TAKEN})
+            if taken:
+                features["dataset_columns"] = taken
+            if self._as_json:
+                groups = [*map(with_json, groups)]
+            write_parquet(self.files.path(name, step), groups, features)
+
+    def _get(self, name: str, step: int) -> Groups | None:
+        if (name, step) not in self._memory:
+            found = None
+            if self.trainer.is_world_process_zero():
+                found = self.files.read(name, step) or (self._elsewhere and self._elsewhere.read(name, step))
+            found = broadcast_object_list([found])[0]
+            if found is None:
+                logger.warning_once(
+                    f"{self.files.path(name, step)} is missing, so there are no win rates against the policy of step "
+                    f"{step}."
+                )
+                return None
+            self._memory[name, step] = found
+        return self._memory[name, step]
+
+    def _play(self, groups: Groups, opponents: Groups | None) -> dict[str, float]:
+        if opponents is None:
+            return {}
+        keys = {key_of(group["prompt"]) for group in opponents}
+        if not any(key_of(group["prompt"]) in keys for group in groups):
+            logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
+            return {}
+        voters = self.trainer.voters  # whose scores the groups have
+        results = play(groups, opponents, self.trainer.panel, voters.oracles)
+        metrics: dict[str, float] = {}
+        for judge, (plain, controlled) in results.items():
+            metrics |= {judge: plain.mean, f"{judge}/low": plain.low, f"{judge}/high": plain.high}
+            metrics[f"{judge}/length_controlled"] = controlled.mean
+        lengths = torch.tensor([group["lengths"] for group in opponents]).float()
+        return {**metrics, "opponent_mean_length": lengths.mean().item()}

@@ -1,0 +1,163 @@
+"""Win rates of one policy against another, on the prompts that both have completions of."""
+
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..oracles.asking import PreferenceFunc, ask_oracle
+from ..oracles.panel import Panel
+from ..rows import IMAGES, key_of, to_lists, to_tensor
+from .files import Groups, row_of
+from .statistics import WinRate, length_controlled_win_rate, outcomes_of_scores, win_rate
+
+
+logger = logging.get_logger(__name__)
+
+
+def score_groups(panel: Panel, groups: Groups) -> None:
+    """Give `"scores"` to groups, by each reward source of a panel: nested lists `{name: [S of them]}`."""
+    for group in groups:
+        group.pop("scores", None)
+    if not len(panel.sources):
+        return
+    rows = [row for group in groups for row in [row_of(group)] * len(group["completions"])]
+    scores = panel.sources.score(
+        [row["prompt"] for row in rows],
+        [completion for group in groups for completion in group["completions"]],
+        {column: [row.get(column) for row in rows] for column in rows[0]},
+        disable_tqdm=panel.disable_tqdm,
+    )
+    sizes = [len(group["completions"]) for group in groups]
+    for group, part in zip(groups, scores.split(sizes), strict=True):
+        group["scores"] = dict(zip(panel.sources.names, to_lists(part.T), strict=True))
+
+
+def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
+    """
+    Play one policy's completions against another's, on the same prompts, by the scores that they have.
+
+    Args:
+        groups, opponents (`list[dict]`):
+            P rows each, with `"lengths"`, and `"scores"` by source.
+
+    Returns:
+        `dict`: for each source that scored both, the win rate and the length-controlled win rate. One that has scored
+        nothing is left out.
+    """
+    groups, opponents = aligned(groups, opponents)
+    return _rates(_outcomes(groups, opponents), groups, opponents)
+
+
+def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
+    """
+    The rows of two policies that play against each other, in the order of the first.
+
+    Rows play against each other if they have the same prompt, each with one. Of several rows of a prompt, those play
+    against each other that are equal in the other columns of the dataset, as far as both sides have them; what is left
+    does so in its order.
+
+    Args:
+        groups, opponents (`list[dict]`):
+            Rows with `"prompt"`.
+
+    Returns:
+        Two lists of rows of the same length.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
+    ours, theirs = matched(groups, opponents)
+    if not ours:
+        raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
+    if len(ours) < max(len(groups), len(opponents)):
+        logger.warning(f"two policies play on the {len(ours)} prompts that both have answered.")
+    return ours, theirs
+
+
+def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
+    """See [`aligned`]: possibly no rows, and nothing is said of those left out."""
+    waiting: dict[str, Groups] = {}
+    for group in opponents:
+        waiting.setdefault(key_of(group["prompt"]), []).append(group)
+    found: dict[int, dict[str, Any]] = {}
+    for strictly in (True, False):
+        for i, group in enumerate(groups):
+            rivals = waiting.get(key_of(group["prompt"]), []) if i not in found else []
+            place = next((k for k, each in enumerate(rivals) if not strictly or _same_columns(group, each)), None)
+            if place is not None:
+                found[i] = rivals.pop(place)
+    return [groups[i] for i in sorted(found)], [found[i] for i in sorted(found)]
+
+
+def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
+    ours, theirs = row_of(group), row_of(other)
+    return all(
+        key_of(ours[name]) == key_of(theirs[name]) for name in ours.keys() & theirs.keys() - {"prompt", *IMAGES}
+    )
+
+
+def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
+    outcomes = {}
+    for name in groups[0].get("scores", ()):
+        if name in opponents[0].get("scores", ()):
+            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
+            outcomes[name] = outcomes_of_scores(*scores)
+    return outcomes
+
+
+def _rates(outcomes: dict[str, torch.Tensor], groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
+    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
+    return {
+        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
+        for name, outcome in outcomes.items()
+        if not outcome.isnan().all()
+    }
+
+
+def play(
+    groups: Groups, opponents: Groups, panel: Panel, voters: dict[str, PreferenceFunc] | None = None
+) -> dict[str, tuple[WinRate, WinRate]]:
+    """
+    Play one policy's completions against another's, on the same prompts.
+
+    Args:
+        groups, opponents (`list[dict]`):
+            P rows each, with `"prompt"`, `"completions"`, `"lengths"` and `"scores"` by source, and further columns,
+            which oracles get.
+        panel ([`Panel`]):
+            Judges. Its oracles compare every completion with every one of the opponent's.
+        voters (`dict`, *optional*):
+            Further pairwise oracles by name, which are trained on.
+
+    Returns:
+        `dict`: for each judge (the sources that scored both, then the oracles) the win rate and the length-controlled
+        win rate. A judge that says nothing is left out.
+    """
+    groups, opponents = aligned(groups, opponents)
+    outcomes = _outcomes(groups, opponents)
+    size = len(groups[0]["completions"])
+    total = size + len(opponents[0]["completions"])
+    rows = [row_of(group) for group in groups]
+    for name, oracle in {**(voters or {}), **panel.oracles}.items():
+        answers = ask_oracle(
+            oracle,
+            [group["prompt"] for group in groups for _ in range(total)],
+            [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
+            {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
+            group_size=total,
+            first_side=size,
+            both_orders=panel.both_orders,
+            batch_size=panel.batch_size,
+            accelerator=panel.accelerator,
+            log_metric=panel.log_metric,
+            disable_tqdm=panel.disable_tqdm,
+        )
+        if answers.num_lost:
+            logger.warning(
+                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
+                f"lost, since {answers.problem}. They take no part in the win rate."
+            )
+        if answers.num_lost < answers.num_asked or not answers.num_asked:
+            outcomes[name] = answers.preferences[:, :size, size:]
+    return _rates(outcomes, groups, opponents)

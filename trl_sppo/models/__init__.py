@@ -1,0 +1,1 @@
+"""Loading models: adapters, checkpoints that lack weights, generation."""

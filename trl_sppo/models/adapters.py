@@ -1,0 +1,298 @@
+"""Adapters given by path: their base model and its tokenizer, and how a run continues them."""
+
+import copy
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor
+from trl import ModelConfig
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..config import SPPOConfig
+from ..trust import check_safetensors, own_code_is_refused
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Options of TRL's ModelConfig, and what they are called in the configuration of an adapter
+OPTIONS = {
+    "lora_task_type": "task_type", "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save", "use_rslora": "use_rslora", "use_dora": "use_dora",
+}  # fmt: skip
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is a folder with an adapter. A folder with a config.json is a whole model."""
+    return Path(path, CONFIG).is_file() and not Path(path, "config.json").is_file()
+
+
+def check_whole_model(what: str, path: str) -> None:
+    """Raise `ValueError` if there is an adapter beside a whole model: transformers would load that, on its base."""
+    if Path(path, CONFIG).is_file() and Path(path, "config.json").is_file():
+        raise ValueError(
+            f"{what} {path!r} has a config.json of a whole model, and also an {CONFIG}: transformers would load that "
+            f"adapter on its base model, and not the weights beside it. Move {CONFIG} and {WEIGHTS}, or the whole "
+            "model, to a folder of its own."
+        )
+
+
+def config_of(path: str) -> PeftConfig:
+    """
+    The configuration of an adapter.
+
+    Args:
+        path (`str`):
+            Its folder.
+
+    Returns:
+        [`~peft.PeftConfig`]
+
+    Raises:
+        `ValueError`: if it cannot be read, or names no base model.
+    """
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"adapter {path!r} has an {CONFIG} that PEFT cannot read: {error}.") from error
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"adapter {path!r} does not say which model it belongs to. Write the model's folder or id as "
+            f"base_model_name_or_path into its {CONFIG}."
+        )
+    return config
+
+
+def kind_of(config: PeftConfig) -> str:
+    """The name of an adapter's kind, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def base_of(path: str) -> str:
+    """The base model of an adapter. A path of anything else is returned as it is."""
+    return str(config_of(path).base_model_name_or_path) if is_adapter(path) else path
+
+
+def tokenizer_of(path: str) -> str:
+    """Where the tokenizer of a model or an adapter is: with the adapter if it was saved there, else with its base."""
+    return base_of(path) if not Path(path, "tokenizer_config.json").is_file() else path
+
+
+def not_found(what: str, path: str, error: Exception) -> ValueError:
+    """The error for a model, or the base model of an adapter, that is nowhere."""
+    base, option = base_of(path), f"--{what.replace(' ', '_')}_name_or_path"
+    if base == path:
+        return ValueError(
+            f"{what} {path!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
+            f"Face hub. Check the path ({option}). ({error})"
+        )
+    return ValueError(
+        f"{what} {path!r} ({option}) is an adapter of {base!r}, which is neither a folder with a config.json nor a "
+        "model that can be had from the Hugging Face hub. Start from the folder that this path begins in, or correct "
+        f"base_model_name_or_path in {path}/{CONFIG}. ({error})"
+    )
+
+
+def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
+    """
+    Names, shapes and dtypes (as safetensors calls them) of an adapter's weights, by their names in the base model.
+
+    Args:
+        what (`str`):
+            What the adapter is, for the message.
+        path (`str`):
+            Its folder.
+
+    Returns:
+        `dict[str, tuple[list[int], str]]`
+
+    Raises:
+        `ValueError`: if they are a pickle, are not there, or cannot be read.
+    """
+    check_safetensors(what, path)
+    try:
+        with safe_open(Path(path, WEIGHTS), framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {
+                name.removeprefix("base_model.model."): (values.get_shape(), values.get_dtype())
+                for name, values in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what} {path!r} is an adapter, but its {WEIGHTS} cannot be read: {error}.") from error
+
+
+def load_weights(what: str, model: PeftModel, path: str) -> None:
+    """
+    Load an adapter's weights into a model that was made by its configuration.
+
+    Args:
+        what (`str`):
+            What the adapter is, for the message.
+        model ([`~peft.PeftModel`]):
+            Base model with an adapter. Its dtypes stay.
+        path (`str`):
+            Folder of the adapter.
+
+    Raises:
+        `ValueError`: if weights are missing, unknown, or of another shape.
+    """
+    problem = None
+    try:
+        found = model.load_adapter(
+            path, "default", is_trainable=model.training, torch_device="cpu", autocast_adapter_dtype=False
+        )
+        missing, unknown = misfits(model, path, found)
+        if missing:
+            problem = f"{WEIGHTS} lacks {some(missing)}"
+        elif unknown:
+            problem = f"{WEIGHTS} has {some(unknown)}, for which that model has no place"
+    except KeyError as error:  # of a module that is saved whole
+        problem = f"{WEIGHTS} lacks {error.args[0]}"
+    except RuntimeError as error:  # other shapes
+        problem = " ".join(str(error).split())
+    if problem is not None:
+        raise ValueError(
+            f"{what} {path!r} is an adapter that does not fit its base model {base_of(path)!r}: {problem}. Correct "
+            f"base_model_name_or_path in its {CONFIG}, or give another adapter."
+        )
+
+
+def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
+    """
+    Weights that an adapter lacks, and those that its model has no place for.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model with the adapter "default".
+        path (`str`):
+            Folder of the adapter.
+        found:
+            What `model.load_adapter` has returned. Of missing weights it is right about LoRA only.
+
+    Returns:
+        Two sets of names.
+    """
+    expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
+    others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))
+    return {*others, *(name for name in found.missing_keys if ".lora_" in name)}, set(found.unexpected_keys) - expected
+
+
+def some(names: Collection[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---- A policy
+
+
+def check_policy(path: str) -> PeftConfig:
+    """The configuration of a policy's adapter. Raises `ValueError` if it cannot be trained further."""
+    config = config_of(path)
+    weights_of("model", path)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"model {path!r} is an adapter with task_type={config.task_type!r}, but a policy's is 'CAUSAL_LM'. A "
+            "reward model's adapter is given in reward_funcs (--reward_model_name_or_path)."
+        )
+    config.inference_mode = False  # as it is saved, PEFT would freeze it
+    return config
+
+
+def continue_adapter(
+    path: str, args: SPPOConfig, peft_config: PeftConfig | None, processing_class: Any
+) -> tuple[str, PeftConfig, Any]:
+    """
+    What TRL needs in order to build the policy that an adapter was trained for. `load_weights` completes it.
+
+    Args:
+        path (`str`):
+            Folder of the adapter.
+        args ([`SPPOConfig`]):
+            Configuration. Its `model_init_kwargs` are about the base model, and its revision if it is said there.
+        peft_config ([`~peft.PeftConfig`], *optional*), processing_class (*optional*):
+            What the trainer was given.
+
+    Returns:
+        Base model, configuration of the adapter, and the tokenizer that is saved with it, or `processing_class`.
+
+    Raises:
+        `ValueError`: if the adapter cannot be continued, or `peft_config` is given.
+    """
+    if peft_config is not None:
+        raise ValueError(
+            f"model={path!r} is an adapter, which has a configuration of its own, but peft_config is given too. Leave "
+            "out peft_config to continue this adapter. For a new adapter on top of it, merge this one first "
+            "(docs/reliability.md)."
+        )
+    config = check_policy(path)
+    kwargs: Any = args.model_init_kwargs or {}
+    if config.revision and kwargs.get("revision") in (None, "main"):
+        args.model_init_kwargs = {**kwargs, "revision": config.revision}
+    if processing_class is None and tokenizer_of(path) == path:
+        cure = f"Remove tokenizer_config.json from {path!r} to use the base model's, or pass `processing_class`."
+        with own_code_is_refused(f"the tokenizer of adapter {path!r}", cure):
+            processing_class = AutoProcessor.from_pretrained(path, truncation_side="left", padding_side="left")
+    return base_of(path), config, processing_class
+
+
+def adopt_options(args: ModelConfig) -> None:
+    """
+    Set a command's options of LoRA to those of the adapter that it continues.
+
+    Args:
+        args ([`~trl.ModelConfig`]):
+            Options. Nothing is done if `model_name_or_path` is no adapter.
+
+    Raises:
+        `ValueError`: if an option asks for another adapter. An option at its default asks for nothing.
+    """
+    path = str(args.model_name_or_path)
+    if not is_adapter(path):
+        return
+    config = check_policy(path)
+    defaults = ModelConfig()
+    for option, name in OPTIONS.items():
+        asked, given = getattr(args, option), getattr(config, name, None)
+        if asked != getattr(defaults, option) and asked != "all-linear" and _plain(asked) != _plain(given):
+            raise ValueError(
+                f"{option}={asked!r}, but model_name_or_path={path!r} is an adapter ({kind_of(config)}) with "
+                f"{name}={given!r}, and is continued as it is. Leave out {option}; for another adapter, merge this "
+                "one first (docs/reliability.md)."
+            )
+        if hasattr(config, name):
+            setattr(args, option, given)
+    args.use_peft = True
+
+
+def _plain(value: Any) -> Any:
+    return {value} if isinstance(value, str) else set(value) if isinstance(value, (list, tuple, set)) else value
+
+
+def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
+    """
+    Keep a frozen copy of the adapter, named "ref". TRL switches to it for the log-probabilities of the initial policy.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Policy. TRL has made the copy if the policy was given as a model. It leaves out some weights: those of IA3,
+            say, and of LoRA on embeddings.
+        disable_dropout (`bool`):
+            Whether the policy is trained without dropout.
+    """
+    if "ref" not in model.peft_config:
+        config = copy.deepcopy(model.peft_config["default"])
+        config.inference_mode = True
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # some kinds (PiSSA, OLoRA) would subtract the new adapter from the base
+        model.add_adapter("ref", config)
+        if disable_dropout:
+            disable_dropout_in_model(model)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "default" in parts:
+            copied = parameters[".".join("ref" if part == "default" else part for part in parts)]
+            copied.data = parameter.data.clone()

@@ -1,0 +1,1 @@
+"""Sources of scores and preferences: reward models, functions, servers; voters and panels."""

@@ -1,0 +1,254 @@
+"""Asking pairwise oracles: which pairs, in which order, on which process, and what to do with bad answers."""
+
+import asyncio
+import inspect
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from trl.trainer.utils import start_event_loop_in_daemon
+
+from ..preferences import preferences_from_answers
+
+
+# Of the dataset's columns, oracles do not get those that their own arguments have the names of, or that TRL adds
+NO_COLUMNS = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
+
+SAYS_NOTHING = "it returned None"
+
+# oracle(prompts=..., first=..., second=..., **columns) -> P(first beats second) of each, None where it cannot say
+PreferenceFunc: TypeAlias = Callable[..., Sequence[float | None] | Coroutine[Any, Any, Sequence[float | None]]]
+
+
+def oracle_name(oracle: PreferenceFunc) -> str:
+    """The name of a pairwise oracle in logs and messages."""
+    return getattr(oracle, "__name__", type(oracle).__name__)
+
+
+def told_apart(names: list[str]) -> list[str]:
+    """Names with their places, where two are the same."""
+    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def check_oracle(oracle: PreferenceFunc) -> None:
+    """Raise `ValueError` if a pairwise oracle could not be called."""
+    try:
+        # Partially: what else it requires may be columns of the dataset
+        inspect.signature(oracle).bind_partial(prompts=[], first=[], second=[], log_metric=None, a_column=[])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"preference_func {oracle_name(oracle)!r} must be callable as "
+            f"`{oracle_name(oracle)}(prompts, first, second, **kwargs)`: {error}. It gets lists of prompts and of two "
+            "completions each, the dataset's other columns by name, and returns P(first beats second) of each."
+        ) from error
+
+
+def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
+    """
+    The comparisons to ask for.
+
+    Args:
+        same (`torch.Tensor` of bool, of shape `(groups, K, K)`):
+            Which completions are identical, and need no comparison.
+        both_orders (`bool`):
+            Whether to ask about each pair in both orders. In one, the first place alternates, so that each completion
+            has it in about half of its comparisons.
+
+    Returns:
+        `torch.Tensor` of shape `(comparisons, 3)`: group, first and second completion, by groups.
+    """
+    ask = ~same
+    if not both_orders:
+        i = torch.arange(same.size(1))
+        even = (i[:, None] + i) % 2 == 0
+        ask &= torch.where(i[:, None] < i, even, ~even.T)
+    return ask.nonzero()
+
+
+@dataclass
+class Answers:
+    """
+    What a pairwise oracle said of a rollout.
+
+    Args:
+        matrix (`torch.Tensor` of shape `(groups, K, K)`):
+            `[g, i, j]` is P(i beats j) when i is shown first, NaN where not asked or lost.
+        same (`torch.Tensor` of bool, of shape `(groups, K, K)`):
+            Identical completions, about which it was not asked.
+        num_asked, num_lost (`int`):
+            Comparisons, over all processes.
+        problem (`str`, *optional*, defaults to `SAYS_NOTHING`):
+            What was wrong, of the first one that was.
+    """
+
+    matrix: torch.Tensor
+    same: torch.Tensor
+    num_asked: int
+    num_lost: int
+    problem: str = SAYS_NOTHING
+
+    @property
+    def preferences(self) -> torch.Tensor:
+        """Shape `(groups, K, K)`: both orders averaged, identical completions 1/2, NaN where nothing was answered."""
+        return preferences_from_answers(self.matrix).masked_fill(self.same, 0.5)
+
+
+def ask_oracle(
+    oracle: PreferenceFunc,
+    prompts: list,
+    completions: list,
+    columns: dict[str, list],
+    group_size: int,
+    both_orders: bool,
+    batch_size: int,
+    accelerator: Accelerator,
+    log_metric: Callable[[str, float], None],
+    disable_tqdm: bool = False,
+    known: torch.Tensor | None = None,
+    first_side: int | None = None,
+) -> Answers:
+    """
+    Compare the completions of each group, each process a part of the pairs. What an oracle says outside [0, 1], leaves
+    out, or fails to say because it raises, is lost, and lost alone.
+
+    Args:
+        oracle (callable):
+            Pairwise oracle, possibly asynchronous.
+        prompts, completions (`list`):
+            Prompts and completions of all processes, by groups.
+        columns (`dict[str, list]`):
+            The dataset's columns, for all processes.
+        group_size (`int`):
+            Completions per prompt, K.
+        both_orders (`bool`):
+            Whether to ask about each pair in both orders.
+        batch_size (`int`):
+            Comparisons per call. A group is not divided, so that an oracle can read each of its completions once.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        log_metric (callable):
+            Logs a metric of the oracle's.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to show no progress bar.
+        known (`torch.Tensor` of shape `(groups, K, K)`, *optional*):
+            What it has said of these completions before, as in [`Answers`]. Then it is not asked.
+        first_side (`int`, *optional*):
+            Compare only the first so many completions of each group with the others of it, and not among each other.
+
+    Returns:
+        [`Answers`], the same on all processes.
+    """
+    columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
+    groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
+    same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
+    needless = same
+    if first_side is not None:
+        is_first = torch.arange(group_size) < first_side
+        needless = same | (is_first[:, None] == is_first)
+    pairs = ordered_pairs(needless, both_orders)
+    if known is not None:
+        lost = int(known[pairs.unbind(dim=1)].isnan().sum())
+        return Answers(known, same, num_asked=len(pairs), num_lost=lost)
+    share = -(-len(pairs) // accelerator.num_processes)
+    calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
+
+    answers: list[float] = []
+    problems: list[str] = []
+    for call in tqdm(
+        calls,
+        desc=f"{oracle_name(oracle)}: calls with comparisons",
+        leave=False,
+        disable=disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process,
+    ):
+        group, first, second = call.unbind(dim=1)
+        first, second = (group * group_size + first).tolist(), (group * group_size + second).tolist()
+        try:
+            output = ask(
+                oracle,
+                prompts=[prompts[i] for i in first],
+                first=[completions[i] for i in first],
+                second=[completions[i] for i in second],
+                log_metric=log_metric,
+                **{column: [values[i] for i in first] for column, values in columns.items()},
+            )
+            answers += _read_answers(output, len(first), problems)
+        except Exception as error:  # whatever it is: rollouts are too dear to be thrown away for one bad call
+            answers += [torch.nan] * len(first)
+            problems.append(f"it raised {type(error).__name__}: {error}")
+
+    said = torch.tensor(gather_object(answers))
+    problems = gather_object(problems)
+    matrix = torch.full(same.shape, torch.nan)
+    matrix[pairs.unbind(dim=1)] = said
+    return Answers(
+        matrix=matrix,
+        same=same,
+        num_asked=len(pairs),
+        num_lost=int(said.isnan().sum()),
+        problem=problems[0] if problems else SAYS_NOTHING,
+    )
+
+
+def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    """Cut comparisons into calls of `batch_size` or a little less, or of one group if that has more."""
+    sizes: list[int] = []
+    for count in pairs[:, 0].unique_consecutive(return_counts=True)[1].tolist():
+        if sizes and sizes[-1] + count <= batch_size:
+            sizes[-1] += count
+        else:
+            sizes.append(count)
+    return list(pairs.split(sizes)) if sizes else []
+
+
+def own_copy(value: Any) -> Any:
+    """Lists and mappings are copied, and what is in them. A function that changes its copy changes nothing else."""
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return [own_copy(item) for item in value] if type(value) is list else value
+
+
+def ask(oracle: PreferenceFunc, **kwargs) -> Any:
+    """What an oracle says. It gets copies; a coroutine is awaited."""
+    output = oracle(**own_copy(kwargs))
+    if inspect.iscoroutine(output):
+        (output,) = run_coroutines([output])
+        if isinstance(output, BaseException):
+            raise output
+    return output
+
+
+def run_coroutines(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Results of coroutines that run together, or what they raised. All run in one event loop of this process."""
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*coroutines, return_exceptions=True)
+
+    if not coroutines:
+        return []
+    return asyncio.run_coroutine_threadsafe(together(), _event_loop(os.getpid())).result()
+
+
+@cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """A loop in a thread of its own: clients keep connections in it, and a notebook's own loop is running already."""
+    _, loop, is_ready = start_event_loop_in_daemon(name="trl_sppo")
+    is_ready.wait()
+    return loop
+
+
+def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:
+    """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
+    values = output.tolist() if isinstance(output, torch.Tensor) else list(output)
+    if len(values) != expected:
+        raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")
+    answers = [None if value is None else float(value) for value in values]
+    wrong = [answer for answer in answers if answer is not None and not 0 <= answer <= 1]
+    if wrong:
+        problems.append(f"it answered {wrong[0]}, which is no probability in [0, 1]")
+    return [answer if answer is not None and 0 <= answer <= 1 else torch.nan for answer in answers]

@@ -1,0 +1,166 @@
+"""Panels of judges: reward sources that score completions, and pairwise oracles that compare those of two policies."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from trl.data_utils import is_conversational
+from trl.models import prepare_deepspeed
+
+from . import scoring as reward_sources
+from .asking import NO_COLUMNS, PreferenceFunc, check_oracle, oracle_name, told_apart
+from .reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
+from .scoring import RewardSources, names_of
+
+
+class Panel:
+    """
+    Judges of completions, in the evaluations of a training and outside of one. Nothing is trained on what they say.
+
+    Args:
+        sources ([`RewardSources`]):
+            Reward models and reward functions.
+        oracles (`dict`):
+            Pairwise oracles by name.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        both_orders (`bool`, *optional*, defaults to `True`):
+            Whether oracles are asked for each pair in both orders.
+        batch_size (`int`, *optional*, defaults to `512`):
+            Comparisons per call of an oracle.
+        log_metric (callable, *optional*):
+            Logs a metric of a judge's.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to show no progress bars.
+    """
+
+    def __init__(
+        self,
+        sources: RewardSources,
+        oracles: dict[str, PreferenceFunc],
+        accelerator: Accelerator,
+        both_orders: bool = True,
+        batch_size: int = 512,
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+        disable_tqdm: bool = False,
+    ):
+        self.sources = sources
+        self.oracles = oracles
+        self.accelerator = accelerator
+        self.both_orders = both_orders
+        self.batch_size = batch_size
+        self.log_metric = log_metric
+        self.disable_tqdm = disable_tqdm
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.sources.names, *self.oracles]
+
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Raise `ValueError` if the chat template of a reward model refuses a conversation."""
+        for name, tokenizer in zip(self.sources.names, self.sources.tokenizers, strict=True):
+            messages = tokenizer is not None and is_conversational({"prompt": prompts[0]})
+            for i, prompt in enumerate(prompts if messages else ()):
+                try:
+                    self.sources.text(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
+                except Exception as error:  # templates raise whatever they like
+                    raise ValueError(
+                        f"prompt {i} is refused by the chat template of judge {name!r}: {error} Leave out such "
+                        "prompts, or change them."
+                    ) from error
+
+
+def load_panel(
+    reward_funcs: Sequence[RewardSource],
+    preference_funcs: Sequence[PreferenceFunc],
+    conversational: bool,
+    trust_remote_code: Sequence[str] = (),
+    both_orders: bool = True,
+    batch_size: int = 16,
+    columns: Sequence[str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Panel:
+    """
+    Check judges, and load those that are reward models.
+
+    Args:
+        reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
+            Reward sources, as for [`SPPOTrainer`].
+        preference_funcs (sequence of callable):
+            Pairwise oracles, likewise.
+        conversational (`bool`):
+            Whether prompts are lists of messages.
+        trust_remote_code (sequence of `str`, *optional*, defaults to `()`):
+            Reward models that may run Python code of their own.
+        both_orders (`bool`, *optional*, defaults to `True`):
+            Whether oracles are asked for each pair in both orders.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Completions per forward pass of a reward model.
+        columns (sequence of `str`, *optional*):
+            Columns of the prompts, if they are known: then functions that need others are refused.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat templates of reward models.
+
+    Raises:
+        `ValueError`: if a judge could not be asked.
+    """
+    for oracle in preference_funcs:
+        check_oracle(oracle)
+    if columns is not None:
+        for source in reward_funcs:
+            if callable(source) and not isinstance(source, nn.Module):
+                given = [name for name in columns if name not in reward_sources.NO_COLUMNS]
+                _check_call(source, "prompts and completions", ["prompts", "completions"], given)
+        for oracle in preference_funcs:
+            given = [name for name in columns if name not in NO_COLUMNS]
+            own = ["prompts", "first", "second", "log_metric"]
+            _check_call(oracle, "prompts, first, second and log_metric", own, given)
+    accelerator = Accelerator()
+    reward_funcs = without_slash(reward_funcs)
+    sources, tokenizers = load_reward_models(
+        reward_funcs,
+        [None] * len(reward_funcs),
+        conversational,
+        [name.rstrip("/") for name in trust_remote_code],
+        chat_template_kwargs,
+    )
+    names = told_apart([*names_of(sources), *map(oracle_name, preference_funcs)])
+    return Panel(
+        RewardSources(
+            names[: len(sources)],
+            in_micro_batches(place(sources, accelerator), batch_size),
+            tokenizers,
+            chat_template_kwargs,
+            kind="judge",
+        ),
+        dict(zip(names[len(sources) :], preference_funcs, strict=True)),
+        accelerator,
+        both_orders=both_orders,
+    )
+
+
+def place(sources: Sequence[Any], accelerator: Accelerator) -> list[Any]:
+    """Put the reward models among these where they run, as TRL does."""
+    prepare = partial(accelerator.prepare_model, evaluation_mode=True, device_placement=True)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        prepare = partial(prepare_deepspeed, accelerator=accelerator)
+    return [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
+
+
+def _check_call(judge: Callable[..., Any], what: str, own: list[str], columns: list[str]) -> None:
+    """Raise `ValueError` if a judge could not be called with its own arguments and these columns of the prompts."""
+    try:
+        signature = inspect.signature(judge)
+    except (TypeError, ValueError):  # of some built-in functions
+        return
+    try:
+        signature.bind(**dict.fromkeys([*own, *columns]))
+    except TypeError as error:
+        raise ValueError(
+            f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {what}, and the columns {columns} of "
+            "the prompts. Add what is missing to the prompts, or let the judge take `**kwargs`."
+        ) from error

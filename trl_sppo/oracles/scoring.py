@@ -1,0 +1,162 @@
+"""Reward sources: reward models and reward functions, asked for scores."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from trl.data_utils import apply_chat_template, is_conversational
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+
+from ..errors import RunError, is_of_another_process
+from .asking import own_copy, run_coroutines
+
+
+# Columns of the dataset that reward functions do not get: their own arguments have these names
+NO_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}
+
+TEXTS = 256  # of a reward model's, tokenized at a time
+
+
+class RewardSources:
+    """
+    Reward models and reward functions by name.
+
+    Args:
+        names (sequence of `str`):
+            Their names.
+        sources (list of `nn.Module` or callable):
+            Reward models on their device, and reward functions. These may be asynchronous.
+        tokenizers (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
+            Of the reward models.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat templates of reward models.
+        kind (`str`, *optional*, defaults to `"reward source"`):
+            What messages call one.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sources: list[Any],
+        tokenizers: Sequence[Any],
+        chat_template_kwargs: dict[str, Any] | None = None,
+        kind: str = "reward source",
+    ):
+        self.names = list(names)
+        self.sources = sources  # the trainer's own list, whose entries may be replaced as in TRL
+        self.tokenizers = list(tokenizers)
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: dict[str, list],
+        timed: Callable[[str], AbstractContextManager] = nullcontext,
+        if_one_fails: str = "",
+        disable_tqdm: bool = True,
+        **more: Any,
+    ) -> torch.Tensor:
+        """
+        Score completions.
+
+        Args:
+            prompts, completions (sequence):
+                N of each: texts, or lists of messages.
+            columns (`dict[str, list]`):
+                The dataset's columns, N values each, for reward functions.
+            timed (callable, *optional*):
+                Makes a context, by the name of a source, in which that is asked.
+            if_one_fails (`str`, *optional*):
+                What to add to the message if a source fails.
+            disable_tqdm (`bool`, *optional*, defaults to `True`):
+                Whether to show no progress bar.
+            more:
+                Further arguments of reward functions.
+
+        Returns:
+            `torch.Tensor` of shape `(N, sources)`: the scores, NaN where a source gave no finite one.
+
+        Raises:
+            [`~faults.RunError`]: if a source fails. The message names it.
+        """
+        columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
+        scores = torch.full((len(completions), len(self)), torch.nan)
+        asked = {"prompts": prompts, "completions": completions, **columns, **more}
+        waiting: list[int] = []  # asynchronous ones, asked together
+        for i, (name, source, tokenizer) in enumerate(zip(self.names, self.sources, self.tokenizers, strict=True)):
+            with self._named(name, completions, columns, if_one_fails), timed(name):
+                if isinstance(source, nn.Module):
+                    scores[:, i] = self._run(name, source, tokenizer, prompts, completions, disable_tqdm)
+                elif is_async_callable(source):
+                    waiting.append(i)
+                else:  # with copies: each source scores what was sampled, whatever another does to its arguments
+                    scores[:, i] = _to_scores(source(**own_copy(asked)), len(completions))
+        outputs = run_coroutines([self.sources[i](**own_copy(asked)) for i in waiting])
+        for i, output in zip(waiting, outputs, strict=True):
+            with self._named(self.names[i], completions, columns, if_one_fails):
+                scores[:, i] = _to_scores(output, len(completions))
+        return scores.masked_fill(~scores.isfinite(), torch.nan)
+
+    def text(self, tokenizer: Any, prompt: Any, completion: Any) -> str:
+        """What a reward model reads."""
+        if not is_conversational({"prompt": prompt}):
+            return prompt + completion
+        conversation: Any = {"messages": [*prompt, *completion]}
+        return cast(Any, apply_chat_template(conversation, tokenizer, **self.chat_template_kwargs))["text"]
+
+    @torch.inference_mode()
+    def _run(
+        self, name: str, model: nn.Module, tokenizer: Any, prompts: Sequence, completions: Sequence, disable_tqdm: bool
+    ) -> torch.Tensor:
+        texts = [self.text(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+        device = next(model.parameters()).device
+        scores = []
+        for start in tqdm(range(0, len(texts), TEXTS), desc=name, disable=disable_tqdm):
+            inputs = tokenizer(
+                text=texts[start : start + TEXTS], return_tensors="pt", padding=True, padding_side="right",
+                add_special_tokens=False,
+            )  # fmt: skip
+            scores.append(model(**inputs.to(device)).logits[:, 0].cpu())
+        return torch.cat(scores)
+
+    @contextmanager
+    def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
+        """Name the source that fails."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the completions are not lost
+            if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
+                raise
+            form = "a text" if isinstance(completions[0], str) else "a list of messages"
+            raise RunError(
+                f"{self.kind} {name!r} failed: {type(error).__name__}: {str(error).rstrip('.')}. It must return one "
+                f"number for each completion, or None where it has none. Here each completion is {form}, and the "
+                f"columns are {list(columns)}.{advice}"
+            ) from error
+
+
+def names_of(sources: Sequence[Any]) -> list[str]:
+    """Names of loaded reward sources, as TRL makes them."""
+    return [
+        get_config_model_id(cast(Any, source.config)).split("/")[-1]
+        if isinstance(source, nn.Module)
+        else get_callable_name(source)
+        for source in sources
+    ]
+
+
+def _to_scores(output: Any, expected: int) -> torch.Tensor:
+    if isinstance(output, BaseException):
+        raise output
+    values = [torch.nan if value is None else float(value) for value in output]
+    if len(values) != expected:
+        raise ValueError(f"it returned {len(values)} scores for {expected} completions")
+    return torch.tensor(values)

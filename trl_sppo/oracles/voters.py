@@ -1,0 +1,291 @@
+"""The voters of a training: reward sources and pairwise oracles whose preferences are trained on."""
+
+import math
+from collections.abc import Callable, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..config import SPPOConfig
+from ..diagnostics import order_disagreement
+from ..errors import RunError
+from ..preferences import preferences_from_scores, sum_of_scores
+from .asking import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle
+from .endpoint import Endpoint
+from .scoring import RewardSources
+
+
+logger = logging.get_logger(__name__)
+
+PATIENCE = 100  # prompts that functions may leave without a score from the start, since they may be of another task
+STREAM = 1000  # as many, where nobody knows how many there are, and in which order
+CHANCE = 1e-6  # and later as many as come in a row with this probability, by the share of those with a score
+
+
+class Voters:
+    """
+    Reward sources and pairwise oracles, with their weights.
+
+    Args:
+        args ([`SPPOConfig`]):
+            How they are asked.
+        sources ([`RewardSources`]):
+            Reward sources.
+        weights (`list[float]`):
+            Of the reward sources.
+        oracles (`dict`):
+            Pairwise oracles by name.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        train_dataset (*optional*):
+            The prompts: how many there are bounds the time that a voter may say nothing.
+    """
+
+    def __init__(
+        self,
+        args: SPPOConfig,
+        sources: RewardSources,
+        weights: list[float],
+        oracles: dict[str, PreferenceFunc],
+        accelerator: Any,
+        train_dataset: Any = None,
+    ):
+        self.args = args
+        self.sources = sources
+        self.source_weights = weights
+        self.oracles = oracles
+        self.oracle_weights = args.preference_weights or [1.0] * len(oracles)
+        self.accelerator = accelerator
+        self._num_prompts = len(train_dataset) if isinstance(train_dataset, Sized) else None
+        # By voter: prompts up to the last one with a score, how many of them have one; prompts and rollouts since
+        self._silence: dict[str, tuple[int, int, int, int]] = {}
+        self._warned: set[str] = set()
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.sources.names, *self.oracles]
+
+    @property
+    def weights(self) -> list[float]:
+        return [*self.source_weights, *self.oracle_weights]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"silence": dict(self._silence)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._silence = dict(state["silence"])
+
+    def describe(self) -> dict[str, Any]:
+        """What readers of the run will want to know."""
+        return {
+            "reward_sources": self.sources.names,
+            "preference_funcs": list(self.oracles),
+            "without_vote": [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0],
+        }
+
+    def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
+        """
+        Ask the reward sources about this process's completions.
+
+        Args:
+            prompts, completions (`list`), columns (`dict[str, list]`), more:
+                See [`RewardSources.score`].
+
+        Returns:
+            `torch.Tensor` of shape `(completions of all processes, sources)`: scores, NaN where there is none.
+        """
+        scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
+        scores = self.accelerator.gather(scores)
+        for name, column in zip(self.sources.names, scores.T, strict=True):
+            unscorable = int(column.isnan().sum())
+            if unscorable and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
+                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
+                    "metric win_rate/unscorable goes on counting the completions that no source could score."
+                )
+        return scores
+
+    def compare(
+        self,
+        prompts: list,
+        completions: list,
+        columns: dict[str, list],
+        group_size: int,
+        log_metric: Callable[[str, float], None],
+        known: Callable[[str], torch.Tensor] | None = None,
+    ) -> tuple[dict[str, Answers], dict[str, float]]:
+        """
+        Ask the pairwise oracles.
+
+        Args:
+            prompts, completions (`list`), columns (`dict[str, list]`):
+                Of all processes, by groups.
+            group_size (`int`):
+                Completions per prompt, K.
+            log_metric (callable):
+                Logs a metric of an oracle's.
+            known (callable, *optional*):
+                What the oracle of a name has said of these completions before, of shape `(groups, K, K)`. Then it is
+                not asked.
+
+        Returns:
+            [`Answers`] by oracle, the same on all processes; and metrics.
+        """
+        found: dict[str, Answers] = {}
+        metrics: dict[str, float] = {}
+        for name, oracle in self.oracles.items():
+            answers = ask_oracle(
+                oracle,
+                prompts,
+                completions,
+                columns,
+                group_size=group_size,
+                both_orders=self.args.both_orders,
+                batch_size=self.args.preference_batch_size,
+                accelerator=self.accelerator,
+                log_metric=log_metric,
+                disable_tqdm=bool(self.args.disable_tqdm),
+                known=None if known is None else known(name),
+            )
+            if answers.num_asked:
+                metrics[f"preferences/{name}/lost"] = answers.num_lost / answers.num_asked
+            metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(answers.matrix).item()
+            if answers.num_lost and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
+                    f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
+                    f"preferences/{name}/lost goes on counting."
+                )
+            found[name] = answers
+        return found, metrics
+
+    def check_silence(self, scores: torch.Tensor, answers: dict[str, Answers], group_size: int) -> None:
+        """
+        Count prompts of which a voter has said nothing.
+
+        Args:
+            scores (`torch.Tensor` of shape `(completions of all processes, sources)`):
+                By the reward sources.
+            answers (`dict`):
+                By the pairwise oracles.
+            group_size (`int`):
+                Completions per prompt, K.
+
+        Raises:
+            [`~faults.RunError`]: if a voter has said nothing for too long.
+        """
+        voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
+        if len(self.sources) and not self.oracles:
+            scored = ~scores[:, voting].isnan()
+            prompts = scored.any(dim=1).view(-1, group_size).any(dim=1)
+            is_model = any(isinstance(self.sources.sources[i], (nn.Module, Endpoint)) for i in voting)
+            num_silent = self.silent_prompts("reward sources", prompts, may_pass=not is_model)
+            if num_silent:
+                names = ", ".join(repr(self.sources.names[i]) for i in voting)
+                raise RunError(
+                    f"reward source {names} gave no finite score (None, NaN or infinite) for any completion of the "
+                    f"last {num_silent} prompts: there is nothing to compare. It must return one number for each "
+                    "completion, None only where it has none."
+                )
+        alone = sum(weight > 0 for weight in self.weights) == 1
+        for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
+            known = (~answers[name].matrix.isnan()).flatten(1).any(dim=1)
+            asked = (~answers[name].same).flatten(1).any(dim=1)  # not about groups of identical completions
+            may_pass = answers[name].problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
+            num_silent = self.silent_prompts(name, known[asked], may_pass, alone) if weight > 0 else 0
+            if num_silent:
+                raise RunError(
+                    f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
+                    f"prompts: {answers[name].problem}. It must return one probability in [0, 1] for each comparison "
+                    "(None where it cannot say)."
+                )
+
+    def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
+        """
+        Count the prompts in a row of which a voter has said nothing.
+
+        Args:
+            voter (`str`):
+                Its key.
+            scored (`torch.Tensor` of bool, of shape `(P,)`):
+                Of which prompts of this rollout it has said something.
+            may_pass (`bool`):
+                Whether it may say nothing of some prompts, as functions do that return `None` for other tasks.
+            alone (`bool`, *optional*, defaults to `True`):
+                Whether nothing is learned while it is silent. If others vote, it is given an epoch.
+
+        Returns:
+            `int`: their number if it is too large, else 0. A voter that may pass is given the time that its kind of
+            prompts may take to come, by their share so far. Any other is given three rollouts, and none at the start.
+        """
+        seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
+        if scored.any() or len(scored) == 0:
+            self._silence[voter] = seen + prompts + len(scored), num_scored + int(scored.sum()), 0, 0
+            return 0
+        prompts, rollouts = prompts + len(scored), rollouts + 1
+        self._silence[voter] = seen, num_scored, prompts, rollouts
+        length = STREAM if self._num_prompts is None else self._num_prompts
+        if not may_pass:
+            limit = 0.0
+        elif self._num_prompts is None or not self.args.shuffle_dataset:  # its kind of prompts may come last
+            limit = length
+        elif num_scored == 0:
+            limit = min(PATIENCE, length) if alone else length
+        else:
+            limit = math.log(CHANCE) / math.log1p(-num_scored / (seen + 1))
+        return prompts if prompts >= limit and (num_scored == 0 or rollouts >= 3) else 0
+
+    def panel(
+        self, scores: torch.Tensor, answers: dict[str, Answers], ended: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[float]]:
+        """
+        The votes.
+
+        Args:
+            scores (`torch.Tensor` of shape `(sources, groups, K)`):
+                By the reward sources.
+            answers (`dict`):
+                By the pairwise oracles.
+            ended (`torch.Tensor` of bool, of shape `(groups, K)`):
+                Whether a completion ends with an EOS token.
+
+        Returns:
+            Preference matrices of shape `(groups, K, K)`, and their weights.
+        """
+        votes, weights = preferences_of_sources(scores, self.source_weights, ended, self.args)
+        votes += [answer.preferences.to(scores.device) for answer in answers.values()]
+        return votes, [*weights, *self.oracle_weights]
+
+
+def preferences_of_sources(
+    scores: torch.Tensor, weights: Sequence[float], ended: torch.Tensor, args: SPPOConfig
+) -> tuple[list[torch.Tensor], list[float]]:
+    """
+    The votes of the reward sources.
+
+    Args:
+        scores (`torch.Tensor` of shape `(sources, groups, K)`):
+            Scores, NaN where a source could not score.
+        weights (sequence of `float`):
+            Weight of each source.
+        ended (`torch.Tensor` of bool, of shape `(groups, K)`):
+            Whether a completion ends with an EOS token.
+        args ([`SPPOConfig`]):
+            How to compare.
+
+    Returns:
+        Preference matrices of shape `(groups, K, K)`, and their weights.
+    """
+    weights = list(weights)
+    if args.reward_aggregation == "sum" and len(scores) > 0:
+        watching = [k for k, weight in enumerate(weights) if weight == 0]  # logged and compared, without a vote
+        total = sum_of_scores(scores, weights).unsqueeze(0)
+        scores, weights = torch.cat([total, scores[watching]]), [sum(weights), *[0.0] * len(watching)]
+    if args.missing_eos_penalty is not None:
+        scores = scores - args.missing_eos_penalty * ~ended
+    return [preferences_from_scores(source, args.comparison, args.bt_temperature) for source in scores], weights

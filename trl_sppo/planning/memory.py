@@ -1,0 +1,391 @@
+"""Memory that a training needs on a GPU, computed from the models' configurations, without their weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from trl import ModelConfig
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..config import SPPOConfig
+from ..oracles.reward_models import HEADS
+
+
+# Bytes per weight: 4 bits, and per 64 weights a scale of 32 bits, or (nested) of 8 bits and 32 more per 256 scales
+NF4 = {False: 1 / 2 + 4 / 64, True: 1 / 2 + 1 / 64 + 4 / (64 * 256)}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LENGTH = 24  # tokens that a layer is measured with. No dimension of a model has this size
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """
+    Sizes of a model from which its memory is computed.
+
+    Args:
+        parameters, matrices, layer, embedding, widest (`int`):
+            Numbers of parameters: of the model, of its layers' matrices (what bitsandbytes quantizes), of one layer,
+            of the embedding, of the largest matrix.
+        layers, hidden (`int`):
+            Number of layers, and size of the hidden states.
+        cache (`int`):
+            Bytes of keys and values per token, of all layers, in 16 bits.
+        heads (`int`):
+            Size of the queries of all heads of a layer.
+        kept (`int`):
+            Bytes per token that one layer keeps for its backward pass in bf16.
+        kept_of_pairs (`int`):
+            Bytes per pair of positions that one layer keeps. 0 if attention makes no matrix of pairs.
+        adapter (`int`):
+            Parameters of the adapter, 0 without one.
+    """
+
+    parameters: int
+    matrices: int
+    layer: int
+    embedding: int
+    widest: int
+    layers: int
+    hidden: int
+    cache: int
+    heads: int
+    kept: int
+    kept_of_pairs: int
+    adapter: int = 0
+
+
+def size_of(
+    config: PreTrainedConfig,
+    peft_config: PeftConfig | None = None,
+    is_reward_model: bool = False,
+    attention: str | None = None,
+) -> ModelSize:
+    """
+    Measure a model without loading it: on the meta device, and one layer on the CPU.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            Its configuration.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter that is trained.
+        is_reward_model (`bool`, *optional*, defaults to `False`):
+            Whether it is a sequence classifier with one label.
+        attention (`str`, *optional*):
+            Implementation of attention, as `attn_implementation`. The default is the model's.
+
+    Returns:
+        [`ModelSize`]
+    """
+    config = config.get_text_config()
+    with torch.device("meta"):
+        if is_reward_model:
+            config.num_labels = 1
+            model: Any = AutoModelForSequenceClassification.from_config(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+        linear = [
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.split(".")[-1] not in ("lm_head", *HEADS)
+        ]
+        parameters = _numel(model)
+        adapter = 0
+        if peft_config is not None:
+            adapter = _numel(get_peft_model(model, peft_config), only_trained=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    one, two = (_first_layers(config, peft_config, number, attention) for number in (1, 2))
+    return ModelSize(
+        parameters=parameters,
+        matrices=sum(linear),
+        layer=two.parameters - one.parameters,
+        embedding=config.vocab_size * config.hidden_size,
+        widest=max(linear),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        cache=config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * 2,
+        heads=heads * head_dim,
+        kept=(two.linear - one.linear) // LENGTH,
+        kept_of_pairs=(two.squared - one.squared) // LENGTH**2,
+        adapter=adapter,
+    )
+
+
+@dataclass
+class _Measured:
+    parameters: int
+    linear: int = 0  # bytes kept that grow with the length ...
+    squared: int = 0  # ... and with its square
+
+
+def _first_layers(
+    config: PreTrainedConfig, peft_config: PeftConfig | None, number: int, attention: str | None
+) -> _Measured:
+    """Measure what the first layers keep of `LENGTH` tokens for their backward pass, in bf16 on the CPU."""
+    values = config.to_dict() | {"num_hidden_layers": number, "vocab_size": 8}
+    values |= {name: values[name][:number] for name in ("layer_types", "no_rope_layers") if values.get(name)}
+    values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    kind = AutoModel if peft_config is None else AutoModelForCausalLM
+    # Kernels for GPUs keep no matrix of pairs, unlike what replaces them here
+    on_gpus = attention is not None and attention not in ("eager", "sdpa")
+    chosen = {} if attention is None or on_gpus else {"attn_implementation": attention}
+    with torch.device("meta"):
+        model: Any = kind.from_config(config.__class__(**values), dtype=torch.bfloat16, **chosen)
+        measured = _Measured(_numel(model))
+        if peft_config is not None:
+            get_peft_model(model, peft_config)  # in place
+    disable_dropout_in_model(model)  # as SPPOConfig does
+    model = model.base_model.to_empty(device="cpu").train()
+    for buffer in model.buffers():  # some hold positions, which must be valid
+        buffer.zero_()
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    linear, squared = {}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in shared:  # weights, also those that autocast has cast, are counted elsewhere ...
+            pass
+        elif tensor.shape[-2:] == (LENGTH, LENGTH):  # ... and so is the mask, the same for all heads
+            if tensor.numel() > LENGTH**2:
+                squared[storage.data_ptr()] = storage.nbytes()
+        elif LENGTH in tensor.shape:
+            linear[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hidden = torch.zeros(1, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(1, LENGTH, dtype=torch.long)
+    mask[0, 0] = 0  # as in a padded batch: without padding attention may keep less
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(inputs_embeds=hidden, attention_mask=mask)
+    measured.linear, measured.squared = sum(linear.values()), 0 if on_gpus else sum(squared.values())
+    return measured
+
+
+def _numel(model: nn.Module, only_trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trained)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    Where a training runs.
+
+    Args:
+        gpu (`float`):
+            Bytes of memory of each GPU.
+        processes (`int`, *optional*, defaults to `1`):
+            Training processes, one on each GPU.
+        sharding (`str`, *optional*):
+            How they divide the policy: `"fsdp1"`, `"fsdp2"`, or `"zero0"` to `"zero3"`.
+        prompt_length (`int`, *optional*, defaults to `1024`):
+            Longest prompt in tokens, where vLLM does not bound it.
+    """
+
+    gpu: float
+    processes: int = 1
+    sharding: str | None = None
+    prompt_length: int = 1024
+
+
+def budget(
+    args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, rewards: list[ModelSize], place: Placement
+) -> dict[str, float]:
+    """
+    Compute the bytes on each GPU, by what takes them.
+
+    Args:
+        args ([`SPPOConfig`]), model_args ([`~trl.ModelConfig`]):
+            Options of the training.
+        policy ([`ModelSize`]), rewards (`list` of [`ModelSize`]):
+            Sizes of the policy, with its adapter, and of the reward models in the same processes.
+        place ([`Placement`]):
+            Where it runs.
+
+    Returns:
+        `dict[str, float]`: bytes. A name that begins with a phase and a colon belongs to that phase only, the others
+        to the whole training.
+    """
+    return {
+        **_weights(args, model_args, policy, rewards, place),
+        **_generating(args, policy, place),
+        **_scoring(args, rewards, place),
+        **_training(args, model_args, policy, place),
+    }
+
+
+def peak(rows: dict[str, float]) -> tuple[float, str]:
+    """The bytes at the time of the phase that needs most, and the name of that phase."""
+    phases: dict[str, float] = {}
+    for name, value in rows.items():
+        phase, colon, _ = name.partition(": ")
+        if colon:
+            phases[phase] = phases.get(phase, 0) + value
+    phase = max(phases, key=phases.__getitem__)
+    return sum(value for name, value in rows.items() if ": " not in name) + phases[phase], phase
+
+
+def _weights(
+    args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, rewards: list[ModelSize], place: Placement
+) -> dict[str, float]:
+    """Weights, gradients and states of the optimizer."""
+    dtype = dtype_of(args, model_args)
+    rows: dict[str, float] = {}
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        matrix = NF4[model_args.use_bnb_nested_quant] if model_args.load_in_4bit else 1
+        rows |= _quantized("policy", policy, matrix, dtype)
+    elif policy.adapter:
+        rows[f"policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
+    if policy.adapter:
+        # TRL keeps the adapter of a quantized policy in bf16, and PEFT the others in float32
+        each = 2 if model_args.load_in_4bit or model_args.load_in_8bit else 4
+        rows[f"adapter, with gradient and {_optimizer(args)}"] = policy.adapter * each * (2 + _moments(args, each))
+    else:
+        each = 4 if place.sharding else BYTES[dtype]  # FSDP and ZeRO keep float32 weights
+        rows[f"policy, with gradient and {_optimizer(args)}"] = _trained(args, policy, place, each)
+        if place.processes > 1 and place.sharding is None:
+            rows["policy, DDP's buckets of gradients"] = policy.parameters * each
+        if args.beta > 0:
+            rows[f"initial policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
+    for i, reward in enumerate(rewards):
+        which = "reward model" if len(rewards) == 1 else f"reward model {i + 1}"
+        if args.reward_quantization is None:
+            rows[f"{which}, bf16"] = reward.parameters * 2 / (place.processes if place.sharding == "zero3" else 1)
+        else:
+            matrix = NF4[True] if args.reward_quantization == "4bit" else 1
+            rows |= _quantized(which, reward, matrix, "bfloat16")
+    return rows
+
+
+def _quantized(what: str, size: ModelSize, matrix: float, dtype: str) -> dict[str, float]:
+    """Weights of a model whose matrices bitsandbytes quantizes to `matrix` bytes each, the others in `dtype`."""
+    kind = "8 bit" if matrix == 1 else "NF4"
+    return {
+        f"{what}, matrices in {kind}": size.matrices * matrix,
+        f"{what}, the rest in {_SHORT[dtype]}": (size.parameters - size.matrices) * BYTES[dtype],
+    }
+
+
+def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
+    evaluates = args.eval_strategy != "no"
+    if args.rollouts is not None and not evaluates:
+        return {}
+    if args.use_vllm:
+        if args.vllm_mode == "server":
+            return {}
+        share = args.vllm_gpu_memory_utilization * place.gpu
+        return {"generating: vLLM" if args.vllm_enable_sleep_mode else "vLLM, which does not sleep": share}
+    _, padded = lengths(args, place)
+    assert args.steps_per_generation is not None  # GRPOConfig has set it
+    prompt, batch = place.prompt_length, args.per_device_eval_batch_size if evaluates else 0
+    if args.rollouts is None:
+        batch = max(batch, args.per_device_train_batch_size * args.steps_per_generation)
+    generation: Any = args.generation_kwargs or {}
+    chunk = generation.get("prefill_chunk_size", prompt)
+    return {
+        "reading prompts: cache, one layer, mask": batch * (prompt * policy.cache + chunk * policy.kept)
+        + batch * chunk * prompt * (3 + policy.kept_of_pairs),
+        "generating: cache": batch * padded * policy.cache,
+        "generating: of one layer, for all heads": batch * padded * policy.heads * 2 * 2,
+    }
+
+
+def _scoring(args: SPPOConfig, rewards: list[ModelSize], place: Placement) -> dict[str, float]:
+    text, _ = lengths(args, place)
+    batch = args.reward_batch_size
+    layers = [batch * text * size.kept + batch * text**2 * (3 + size.kept_of_pairs) for size in rewards]
+    return {"scoring: one layer, mask": max(layers)} if layers else {}
+
+
+def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
+    batch, (_, padded) = args.per_device_train_batch_size, lengths(args, place)
+    pairs = batch * padded**2
+    if dtype_of(args, model_args) == "float32" and not args.bf16 and not args.fp16:  # twice what was measured in bf16
+        batch *= 2
+    rows: dict[str, float] = {}
+    if args.gradient_checkpointing:
+        rows["training: inputs of all layers, one layer twice, mask"] = (
+            batch * padded * (policy.layers * policy.hidden * 2 + 2 * policy.kept)
+            + pairs * (3 + 2 * policy.kept_of_pairs)
+        )  # fmt: skip
+    else:
+        layers = policy.layers + 1  # one of them twice
+        rows["training: all layers, mask"] = batch * padded * layers * policy.kept + pairs * (
+            3 + layers * policy.kept_of_pairs
+        )
+    if model_args.load_in_4bit:
+        rows["training: a matrix in bf16"] = policy.widest * 2
+    if place.sharding in ("fsdp1", "fsdp2"):
+        rows["training: gathered"] = (2 * policy.layer + policy.embedding) * 4
+    if place.sharding == "zero3":  # DeepSpeed's stage3_max_live_parameters and reduce_bucket_size
+        rows["training: gathered"] = 1_000_000_000 * 2 + 500_000_000 * 2
+    if place.sharding in ("zero0", "zero1", "zero2"):
+        rows["training: buckets"] = 500_000_000 * 2 * 2  # reduce_bucket_size and allgather_bucket_size
+    if not policy.adapter:
+        rows["training: head"] = policy.embedding * (2 + 4 + 2)
+    return rows
+
+
+def lengths(args: SPPOConfig, place: Placement) -> tuple[int, int]:
+    """Tokens of the longest text (prompt and completion), and of a padded row of a micro-batch."""
+    completion = args.max_completion_length or 0
+    if args.use_vllm and args.vllm_max_model_length is not None:
+        return args.vllm_max_model_length, args.vllm_max_model_length + completion
+    return (place.prompt_length + completion,) * 2
+
+
+_SHORT = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def dtype_of(args: SPPOConfig, model_args: ModelConfig) -> str:
+    """Name of the dtype that the policy is loaded in. `"auto"` counts as bfloat16."""
+    init_kwargs: Any = args.model_init_kwargs or {}
+    dtype = str(init_kwargs.get("dtype", model_args.dtype) or "float32").removeprefix("torch.")
+    if dtype == "auto":
+        return "bfloat16"
+    if dtype not in BYTES:
+        raise ValueError(f"dtype must be {' or '.join(BYTES)}, or auto, got {dtype!r}.")
+    return dtype
+
+
+def _shares(place: Placement) -> int:
+    """Number of processes that weights without training are divided among."""
+    return place.processes if place.sharding in ("zero3", "fsdp1", "fsdp2") else 1
+
+
+def _trained(args: SPPOConfig, policy: ModelSize, place: Placement, each: int) -> float:
+    """Bytes of weights, gradients and moments in full fine-tuning, of `each` bytes per weight without ZeRO."""
+    moments = each * _moments(args, each)
+    # Bytes per weight that each process has whole, and that are divided. ZeRO has bf16 weights and gradients, and a
+    # copy in float32
+    whole, divided = {
+        "zero0": (2 + 2 + 4 + moments, 0.0),
+        "zero1": (2 + 2, 4 + moments),
+        "zero2": (2, 2 + 4 + moments),
+        "zero3": (0, 2 + 2 + 4 + moments),
+        "fsdp1": (0, 4 + 4 + moments),
+        "fsdp2": (0, 4 + 4 + moments),
+    }.get(str(place.sharding), (2 * each + moments, 0.0))
+    return policy.parameters * (whole + divided / place.processes)
+
+
+# By the start of their names: names in the rows of the budget, and moments per parameter
+OPTIMIZERS = {"rmsprop": ("RMSprop", 1), "sgd": ("SGD", 0), "adafactor": ("Adafactor", 0), "lion": ("Lion", 1)}
+
+
+def _optimizer(args: SPPOConfig) -> str:
+    name = _name(args).removeprefix("paged_")
+    return next((words for start, (words, _) in OPTIMIZERS.items() if name.startswith(start)), "AdamW")
+
+
+def _moments(args: SPPOConfig, each: int) -> float:
+    """Moments of the optimizer, in sizes of a parameter of `each` bytes. Others than `OPTIMIZERS` count as AdamW."""
+    number = dict(OPTIMIZERS.values()).get(_optimizer(args), 2)
+    return number / each if "8bit" in _name(args) else number
+
+
+def _name(args: SPPOConfig) -> str:
+    return str(getattr(args.optim, "value", args.optim))

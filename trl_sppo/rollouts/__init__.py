@@ -1,0 +1,1 @@
+"""Rollouts: targets, tensors, files, and weights on their way to vLLM."""

@@ -1,0 +1,170 @@
+"""Rollouts in memory, between generation and loss."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..rows import ROW
+from .targets import RolloutTargets
+
+
+# What the forward pass of a model with images needs besides tokens
+IMAGE_FIELDS = (
+    "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+@dataclass
+class Rollout:
+    """
+    A generation batch, between its prompts and TRL's batch of tensors.
+
+    Args:
+        inputs (`list[dict]`):
+            This process's rows of the dataset, one for each completion.
+        group_size (`int`):
+            Completions per prompt, K.
+        iteration (`int`, *optional*):
+            Number of the iteration. `None` in an evaluation.
+        only_sampled (`bool`, *optional*, defaults to `False`):
+            Whether it is written down and not trained on: then all completions get log-probabilities.
+        prompts, completions, completion_ids (`list`):
+            This process's, once they are sampled.
+        tool_mask (`list`, *optional*):
+            0 for tokens that are a tool's.
+        scores (`torch.Tensor` of shape `(completions of all processes, sources)`, *optional*):
+            By the reward sources, once they are asked.
+        targets ([`RolloutTargets`], *optional*):
+            What the completions are regressed to, once all are asked.
+    """
+
+    inputs: list[dict[str, Any]]
+    group_size: int
+    iteration: int | None = None
+    only_sampled: bool = False
+    prompts: list = field(default_factory=list)
+    completions: list = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    tool_mask: list[list[int]] | None = None
+    scores: torch.Tensor | None = None
+    targets: RolloutTargets | None = None
+
+    def rows(self, extra_fields: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of the dataset, with what a `rollout_func` has returned besides the completions, as in TRL."""
+        rows = [{name: value for name, value in row.items() if name != ROW} for row in self.inputs]
+        for name, value in extra_fields.items():
+            for i, row in enumerate(rows):
+                if not isinstance(value, list) or i < len(value):
+                    row[name] = value[i] if isinstance(value, list) else value
+        return rows
+
+    def facts(self, ends: list[int], pad: int) -> torch.Tensor:
+        """
+        What is known of the completions by their tokens.
+
+        Args:
+            ends (`list[int]`):
+                Tokens that end a completion.
+            pad (`int`):
+                The token that stands for a completion without tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(N, 3)`: the number of tokens that the policy sampled, whether the completion came
+            to its end, and a number that is equal for equal completions.
+        """
+        mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
+        empty = [pad] if pad not in ends else None
+        return torch.tensor([
+            [0 if ids == empty else sum(row), bool(ids) and ids[-1] in (*ends, pad), hash(tuple(ids))]
+            for ids, row in zip(self.completion_ids, mask, strict=True)
+        ])  # fmt: skip
+
+    def rows_with_logps(self, num_rows: int) -> torch.Tensor:
+        """Of this process's rows, those that need log-probabilities under the policy that sampled them."""
+        assert self.targets is not None
+        if self.only_sampled:
+            return torch.arange(num_rows, device=self.targets.rows.device)
+        return self.targets.rows[: self.targets.num_logps]
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """The dataset's columns besides the prompt."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+
+
+def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The given rows of every tensor of a batch that has rows."""
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+        for name, value in batch.items()
+    }
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with all its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch in CPU memory, made ready for being copied to a GPU while that computes."""
+    if device.type != "cuda":
+        return batch
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def rows_to_train_on(batch: dict[str, Any], device: torch.device, at_least_one: bool, trim: bool) -> dict[str, Any]:
+    """
+    Rows of a micro-batch that are trained on, on the device. Others cost nothing.
+
+    Args:
+        batch (`dict`):
+            A micro-batch, in CPU memory.
+        device (`torch.device`):
+            Where to.
+        at_least_one (`bool`):
+            Whether one row stays where none is trained on: every process has to take part in a forward pass.
+        trim (`bool`):
+            Whether to cut the columns that only completions of other rows needed.
+    """
+    rows = batch["kept"].nonzero().squeeze(1)
+    if len(rows) == 0 and at_least_one:
+        rows = rows.new_zeros(1)
+    longest = int(batch["completion_mask"][rows].sum(dim=1).max()) if len(rows) else 0
+    # First to the device: rows that were taken from pinned memory would not be pinned
+    batch = to_device(batch, device)
+    if "num_images" not in batch:
+        batch = take_rows(batch, rows.to(device))
+        if trim:
+            batch = trim_completions(batch, max(longest, 1))
+    return batch
+
+
+def model_inputs(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of TRL's log-probability pass, after the model."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    images = {name: batch[name] for name in IMAGE_FIELDS if name in batch}
+    return (ids, mask, batch["completion_ids"].size(1)), images
+
+
+def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:
+    """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
+    names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
+    return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """Completion tokens that the policy sampled: neither padding nor a tool's words."""
+    mask = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
+
+
+def count_kept(slices: list[dict[str, Any]], per_step: int, accelerator: Any) -> list[torch.Tensor]:
+    """Of each optimizer step, the completions of all processes that are trained on, from this process's slices."""
+    counts = torch.stack([each["kept"].sum() for each in slices]).view(-1, per_step).sum(dim=1)
+    return list(accelerator.reduce(counts.to(accelerator.device), reduction="sum").clamp(min=1).cpu())

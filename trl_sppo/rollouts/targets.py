@@ -1,0 +1,139 @@
+"""Targets of a rollout: from preferences to the rows that are trained on, and what they are regressed to."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import SPPOConfig
+from ..diagnostics import (
+    length_correlation,
+    panel_disagreement,
+    share_intransitive,
+    share_of_duplicates,
+    share_of_ties,
+    share_saturated,
+    win_rate_spread,
+)
+from ..objectives import head_to_head, log_mean_exp_baseline, select_completions
+from ..preferences import mean_preferences, win_rates
+
+
+@dataclass
+class RolloutTargets:
+    """
+    What the preferences about a rollout come to: the same on all processes, from gathered preferences.
+
+    Args:
+        panel (`list[torch.Tensor]` of shape `(groups, K, K)`):
+            Preferences of each oracle, NaN where it could not compare.
+        preferences (`torch.Tensor` of shape `(groups, K, K)`):
+            Their weighted mean.
+        win_rates (`torch.Tensor` of shape `(groups, K)`):
+            Win rate of each completion in its group.
+        regressed (`torch.Tensor` of shape `(groups, K)`):
+            What the loss takes for the win rate: that itself, its hard form, or the head-to-head one.
+        baseline (`torch.Tensor` of shape `(groups, K)`):
+            What stands for log Z / eta.
+        kept (`torch.Tensor` of bool, of shape `(groups, K)`):
+            Whether a completion is trained on.
+        rows (`torch.Tensor` of shape `(rows,)`):
+            Rows of this process's rollout to carry on with: those kept, then copies of row 0 as padding. Every process
+            has as many, so that all take the same number of forward passes (sharded models need that), and so has each
+            slice of the generation batch.
+        num_kept (`int`):
+            How many of `rows`, the first ones, are trained on.
+        num_logps (`int`):
+            How many of `rows`, the first ones, need log-probabilities: the most that any process keeps.
+    """
+
+    panel: list[torch.Tensor]
+    preferences: torch.Tensor
+    win_rates: torch.Tensor
+    regressed: torch.Tensor
+    baseline: torch.Tensor
+    kept: torch.Tensor
+    rows: torch.Tensor
+    num_kept: int
+    num_logps: int
+
+    @classmethod
+    def of(
+        cls,
+        panel: list[torch.Tensor],
+        weights: list[float],
+        usable: torch.Tensor,
+        args: SPPOConfig,
+        num_slices: int,
+        num_processes: int,
+        process_index: int,
+    ) -> "RolloutTargets":
+        """
+        Turn the preferences about a rollout into targets.
+
+        Args:
+            panel (`list[torch.Tensor]` of shape `(groups, K, K)`):
+                Preferences of each oracle, NaN where it could not compare.
+            weights (`list[float]`):
+                Vote of each oracle.
+            usable (`torch.Tensor` of bool, of shape `(groups, K)`):
+                Whether a completion may be trained on at all.
+            args ([`SPPOConfig`]):
+                What to regress to, and what to train on.
+            num_slices (`int`):
+                Parts that this process's rows will be split into.
+            num_processes, process_index (`int`):
+                Of how many processes this is which one.
+        """
+        preferences = mean_preferences(panel, weights)
+        rates = win_rates(preferences, args.include_self)
+        chosen = select_completions(rates, args.train_on, args.win_rate_threshold)
+        regressed = rates
+        if args.loss_type == "sppo_hard":
+            regressed = ((torch.sign(rates - 0.5) + 1) / 2).masked_fill(rates.isnan(), torch.nan)  # sign(NaN) is 0
+        elif args.loss_type == "sppo_single":
+            regressed = head_to_head(preferences, chosen)
+        baseline = torch.full_like(rates, 0.5)
+        if args.baseline == "log_mean_exp":
+            baseline = log_mean_exp_baseline(rates, args.eta).expand_as(rates)
+        kept = chosen & usable & ~regressed.isnan()
+
+        by_process = kept.view(num_processes, -1)
+        num_logps = max(int(by_process.sum(dim=1).max()), 1)
+        num_rows = -(-num_logps // num_slices) * num_slices
+        rows = by_process[process_index].nonzero().squeeze(1)
+        return cls(
+            panel=panel,
+            preferences=preferences,
+            win_rates=rates,
+            regressed=regressed,
+            baseline=baseline,
+            kept=kept,
+            rows=torch.nn.functional.pad(rows, (0, num_rows - len(rows))),
+            num_kept=len(rows),
+            num_logps=num_logps,
+        )
+
+    def metrics(self, lengths: torch.Tensor, fingerprints: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Scalar metrics; docs/metrics.md says how to read them.
+
+        Args:
+            lengths (`torch.Tensor` of shape `(groups, K)`):
+                Tokens that the policy sampled.
+            fingerprints (`torch.Tensor` of shape `(groups, K)`):
+                A number per completion that is equal for equal completions.
+        """
+        return {
+            "win_rate/spread": win_rate_spread(self.win_rates),
+            "win_rate/kept": self.kept.float().mean(),
+            "win_rate/unscorable": self.win_rates.isnan().float().mean(),
+            "win_rate/groups_without_signal": (~self.kept.any(dim=1)).float().mean(),
+            "win_rate/length_correlation": length_correlation(self.win_rates, lengths),
+            "preferences/tied": share_of_ties(self.preferences),
+            "preferences/saturated": share_saturated(self.preferences),
+            "preferences/intransitive": share_intransitive(self.preferences),
+            "preferences/panel_disagreement": panel_disagreement(self.panel),
+            "completions/duplicates": share_of_duplicates(fingerprints),
+            "completions/winners_mean_length": lengths[self.win_rates > 0.5].mean(),
+            "completions/losers_mean_length": lengths[self.win_rates < 0.5].mean(),
+        }

@@ -1,0 +1,1 @@
+"""Runs that end at any point and continue: checkpoints, signals, reports."""

@@ -1,0 +1,146 @@
+"""Ending a run in order: on SIGTERM, on Ctrl-C, and before a time limit."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+from transformers import TrainerCallback
+
+from ..quiet import SAME_SIGNAL
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What `timeout` exits with, of the GNU coreutils
+EXIT_TIME_BUDGET = 124
+# Share of the time budget that is kept for the checkpoint
+RESERVE = 0.05
+
+
+class Interruption(TrainerCallback):
+    """
+    Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
+    leaves room for, with a checkpoint. Several processes end together, after a rollout or an optimizer step.
+
+    Args:
+        trainer:
+            A [`ResumableTrainer`].
+        time_budget (`float`, *optional*):
+            Minutes that the process may take, counted from its start.
+    """
+
+    def __init__(self, trainer: Any, time_budget: float | None):
+        self.trainer = trainer
+        self.exit_code: int | None = None  # of the run, once it is to end
+        self._signal: int | None = None
+        self._deadline = None
+        if time_budget is not None:
+            self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
+        self._micro_step_began = 0.0
+        # The longest time between two looks at the clock, with evaluations and checkpoints: with a rollout,
+        # and without
+        self._longest = {True: 0.0, False: 0.0}
+        self._rollout = True  # whether the micro-step at hand begins with one
+        self._epoch_has_ended = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it, signals only ask for the end. Python delivers them to the main thread alone."""
+        self.exit_code = self._signal = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        first = 0.0
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal first
+            if self._signal is None:
+                self._signal, first = number, time.monotonic()
+                # Not by logging, which may be what was interrupted
+                os.write(
+                    2,
+                    f"\ntrl-sppo: {signal.Signals(number).name}: finishing the micro-step, then a checkpoint is "
+                    "written. The same signal again ends the run at once.\n".encode(),
+                )
+            elif time.monotonic() - first > SAME_SIGNAL:
+                signal.signal(number, handlers[number])
+                signal.raise_signal(number)  # in this thread: another might take its time
+
+        for number in handlers:
+            signal.signal(number, handle)
+        try:
+            yield
+            if self._signal is not None and self.exit_code is None:  # it came when all was done
+                self.exit_code = 128 + self._signal
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None:  # one that is not Python's
+                    signal.signal(number, handler)
+
+    def end(self) -> NoReturn:
+        """End the run, as the signal would have."""
+        if self.trainer.accelerator.num_processes > 1:  # Python's own end would abort while gloo is connected
+            self.trainer.accelerator.end_training()
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(self.exit_code)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin_micro_step()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._epoch_has_ended = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.remember()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        # Several processes agree by a message: inside an optimizer step only once, if it began with a rollout
+        if (self._rollout or self.trainer.accelerator.num_processes == 1) and self.is_over():
+            self.trainer.roll_back()  # a resumed run begins with this optimizer step
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.forget()
+        self._epoch_has_ended = state.epoch % 1 == 0
+        if self.is_over():
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # transformers calls it whenever it leaves an epoch, also in its middle
+        if self.exit_code is None:
+            return
+        if not self._epoch_has_ended:
+            control.should_log = control.should_evaluate = False
+        # With what comes at the end of an epoch
+        control.should_save = self._epoch_has_ended or not self.trainer.is_saved
+
+    def check_time(self) -> None:
+        """End the process if its time is up."""
+        if self.trainer.agree(int(self._deadline is not None and time.time() > self._deadline)):
+            print("trl-sppo: the time budget is used up. The same command goes on.")
+            raise SystemExit(EXIT_TIME_BUDGET)
+
+    def _begin_micro_step(self) -> None:
+        self._micro_step_began, self._rollout = time.time(), self.trainer.needs_rollout()
+
+    def is_over(self) -> bool:
+        """Whether the run is to end now, the same in all processes."""
+        now = time.time()
+        self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
+        self._begin_micro_step()
+        code = 0
+        if self._signal is not None:
+            code = 128 + self._signal
+        elif self._deadline is not None and now + self._longest[self._rollout] > self._deadline:
+            code = EXIT_TIME_BUDGET
+        code = self.trainer.agree(code)
+        if code:
+            self.exit_code = code
+        return self.exit_code is not None

@@ -1,0 +1,293 @@
+"""Reports: one page about a run, which needs no network."""
+
+import io
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.files import Groups
+from ..evaluation.ladder import climb, draw, stored_players, verdict, which_evaluation_set
+from ..evaluation.matches import mean_length
+from ..evaluation.play import aligned, play_stored
+from ..files import read_beginning, write_atomically
+from ..rows import to_tensor
+from .checkpoints import checkpoints_of_run
+
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+MOST_SAMPLES = 500  # prompts of which the page shows the completions of both policies
+
+# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value within or beyond means
+RULES = (
+    ("kl_to_rollout_policy", 0.0, 0.1, "the steps within an iteration are small",
+     "the policy moves far on one rollout: lower the learning rate, or take fewer steps per iteration"),
+    ("log_ratio_to_target", 0.001, 1.0, "the policy moves towards its targets",
+     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the rate"),
+    ("win_rate/length_correlation", -0.3, 0.3, "win rates do not follow length",
+     "win rates follow length: the oracle may reward length, or brevity, instead of quality. Compare the win rates at "
+     "equal length, and add a different oracle"),
+    ("preferences/tied", 0.0, 0.2, "the oracles distinguish most completions",
+     "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
+    ("preferences/panel_disagreement", 0.05, 0.4, "the oracles agree about as much as different opinions do",
+     "near 1/2 the oracles are unrelated and their vote is noise; near 0 one oracle is enough"),
+    ("preferences/intransitive", 0.0, 0.1, "few preferences form circles",
+     "many preferences form circles, at 1/4 as many as by chance: look at the oracle's order disagreement"),
+    ("completions/duplicates", 0.0, 0.1, "the completions of a group differ",
+     "many completions of a group are the same: raise the temperature"),
+    ("completions/clipped_ratio", 0.0, 0.3, "most completions end by themselves",
+     "many completions are cut off at max_completion_length, and judged unfinished"),
+    ("win_rate/unscorable", 0.0, 0.01, "all completions are scored",
+     "a reward source gives no score for some completions: the log of the run names it"),
+    ("win_rate/groups_without_signal", 0.0, 0.2, "most groups teach something",
+     "many groups have no winner: prompts that are too easy or too hard, or ties"),
+    ("importance_weight", 0.8, 1.1, "vLLM samples from the policy that is trained",
+     "vLLM and the trainer disagree about probabilities, so little is learned"),
+)  # fmt: skip
+
+
+@dataclass
+class Diagnosis:
+    """A metric at the start and at the end of a run, whether it is healthy, and what that means."""
+
+    name: str
+    first: float
+    last: float
+    healthy: bool
+    words: str
+
+
+def write_report(run: Path, evaluation_set: str | None = None) -> Path:
+    """
+    Write `report.html` into a run's output directory.
+
+    Args:
+        run (`Path`):
+            The directory.
+        evaluation_set (`str`, *optional*):
+            Evaluation set of a run with several. The first by default.
+
+    Returns:
+        `Path`: the page.
+
+    Raises:
+        `ValueError`: if the folder has no log of a training, or the evaluation set is unknown.
+    """
+    from jinja2 import Environment
+
+    history = read_history(run)
+    players = stored_players(run, evaluation_set)
+    name = which_evaluation_set(run, evaluation_set)
+    prefix = "eval" if name == "." else f"eval_{name}"
+    beginning = read_beginning(str(run))
+    config = beginning.pop("config", {})
+    ladders = climb(players) if len(players) > 1 else {}
+    first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
+    if first and last:
+        last, first = aligned(last, first)  # all that follows goes by rows
+    results = play_stored(last, first) if first and last else {}
+    last_evaluation: dict[str, Any] = next((row for row in reversed(history) if f"{prefix}_loss" in row), {})
+    # Text of models and datasets is data: it is escaped
+    page = Environment(autoescape=True).from_string(TEMPLATE.read_text()).render(
+        run=run.resolve().name,
+        beginning=beginning,
+        config=config,
+        num_steps=max((row.get("step", 0) for row in history), default=0),
+        steps=[min(players), max(players)] if first else None,
+        win_rates={
+            **_oracle_rates(last_evaluation, f"{prefix}_win_rate_vs_initial/", results),
+            **{judge: {"plain": plain, "controlled": controlled} for judge, (plain, controlled) in results.items()},
+        },
+        lengths=[mean_length(groups) for groups in (first, last)] if first and last else None,
+        evaluation_set=None if name == "." else name,
+        curves=_svg(draw_curves(history, prefix)),
+        win_rate_curves=_svg(figure) if (figure := draw_win_rates(history, prefix)) else None,
+        length_plot=_svg(draw_lengths(first, last)) if results and first and last else None,
+        ladder=_svg(draw(ladders)) if ladders else None,
+        verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
+        diagnoses=diagnose(history),
+        samples=samples(first, last) if first and last else [],
+    )  # fmt: skip
+    path = run / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The log of the last run, from its end or its checkpoints. Raises `ValueError` if there is none."""
+    states = [path / "trainer_state.json" for path in checkpoints_of_run(str(run)).values()]
+    last = run / "trainer_state.json"
+    if last.is_file():
+        written_at = datetime.fromtimestamp(last.stat().st_mtime, UTC).isoformat()
+        if written_at >= read_beginning(str(run)).get("began_at", ""):  # an earlier run's log may lie here
+            states.append(last)
+    if not states:
+        raise ValueError(
+            f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint. Pass the output "
+            "directory of a run that saved something."
+        )
+    histories = [json.loads(path.read_text())["log_history"] for path in states]
+    return max(histories, key=lambda history: max((row.get("step", 0) for row in history), default=0))
+
+
+def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric."""
+    points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
+    """
+    Compare the metrics of a training with their healthy bounds.
+
+    Args:
+        history (`list[dict]`):
+            Its log.
+
+    Returns:
+        `list[Diagnosis]`: one for each metric of `RULES` that was logged. Start and end are means over the first and
+        the last fifth of the log.
+    """
+    found = []
+    for name, low, high, good, bad in RULES:
+        values = curve(history, name)[1]
+        # With one optimizer step per iteration the policy is measured where it sampled: all log-ratios are 0
+        if not values or (name == "log_ratio_to_target" and not any(values)):
+            continue
+        part = max(1, len(values) // 5)
+        first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+        healthy = low <= last <= high
+        found.append(Diagnosis(name, first, last, healthy, good if healthy else bad))
+    return found
+
+
+def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:
+    """The first completion of each policy for each prompt, with the scores, and the winner under the first source."""
+    rows = []
+    for before, after in list(zip(first, last, strict=True))[:MOST_SAMPLES]:
+        scores = [{name: values[0] for name, values in group.get("scores", {}).items()} for group in (before, after)]
+        ours, theirs = (next(iter(each.values()), None) for each in reversed(scores))
+        outcome = "unscored"
+        if ours is not None and theirs is not None:
+            outcome = "won" if ours > theirs else "lost" if ours < theirs else "tied"
+        rows.append(
+            {
+                "prompt": as_text(before["prompt"]),
+                "before": as_text(before["completions"][0]),
+                "after": as_text(after["completions"][0]),
+                "scores": scores,
+                "outcome": outcome,
+            }
+        )
+    return rows
+
+
+def as_text(messages: Any) -> str:
+    """A prompt or a completion as readable text."""
+    if isinstance(messages, str):
+        return messages
+    texts = [str(message["content"]) for message in messages]
+    for i, message in enumerate(messages):
+        texts[i] += "".join(f"\n{json.dumps(call)}" for call in message.get("tool_calls") or ())
+    if len(messages) == 1:
+        return texts[0]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
+
+
+def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, dict[str, Any]]:
+    """Win rates under pairwise oracles, which are in the log only."""
+    rates = {}
+    for name, value in row.items():
+        judge = name.removeprefix(prefix)
+        bounds = [row.get(f"{name}/{bound}") for bound in ("low", "high")]
+        if name.startswith(prefix) and None not in bounds and judge not in results:
+            plain = {"mean": value, "low": bounds[0], "high": bounds[1]}
+            rates[judge] = {"plain": plain, "controlled": {"mean": row[f"{name}/length_controlled"]}}
+    return rates
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+    from markupsafe import Markup
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts as texts
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])  # matplotlib has escaped the texts in it
+
+
+def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
+    """A matplotlib figure of a training's metrics."""
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, str, dict[str, str]]] = [
+        ("Reward of the rollouts", "mean score", {"reward": "training", f"{prefix}_reward": "evaluation"}),
+        (
+            "Log-ratio to the rollout policy",
+            "nats per completion",
+            {"winner_log_ratio": "winners", "loser_log_ratio": "losers"},
+        ),
+        (
+            "Length of completions",
+            "tokens",
+            {"completions/winners_mean_length": "winners", "completions/losers_mean_length": "losers"},
+        ),
+        ("Entropy", "nats per token", {"entropy": "policy"}),
+    ]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axis, (title, unit, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name, label in names.items():
+            steps, values = curve(history, name)
+            if values:
+                axis.plot(steps, values, marker=".", label=label)
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        if axis.lines:
+            axis.legend()
+    return figure
+
+
+def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
+    """A matplotlib figure of the win rates of the evaluations on one set, `None` if there are none."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, label in zip(axes, ("initial", "previous"), strict=True):
+        start = f"{prefix}_win_rate_vs_{label}/"
+        names = {
+            name for row in history for name in row if name.startswith(start) and row.get(f"{name}/low") is not None
+        }
+        for name in sorted(names):
+            steps, values = curve(history, name)
+            low, high = (curve(history, f"{name}/{bound}")[1] for bound in ("low", "high"))
+            (line,) = axis.plot(steps, values, marker="o", label=name.removeprefix(start))
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        opponent = "the initial policy" if label == "initial" else "the evaluation before"
+        axis.set(title=f"Win rate against {opponent}", xlabel="optimizer step", ylim=(0, 1))
+        if axis.lines[:-1]:
+            axis.legend()
+    return figure if axes[0].lines[:-1] else None
+
+
+def draw_lengths(first: Groups, last: Groups) -> Any:
+    """A matplotlib figure: the length of each completion of the last policy, and how often it beats the first."""
+    import torch
+    from matplotlib.figure import Figure
+
+    from ..evaluation.statistics import outcomes_of_scores
+
+    names = [name for name in last[0].get("scores", ()) if name in first[0].get("scores", ())]
+    figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
+    axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    lengths = torch.tensor([group["lengths"] for group in last]).float()
+    theirs = torch.tensor([group["lengths"] for group in first]).float().mean(dim=1, keepdim=True)
+    for axis, name in zip(axes, names, strict=False):
+        scores = [to_tensor([group["scores"][name] for group in each]) for each in (last, first)]
+        won = outcomes_of_scores(*scores).nanmean(dim=2)
+        axis.scatter((lengths - theirs).flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        axis.set(title=name, xlabel="tokens more than the initial policy's", ylabel="win rate of the completion")
+    return figure

@@ -1,0 +1,468 @@
+"""[`ResumableTrainer`]: what TRL's GRPO trainer lacks for a run to end at any point and go on as if it had not."""
+
+import copy
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from peft import load_peft_weights, set_peft_model_state_dict
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+from trl import GRPOTrainer
+
+from ..checks.models import quantized_bits
+from ..config import SPPOConfig
+from ..evaluation.opponents import Opponents
+from ..files import mark_beginning
+from ..rollouts.files import installed_versions
+from ..rollouts.recorder import RolloutRecorder
+from ..rows import IMAGES
+from .alone import alone_in
+from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, write_manifest
+from .endings import how_to_go_on
+from .forms import digest, form_of
+from .interruption import Interruption
+from .nonfinite import NonFiniteSteps
+
+
+logger = logging.get_logger(__name__)
+
+REFERENCE = "reference.pt"  # in checkpoints of runs that change the reference model
+
+# Several processes on a CPU compute on "cpu:0". torch before 2.13 cannot load a checkpoint's optimizer to that device
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None
+)
+
+
+class ResumableTrainer(GRPOTrainer):
+    """
+    GRPO's trainer with checkpoints that hold the whole state of a run.
+
+    TRL forgets the rollouts of an iteration when a run ends inside it, and starts each resumed run with the order that
+    the prompts have in the first epoch. Here a checkpoint also holds the rollouts that are still to be trained on, and
+    it counts only once it is whole.
+
+    Args:
+        adapter (`str`, *optional*):
+            Folder of the adapter that is continued.
+        given_rollouts ([`~datasets.Dataset`], *optional*):
+            Rollouts that are trained on instead of sampling.
+        args, kwargs:
+            Arguments of [`~trl.GRPOTrainer`].
+    """
+
+    args: SPPOConfig
+    model: torch.nn.Module
+
+    # Attributes of TRL's and transformers' trainers that a resumed run needs, besides what transformers saves
+    _saved = ["_step", "_tr_loss", "_globalstep_last_logged"]
+
+    def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adapter = adapter
+        policy = cast(torch.nn.Module, self.model)
+        bits = quantized_bits(policy, self.args)
+        self._form = form_of(self.args, policy, None, self.optimizer, bits, adapter)
+        template = getattr(self.processing_class, "chat_template", None)
+        self._form["tokenizer"] = digest(template, self.eos_token_ids, len(self._tokenizer))
+        self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
+        self._last_saved_step: int | None = None
+        self._resumed = False
+        self._recorder = RolloutRecorder(self, given_rollouts)
+        self._opponents = Opponents(self)
+        self._nonfinite = NonFiniteSteps()
+        # By name: what has a state of its own, which a resumed run needs
+        self._parts: dict[str, Any] = {"opponents": self._opponents, "nonfinite": self._nonfinite}
+        self.add_callback(self._opponents)
+        self._interruption = Interruption(self, self.args.time_budget)
+        self.add_callback(self._interruption)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Train, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint to go on from, or `True` for the last one in `args.output_dir`. One that is torn is passed
+                over for the one before; with `True`, a run that has none yet begins at step 0.
+            args, kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`].
+
+        Raises:
+            `SystemExit` or `KeyboardInterrupt`: after a checkpoint, if SIGTERM or SIGINT has come meanwhile, or
+            `args.time_budget` is used up.
+            `ValueError`: if the checkpoint does not fit, or another run uses `args.output_dir`.
+        """
+        with self.alone():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, no other run may write to the output directory."""
+        with ExitStack() as stack:
+
+            def hold() -> str | None:
+                try:
+                    stack.enter_context(alone_in(self._output_dir))
+                except ValueError as error:
+                    return str(error)
+                return None
+
+            problem = self._from_main_process(hold)
+            if problem is not None:
+                raise ValueError(problem)
+            yield
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() == "false":
+            resume_from_checkpoint = None
+        checkpoint = None
+        self._resumed = bool(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self._output_dir))
+            if checkpoint is not None:
+                check_fits(checkpoint, self.args, self._form)
+        self._forget_earlier_training()
+        if checkpoint is not None:
+            self._opponents.resume_from(checkpoint)
+        if not self._resumed and self.args.should_save:
+            mark_beginning(self._output_dir, **self.describe())
+            if not self._recorder.given:
+                self._recorder.files.set_aside()
+            self._opponents.files.set_aside()
+        with self._interruption.listening():
+            output = super().train(checkpoint, *args, **kwargs)
+        if self._interruption.exit_code is not None:
+            if self.is_world_process_zero():
+                print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
+            self._interruption.end()
+        return output
+
+    def describe(self) -> dict[str, Any]:
+        """What readers of the run will want to know."""
+        config = self.args.to_dict()
+        tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
+        return {
+            "policy": self.policy_name,
+            **({"tools": tools} if tools else {}),
+            **({"images": True} if self._has_images() else {}),
+            "versions": installed_versions(self.args.use_vllm),
+            "config": {name: value for name, value in config.items() if value is not None},
+        }
+
+    def _has_images(self) -> bool:
+        evaluated: Any = self.eval_dataset
+        datasets = [self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+        columns = [name for dataset in datasets for name in getattr(dataset, "column_names", None) or ()]
+        features = [str(getattr(dataset, "features", None)) for dataset in datasets]
+        return bool(set(IMAGES) & set(columns)) or any("Image(" in each for each in features)
+
+    def _forget_earlier_training(self) -> None:
+        """Of this trainer, in this process."""
+        self._step, self._buffered_inputs = 0, None
+        self._boundary = self._last_saved_step = None
+        self._metrics["train"].clear()
+        self._nonfinite.forget()
+        self._opponents.forget()
+
+    def _from_main_process(self, find: Callable[[], Any]) -> Any:
+        """What the main process finds, on all processes."""
+        return broadcast_object_list([find() if self.accelerator.is_main_process else None])[0]
+
+    def agree(self, code: int) -> int:
+        """The largest of the numbers that the processes have."""
+        if self.accelerator.num_processes == 1:
+            return code
+        return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
+
+    # ---- The state between two optimizer steps
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
+    def policy_name(self) -> str:
+        """Where the policy came from: the path or id of its model, or the folder of the adapter that is continued."""
+        return self.adapter or cast(Any, self.model).config._name_or_path
+
+    @property
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None  # TrainingArguments has set it
+        return self.args.output_dir
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of the optimizer steps taken so far."""
+        return self._last_saved_step == self.state.global_step
+
+    @property
+    def _micro_steps_per_iteration(self) -> int:
+        assert self.args.steps_per_generation is not None  # GRPOConfig has set it
+        return self.args.steps_per_generation * self.num_iterations
+
+    def generation_batches(self, batches: Any) -> Iterator[list[dict[str, Any]]]:
+        """Each generation batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each."""
+        for epoch in count():
+            self.state.epoch = epoch
+            batch = None
+            for batch in islice(batches, 0, None, self._micro_steps_per_iteration):
+                yield batch
+            if batch is None or self.args.max_steps <= 0:
+                break
+
+    def needs_rollout(self) -> bool:
+        """Whether the next micro-step begins an iteration."""
+        return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
+
+    def remember(self) -> None:
+        """Keep the state that the run has now, when an optimizer step begins."""
+        self._boundary = self._get_state()
+
+    def forget(self) -> None:
+        """Forget it again: the optimizer step is taken."""
+        self._boundary = None
+
+    def roll_back(self) -> None:
+        """Go back to where the optimizer step at hand began. What it has done so far changed no weight."""
+        assert self._boundary is not None
+        self._set_state(self._boundary)
+
+    def _get_state(self) -> dict[str, Any]:
+        return {
+            **{name: copy.deepcopy(getattr(self, name)) for name in self._saved},
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "num_input_tokens_seen": self.state.num_input_tokens_seen,
+            "slices": None if self.needs_rollout() else self._buffered_inputs,
+            "random": _random_state(),
+        }
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        for name in self._saved:
+            setattr(self, name, copy.deepcopy(state[name]))
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+        self._tr_loss = self._tr_loss.to(self.args.device)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(state["metrics"])
+        self.state.num_input_tokens_seen = state["num_input_tokens_seen"]
+        self._buffered_inputs = state["slices"]
+        if "random" in state:
+            _set_random_state(state["random"])
+
+    def evaluate(self, *args, **kwargs):
+        # Evaluations sample, and may come at other places in a resumed run. They leave no trace in the training
+        random_state = _random_state()
+        num_dataloaders = len(self.accelerator._dataloaders)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            _set_random_state(random_state)
+            del self.accelerator._dataloaders[num_dataloaders:]  # accelerate keeps that of each evaluation for ever
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return _EpochSampler(sampler, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # The second: a resumed run that had taken all its steps. transformers would take one more
+        done = self.state.global_step >= self.state.max_steps
+        if done:
+            logger.warning(
+                f"this run had taken all of its {self.state.max_steps} steps before it was resumed: nothing is "
+                "trained. A higher max_steps or num_train_epochs goes on; another output_dir begins a new run."
+            )
+        if done or self._interruption.is_over():
+            self.control.should_training_stop = True
+            cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
+            num_batches = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self.state.global_step > 0:
+            return {}  # that of eval_on_start, which the run has had when it began
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _finalize_training(self, *args, **kwargs):
+        if self._interruption.exit_code is not None:
+            # The run is not over: there is no best model yet, to be loaded, and to delete the last checkpoint for
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed holds the gradients itself, and a scaler of float16 gradients looks at them itself
+        if (
+            not self.is_deepspeed_enabled
+            and self.accelerator.scaler is None
+            and not self._nonfinite.passes(norm, self)
+        ):
+            self._metrics["train"]["skipped_steps"] = [self._nonfinite.num_skipped]
+        return norm
+
+    def micro_batches_of_step(self) -> list[dict[str, Any]]:
+        """This process's micro-batches of the optimizer step at hand."""
+        # TRL's buffer holds the slices of the generation batch; steps_per_generation is a multiple of `steps`
+        assert self._buffered_inputs is not None and self.args.steps_per_generation is not None
+        steps = self.args.gradient_accumulation_steps
+        first = self.state.global_step * steps % self.args.steps_per_generation
+        return self._buffered_inputs[first : first + steps]
+
+    # ---- Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+        if self._boundary is not None and self.is_saved:
+            return  # interrupted inside the next step, at whose beginning it was saved
+        main = self.args.should_save  # one process, or one of each machine
+        aside = folder.with_name(folder.name + REPLACED)
+        if main and folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        self.accelerator.wait_for_everyone()
+        # transformers would delete older checkpoints before this one is whole: it gets options without a limit
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.args = args
+            if not self.args.save_only_model:
+                state = self._get_state()
+                del state["random"]  # transformers has saved it
+                torch.save(state, folder / _state_file(self.args.process_index))
+            if main and self.args.sync_ref_model and not self._is_sharded:
+                # The reference is then no longer a model that can be loaded from where the policy came from
+                torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
+            self.accelerator.wait_for_everyone()
+            if main:
+                write_manifest(
+                    folder,
+                    step=step,
+                    can_be_resumed=not self.args.save_only_model,
+                    layout=layout_of(self.args),
+                    form=self._form,
+                )
+        except BaseException:
+            if main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args = args
+        self._last_saved_step = step
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+            iteration = -(-self._step // self._micro_steps_per_iteration)  # the next to be sampled
+            self._recorder.files.rotate(iteration, self.args.rollouts_total_limit)
+            self._opponents.files.rotate(step, self.args.rollouts_total_limit)
+            rotate_checkpoints(
+                str(folder.parent), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def save_random_state(self, folder: Path) -> None:
+        """Save the state of this process's random generators in a folder of the rollouts."""
+        super()._save_rng_state(str(folder))
+
+    def load_random_state(self, folder: Path) -> None:
+        """Load it again."""
+        super()._load_rng_state(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # PEFT loads adapters in float32, also those that TRL trains in bfloat16 (on a policy in 4 or 8 bit)
+        policy = cast(torch.nn.Module, self.model)
+        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if "ref" in getattr(policy, "peft_config", {}) and not self._is_sharded:
+            # Beside the folder of a second adapter, transformers 5.17 passes over the first, which is not in a folder
+            adapter = load_peft_weights(resume_from_checkpoint, device="cpu")
+            set_peft_model_state_dict(policy, adapter, adapter_name="default")
+        for name, parameter in policy.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # A checkpoint's state brings back the options of its optimizer. Those of this run act
+        _, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, cast(Any, self.model)
+        )
+        names = [*(name for name in options if name != "lr"), "weight_decay", "initial_lr"]
+        groups, scheduler = cast(Any, self.optimizer).param_groups, cast(Any, self.lr_scheduler)
+        asked = [{name: group[name] for name in names if name in group} for group in groups]
+        base_lrs = list(getattr(scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        groups = cast(Any, self.optimizer).param_groups  # loading has replaced them
+        for i, (group, values) in enumerate(zip(groups, asked, strict=True)):
+            group.update(values)
+            if isinstance(scheduler, LambdaLR):
+                group["lr"] = base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        if base_lrs:
+            scheduler.base_lrs = base_lrs
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+    def _load_rng_state(self, checkpoint):
+        # The last thing that transformers loads, right before the first optimizer step
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint) / _state_file(self.args.process_index)
+        self._set_state(torch.load(path, map_location="cpu", weights_only=True))
+        if self.args.sync_ref_model:
+            if self._is_sharded:
+                raise ValueError(
+                    f"{checkpoint} does not hold the reference model, which sync_ref_model=True has changed: it is "
+                    "sharded (FSDP or DeepSpeed) and is not saved. Runs that are to be resumed need "
+                    "sync_ref_model=False, or whole models."
+                )
+            reference = torch.load(Path(checkpoint) / REFERENCE, map_location="cpu", weights_only=True)
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference)
+        if Path(checkpoint).resolve().parent == Path(self._output_dir).resolve():
+            self._last_saved_step = self.state.global_step
+
+
+class _EpochSampler(Sampler):
+    """TRL's sampler, with an order that depends on the epoch: a resumed run need not begin with the first."""
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]):
+        self.sampler = sampler
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+
+def _state_file(process_index: int) -> str:
+    return f"rollouts_{process_index}.pt"
+
+
+def _random_state() -> tuple:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state(state[3])
