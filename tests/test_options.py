@@ -101,7 +101,7 @@ def run(make_trainer, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: True)
     monkeypatch.setattr("trl.trainer.grpo_trainer.trackio", Tracker, raising=False)
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
-    monkeypatch.setattr("trl_sppo.trainer.check_vllm", lambda args: None)
+    monkeypatch.setattr("trl_sppo.checks.arguments.check_vllm", lambda args: None)
     to_cpu = EvalLoopContainer.to_cpu_and_numpy
     runs = 0
 

@@ -638,7 +638,7 @@ def fake_vllm(monkeypatch):
             return None, completion_ids, logprobs, None
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Backend)
-    monkeypatch.setattr("trl_sppo.trainer.check_vllm", lambda args: None)
+    monkeypatch.setattr("trl_sppo.checks.arguments.check_vllm", lambda args: None)
     return shifts
 
 
