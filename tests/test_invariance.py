@@ -66,7 +66,7 @@ def test_order_inside_a_group(fixed, tiny_policy, monkeypatch, objective, lora):
     options = {**OBJECTIVES[objective], **ALL["threshold"]}  # of two that tie for best, the first would be taken
     expected = steps_of(fixed, tiny_policy, lora, **options)
     shuffled = {prompt: [group[k] for k in (2, 3, 1, 0)] for prompt, group in COMPLETIONS.items()}
-    monkeypatch.setattr("fixed.COMPLETIONS", shuffled)
+    monkeypatch.setattr("helpers.COMPLETIONS", shuffled)
     assert_same(steps_of(fixed, tiny_policy, lora, **options), expected)
 
 

@@ -145,7 +145,7 @@ def test_missing_eos_costs_score(fixed, tiny_model, monkeypatch):
     cut = {
         prompt: [ids[:-1] if k == 2 else ids for k, ids in enumerate(group)] for prompt, group in COMPLETIONS.items()
     }
-    monkeypatch.setattr("fixed.COMPLETIONS", cut)
+    monkeypatch.setattr("helpers.COMPLETIONS", cut)
     # Lengths 2, 3, 3, 2. The third is cut off: with a penalty of 0.5 it loses to the second, with 2 to all
     rates = {}
     for penalty in (None, 0.5, 2.0):
@@ -316,7 +316,7 @@ def seven_cycle(prompts, first, second, **kwargs):
 )
 def test_a_group_in_which_all_are_even_teaches_nothing(fixed, tiny_model, monkeypatch, options):
     circle = {prompt: [[3 + k, 1] for k in range(7)] for prompt in COMPLETIONS}
-    monkeypatch.setattr("fixed.COMPLETIONS", circle)
+    monkeypatch.setattr("helpers.COMPLETIONS", circle)
 
     def rollout(prompts, trainer):
         return {

@@ -227,7 +227,7 @@ def test_truncated_completions_can_be_masked(fixed, tiny_model, monkeypatch):
     cut = {
         prompt: [ids[:-1] if k == 2 else ids for k, ids in enumerate(group)] for prompt, group in COMPLETIONS.items()
     }
-    monkeypatch.setattr("fixed.COMPLETIONS", cut)
+    monkeypatch.setattr("helpers.COMPLETIONS", cut)
     import trl_sppo.trainer
 
     trained = []
@@ -588,7 +588,7 @@ def test_what_a_rollout_function_adds_reaches_the_reward_functions(fixed, tiny_m
 def test_padding_that_only_dropped_completions_needed_is_cut(fixed, tiny_model, monkeypatch):
     """The long completions are in the middle of each group: best and worst have two tokens."""
     table = {p: [[3 + k, 1] if k in (0, 3) else [3 + k, 4, 5, 6, 7, 8, 1] for k in range(4)] for p in COMPLETIONS}
-    monkeypatch.setattr("fixed.COMPLETIONS", table)
+    monkeypatch.setattr("helpers.COMPLETIONS", table)
     shapes = []
     original = GRPOTrainer._get_per_token_logps_and_entropies
 
