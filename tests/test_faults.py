@@ -104,11 +104,14 @@ async def raising_later(completions, **kwargs):
     [
         (
             raising,
-            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number for each of "
-            "its completions, None where it cannot say; to these prompts each is a list of "
-            "messages. What was sampled",
+            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number for each "
+            "completion, or None where it has none. Here each completion is a list of messages, and the columns are "
+            "[]. What was sampled",
         ),
-        (lambda completions, **kwargs: [1.0], "'count_abc' returned 1 rewards, but 8 were expected"),
+        (
+            lambda completions, **kwargs: [1.0],
+            "'count_abc' failed: ValueError: it returned 1 scores for 8 completions",
+        ),
         (lambda completions, **kwargs: ["good"] * len(completions), "reward source 'count_abc' failed: "),
         (lambda completions, **kwargs: None, "reward source 'count_abc' failed: TypeError:"),
         (lambda completions: [1.0] * len(completions), "reward source 'count_abc' failed: TypeError:"),
@@ -457,7 +460,7 @@ def test_unicode_of_every_kind(make_trainer, tmp_path, text):
         f"{text} {k}" for k, _ in enumerate(decode(ids, **kwargs))
     ]
     seen = []
-    trainer.reward_funcs = [lambda completions, **kwargs: seen.extend(completions) or [float(k) for k in range(8)]]
+    trainer.reward_funcs[:] = [lambda completions, **kwargs: seen.extend(completions) or [float(k) for k in range(8)]]
     trainer.train()
     assert [message["content"] for (message,) in seen] == [f"{text} {k}" for k in range(8)]
     rows = load_dataset(str(tmp_path / "out" / "rollouts"), split="train")

@@ -504,9 +504,11 @@ class SPPOTrainer(ResumableTrainer):
         return [ids or [self._tokenizer.pad_token_id] for ids in completion_ids], logprobs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
-        # `_generate` has asked, before TRL's log-probability passes
-        assert self._rollout is not None and self._rollout.scores is not None
-        return self._rollout.scores
+        if self._rollout is not None and self._rollout.scores is not None:
+            return self._rollout.scores  # `_generate` has asked, before TRL's log-probability passes
+        return self.voters.score(
+            prompts, completions, columns_of(inputs), **self._for_reward_functions(completion_ids_list)
+        )
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's part of values over the completions of all processes."""
