@@ -181,14 +181,8 @@ def find_chat_template_problems(kwargs: Any) -> Iterator[str]:
 
 
 def _find_generation_problems(generation: Any) -> Iterator[str]:
-    wrong = {
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "cache_implementation",
-    } & generation.keys()
+    options = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"}
+    wrong = options & generation.keys()
     for name in sorted(wrong):
         yield (
             f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities are "

@@ -148,22 +148,7 @@ _ALSO_SECTIONS = {"model", "optimizer", "adapter", "dataset", "judge"}
 
 
 def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
-    """
-    Say what to write instead of an option that there is not.
-
-    Args:
-        name (`str`):
-            The unknown option.
-        value:
-            Its value in a recipe, or `None`.
-        options (`set[str]`):
-            All options.
-        mappings (`set[str]`):
-            Those that take mappings.
-
-    Returns:
-        `str`: one sentence or two.
-    """
+    """What to write instead of an unknown option with this value. `mappings` are the options that take one."""
     is_section = isinstance(value, dict) and (name not in INSTEAD or name in _ALSO_SECTIONS)
     if is_section:
         options = mappings  # a misspelt one of these is no section

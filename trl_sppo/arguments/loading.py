@@ -18,22 +18,9 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 
 def dataset_source(name: str, config: str | None = None, option: str = "dataset_name") -> dict[str, Any]:
     """
-    What `datasets.load_dataset` takes for a dataset.
-
-    Args:
-        name (`str`):
-            An id on the hub, a folder of data files, a file, or a folder that `save_to_disk` has written. A file or a
-            single saved dataset is the split `"train"`.
-        config (`str`, *optional*):
-            The dataset's configuration, which only an id and a folder of data files have.
-        option (`str`, *optional*, defaults to `"dataset_name"`):
-            The option that it comes from.
-
-    Returns:
-        `dict[str, Any]`: keyword arguments.
-
-    Raises:
-        `ValueError`: for a file of another kind, a saved dataset that is incomplete, or a configuration of either.
+    Keyword arguments of `datasets.load_dataset` for an id on the hub, a folder of data files, a file, or a folder that
+    `save_to_disk` has written. A file or a single saved dataset is the split `"train"`, and has no `config`. `option`
+    is named in errors.
     """
     files: dict[str, list[str]] | None
     if os.path.isfile(name):

@@ -52,16 +52,7 @@ def from_sharegpt(column: str, turns: str = "") -> str:
 
 
 def how_to_make_prompts(row: dict[str, Any]) -> str:
-    """
-    Explain how to add prompts to a dataset without them.
-
-    Args:
-        row (`dict`):
-            Its first row.
-
-    Returns:
-        `str`: the rule, with a line of Python for `dataset`.
-    """
+    """How to add prompts to a dataset, given its first row: the rule, with a line of Python for `dataset`."""
     for name in ("messages", "conversations", "conversation"):
         turns = row.get(name)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
@@ -100,24 +91,7 @@ def check_columns(
     oracles: list,
     has_environment: bool = False,
 ) -> None:
-    """
-    Check that no column has the name of another argument of the functions that get the columns.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        datasets (`dict`):
-            Datasets by their names in messages.
-        functions, eval_functions (`list`):
-            Reward sources, and judges of evaluations. Models get no columns.
-        oracles (`list`):
-            Pairwise oracles.
-        has_environment (`bool`, *optional*, defaults to `False`):
-            Whether there is an environment, which may bring a reward function.
-
-    Raises:
-        `ValueError`: if a reward function could not be called, or would not get the column.
-    """
+    """Raise `ValueError` if a column has the name of another argument of the functions that get the columns."""
     if args.remove_unused_columns:
         return
     for name, dataset in datasets.items():
@@ -154,22 +128,7 @@ def check_sources(
     has_environment: bool,
     judged: bool = False,
 ) -> None:
-    """
-    Check reward sources and pairwise oracles, and their weights.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        reward_funcs, reward_processing_classes, preference_funcs (`list`):
-            As for [`SPPOTrainer`], one entry each.
-        has_environment (`bool`):
-            Whether there is an environment, which may bring a reward of its own.
-        judged (`bool`, *optional*, defaults to `False`):
-            Whether the rollouts to train on bring preferences or scores.
-
-    Raises:
-        `ValueError`: if there are none, or an option does not fit them.
-    """
+    """Raise `ValueError` if nothing says which completion is better, or an option does not fit what does."""
     nobody = not reward_funcs and not preference_funcs and not has_environment
     evaluate = IntervalStrategy(args.eval_strategy).value
     if nobody and judged and evaluate != "no":
@@ -219,20 +178,7 @@ def check_sources(
 def check_judges(
     args: SPPOConfig, reward_funcs: list, judges: list, processing_classes: list, preference_funcs: list
 ) -> None:
-    """
-    Check the judges of evaluations, and `reward_trust_remote_code`.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        reward_funcs (`list`):
-            Reward sources of the training.
-        judges, processing_classes, preference_funcs (`list`):
-            `eval_reward_funcs`, `eval_reward_processing_classes` and `eval_preference_func` of [`SPPOTrainer`].
-
-    Raises:
-        `ValueError`: if there is no evaluation, or an option does not fit them.
-    """
+    """Raise `ValueError` for judges without evaluations, and options that do not fit judges."""
     for oracle in preference_funcs:
         check_oracle(oracle)
     if (judges or preference_funcs) and IntervalStrategy(args.eval_strategy).value == "no":
@@ -260,23 +206,7 @@ def check_datasets(
     eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
     needs_prompts: bool = True,
 ) -> bool:
-    """
-    Check the form of the datasets.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        train_dataset, eval_dataset:
-            Datasets, as for [`SPPOTrainer`].
-        needs_prompts (`bool`, *optional*, defaults to `True`):
-            Whether the datasets must have prompts. Environments may have their own.
-
-    Returns:
-        `bool`: whether the prompts are conversational.
-
-    Raises:
-        `TypeError` or `ValueError`: for a dataset that could not be trained on.
-    """
+    """Raise an error for datasets of a wrong form. Returns whether the prompts are conversational."""
     if not needs_prompts:
         return True
     if not isinstance(train_dataset, (Dataset, IterableDataset)):

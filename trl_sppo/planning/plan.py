@@ -53,23 +53,9 @@ class Plan:
 
 def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
     """
-    Read a recipe, and what is available of its models and data: configurations, tokenizers, a dataset in a folder.
-
-    Args:
-        recipe (`str`):
-            A YAML file.
-        argv (`list[str]`):
-            Options that override it.
-        gpu (`float`, *optional*, defaults to 80e9):
-            Bytes of memory of each GPU.
-        prompt_length (`int`, *optional*, defaults to `1024`):
-            Longest prompt in tokens, where vLLM does not bound it.
-
-    Returns:
-        [`Plan`]
-
-    Raises:
-        `ValueError`: if the training would be refused.
+    Read a recipe and its overrides `argv`, and what is available of its models and data: configurations, tokenizers, a
+    dataset in a folder. `gpu` is in bytes, `prompt_length` in tokens. Raises `ValueError` if the training would be
+    refused.
     """
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
