@@ -78,11 +78,9 @@ def is_folder_or_id(name: str) -> bool:
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
     """Load the training split, and the test split if `evaluate`."""
     check_one_dataset(script_args, dataset_args)
+    name = f"dataset {script_args.dataset_name!r} (--dataset_name)"
     if script_args.dataset_name and not is_folder_or_id(script_args.dataset_name):
-        raise ValueError(
-            f"dataset {script_args.dataset_name!r} (--dataset_name) does not exist here, and cannot be an id on the "
-            "Hugging Face hub. Check the path."
-        )
+        raise ValueError(f"{name} does not exist here, and cannot be an id on the Hugging Face hub. Check the path.")
     if dataset_args.datasets:
         mixture = mixture_source(dataset_args)
         try:
@@ -94,21 +92,17 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, 
         try:
             splits = load_dataset(**source, streaming=script_args.dataset_streaming)
         except DatasetGenerationError as error:  # its cause says what is wrong, and where
-            raise ValueError(
-                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
-            ) from error
+            raise ValueError(f"{name} cannot be read: {error.__cause__}") from error
         except StopIteration as error:
-            raise ValueError(f"dataset {script_args.dataset_name!r} (--dataset_name) has an empty file.") from error
-        except (OSError, ConnectionError) as error:
+            raise ValueError(f"{name} has an empty file.") from error
+        except OSError as error:
             raise ValueError(
-                f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
-                f"dataset available from the Hugging Face hub. Check the path. ({error})"
+                f"{name} is neither a folder with data files nor a dataset available from the Hugging Face hub. Check "
+                f"the path. ({error})"
             ) from error
         except ValueError as error:
-            raise ValueError(
-                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be loaded, with dataset_config="
-                f"{script_args.dataset_config!r}: {error}"
-            ) from error
+            config = script_args.dataset_config
+            raise ValueError(f"{name} cannot be loaded, with dataset_config={config!r}: {error}") from error
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     for split in wanted:
         if split not in splits:

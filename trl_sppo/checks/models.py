@@ -155,16 +155,16 @@ def check_model(
 ) -> None:
     """Raise `ValueError` if the policy, or the initial policy that `beta` needs, cannot be loaded from safetensors."""
     if not isinstance(model, str):
-        # An adapter is switched off for that
+        if args.beta <= 0 or has_adapter:  # which is switched off for the initial policy
+            return
         path = getattr(model.config, "_name_or_path", "")
-        if args.beta > 0 and not has_adapter and path:
-            check_safetensors("the initial policy that beta needs, model", path)
-            check_weights("the initial policy that beta needs, model", path, type(model))
-        if args.beta > 0 and not has_adapter and not path:
+        if not path:
             raise ValueError(
                 f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "
                 "but this one was not loaded from anywhere. Save it, and pass the path as `model`."
             )
+        check_safetensors("the initial policy that beta needs, model", path)
+        check_weights("the initial policy that beta needs, model", path, type(model))
         return
     try:
         config = policy_config(model, args)

@@ -63,17 +63,13 @@ def how_to_make_prompts(row: dict[str, Any]) -> str:
             return f"A prompt is the conversation before the assistant's last message: {line}."
     for name in TEXTS:
         if isinstance(row.get(name), str):
-            content = f"row[{name!r}]"
+            content, as_text = f"row[{name!r}]", f"`dataset.rename_column({name!r}, 'prompt')`"
             if name == "instruction" and isinstance(row.get("input"), str):
                 content = r"(row['instruction'] + '\n\n' + (row['input'] or '')).strip()"
+                as_text = f"`dataset.map(lambda row: {{'prompt': {content}}})`"
             return (
                 "A prompt has no completion in it. For a model with a chat template: `dataset.map(lambda row: "
-                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: "
-                + (
-                    f"`dataset.rename_column({name!r}, 'prompt')`."
-                    if content == f"row[{name!r}]"
-                    else f"`dataset.map(lambda row: {{'prompt': {content}}})`."
-                )
+                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: {as_text}."
             )
     if "chosen" in row and "rejected" in row:
         line = "`dataset.map(trl.extract_prompt)`"

@@ -35,10 +35,9 @@ class ModelSize:
     hidden: int
     cache: int  # bytes of keys and values per token, of all layers, in 16 bits
     heads: int  # size of the queries of all heads of a layer
-    # Bytes that one layer keeps for its backward pass in bf16, per token and per pair of positions (0 if attention makes
-    # no matrix of pairs)
-    kept: int
-    kept_of_pairs: int
+    # Bytes that one layer keeps for its backward pass in bf16
+    kept: int  # per token
+    kept_of_pairs: int  # per pair of positions. 0 if attention makes no matrix of pairs
     adapter: int = 0  # parameters
 
 
@@ -68,33 +67,30 @@ def size_of(
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     one, two = (_first_layers(config, peft_config, number, attention) for number in (1, 2))
+    layer, linear_of_layer, squared_of_layer = (more - less for less, more in zip(one, two, strict=True))
     return ModelSize(
         parameters=parameters,
         matrices=sum(linear),
-        layer=two.parameters - one.parameters,
+        layer=layer,
         embedding=config.vocab_size * config.hidden_size,
         widest=max(linear),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         cache=config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * 2,
         heads=heads * head_dim,
-        kept=(two.linear - one.linear) // LENGTH,
-        kept_of_pairs=(two.squared - one.squared) // LENGTH**2,
+        kept=linear_of_layer // LENGTH,
+        kept_of_pairs=squared_of_layer // LENGTH**2,
         adapter=adapter,
     )
 
 
-@dataclass
-class _Measured:
-    parameters: int
-    linear: int = 0  # bytes kept that grow with the length ...
-    squared: int = 0  # ... and with its square
-
-
 def _first_layers(
     config: PreTrainedConfig, peft_config: PeftConfig | None, number: int, attention: str | None
-) -> _Measured:
-    """Measure what the first layers keep of `LENGTH` tokens for their backward pass, in bf16 on the CPU."""
+) -> tuple[int, int, int]:
+    """
+    Parameters of the first layers, and bytes that they keep of `LENGTH` tokens for their backward pass, in bf16 on the
+    CPU: those that grow with the length, and with its square.
+    """
     values = config.to_dict() | {"num_hidden_layers": number, "vocab_size": 8}
     values |= {name: values[name][:number] for name in ("layer_types", "no_rope_layers") if values.get(name)}
     values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
@@ -104,7 +100,7 @@ def _first_layers(
     chosen = {} if attention is None or on_gpus else {"attn_implementation": attention}
     with torch.device("meta"):
         model: Any = kind.from_config(config.__class__(**values), dtype=torch.bfloat16, **chosen)
-        measured = _Measured(_numel(model))
+        parameters = _numel(model)
         if peft_config is not None:
             get_peft_model(model, peft_config)  # in place
     disable_dropout_in_model(model)  # as SPPOConfig does
@@ -131,8 +127,7 @@ def _first_layers(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(inputs_embeds=hidden, attention_mask=mask)
-    measured.linear, measured.squared = sum(linear.values()), 0 if on_gpus else sum(squared.values())
-    return measured
+    return parameters, sum(linear.values()), 0 if on_gpus else sum(squared.values())
 
 
 def _numel(model: nn.Module, only_trained: bool = False) -> int:
