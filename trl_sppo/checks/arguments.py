@@ -87,12 +87,12 @@ def check_trainer_arguments(
     eval_reward_funcs: list,
     eval_reward_processing_classes: list,
     eval_preference_funcs: list,
-    adapter: str | None = None,
+    adapter: str | None = None,  # folder of the adapter that is continued. `model` is its base model
     peft_config: Any = None,
     quantization_config: Any = None,
-    needs_tokenizer: bool = True,
-    has_environment: bool = False,
-    judged: bool = False,
+    needs_tokenizer: bool = True,  # whether the tokenizer is the one beside the model
+    has_environment: bool = False,  # which may bring prompts and a reward
+    judged: bool = False,  # whether the rollouts to train on bring preferences or scores
 ) -> bool:
     """Check arguments of [`SPPOTrainer`], named as there. Returns whether the prompts are conversational."""
     has_adapter = peft_config is not None or hasattr(model, "peft_config")

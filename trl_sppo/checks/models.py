@@ -141,7 +141,7 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
     check_whole_model("model", model)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)  # like TRL, the class that it names
+    kind = getattr(transformers, (config.architectures or [""])[0], None)  # like TRL, what the config names
     if kind is not None:
         check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 
@@ -149,9 +149,9 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
 def check_model(
     model: str | nn.Module,
     args: SPPOConfig,
-    has_adapter: bool,
-    needs_tokenizer: bool = True,
-    adapter: str | None = None,
+    has_adapter: bool,  # whether an adapter is trained, and not the whole policy
+    needs_tokenizer: bool = True,  # whether the tokenizer is the one beside the model
+    adapter: str | None = None,  # folder of the adapter that is continued. `model` is its base model
 ) -> None:
     """Raise `ValueError` if the policy, or the initial policy that `beta` needs, cannot be loaded from safetensors."""
     if not isinstance(model, str):

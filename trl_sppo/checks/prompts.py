@@ -30,7 +30,7 @@ def _does_not_fit(what: str, longest: int, args: SPPOConfig, context: int, room:
 
 
 def check_prompt_ids(prompt_ids: list[list[int]], args: SPPOConfig, config: Any) -> None:
-    """Raise `RunError` if a prompt cannot be answered. Those of a streamed dataset are not known earlier."""
+    """Raise `RunError` if a prompt is empty or too long. Those of a streamed dataset are not known earlier."""
     room = room_for_prompts(args, config)
     if min(map(len, prompt_ids), default=1) == 0:
         raise RunError("a prompt has no tokens: there is nothing to begin a completion with. Leave out such prompts.")
@@ -52,7 +52,7 @@ def check_rows(rows: Sequence[dict[str, Any]], readers: Sequence[Reader], traini
 
 
 def check_prompts(readers: Sequence[Reader], datasets: dict[str, AnyDataset]) -> None:
-    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Of a stream, checks the first."""
+    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Of a stream, only the first."""
     for name, dataset in datasets.items():
         columns = columns_of(dataset)
         if "prompt" not in columns:

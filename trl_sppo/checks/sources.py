@@ -85,7 +85,7 @@ def check_columns(
     functions: list,
     eval_functions: list,
     oracles: list,
-    has_environment: bool = False,
+    has_environment: bool = False,  # which may bring a reward function
 ) -> None:
     """Raise `ValueError` if a column has the name of another argument of the functions that get the columns."""
     if args.remove_unused_columns:
@@ -121,8 +121,8 @@ def check_sources(
     reward_funcs: list,
     reward_processing_classes: list,
     preference_funcs: list,
-    has_environment: bool,
-    judged: bool = False,
+    has_environment: bool,  # which may bring a reward of its own
+    judged: bool = False,  # whether the rollouts to train on bring preferences or scores
 ) -> None:
     """Raise `ValueError` if nothing says which completion is better, or an option does not fit what does."""
     nobody = not reward_funcs and not preference_funcs and not has_environment
@@ -200,7 +200,7 @@ def check_datasets(
     args: SPPOConfig,
     train_dataset: AnyDataset | None,
     eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
-    needs_prompts: bool = True,
+    needs_prompts: bool = True,  # environments may have their own
 ) -> bool:
     """Raise an error for datasets of a wrong form. Returns whether the prompts are conversational."""
     if not needs_prompts:
