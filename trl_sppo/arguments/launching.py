@@ -21,10 +21,7 @@ _SCRIPT = "training_script", "training_script_args", "module", "no_python"
 
 
 def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
-    """
-    The arguments of `accelerate launch`: the recipe's (`--config`) first, then the command line's. Raises `ValueError`
-    for an unreadable recipe, and for an argument that belongs neither to training nor to the launch.
-    """
+    """The arguments of `accelerate launch`, the recipe's first. Raises `ValueError` for those of no option."""
     launcher: Any = launch_command_parser()
     launcher.error = _refuse  # not accelerate's usage and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}

@@ -17,11 +17,7 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 
 
 def dataset_source(name: str, config: str | None = None, option: str = "dataset_name") -> dict[str, Any]:
-    """
-    Keyword arguments of `datasets.load_dataset` for an id on the hub, a folder of data files, a file, or a folder that
-    `save_to_disk` has written. A file or a single saved dataset is the split `"train"`, and has no `config`. `option`
-    is named in errors.
-    """
+    """Keyword arguments of `load_dataset` for an id, a folder, a file, or what `save_to_disk` has written."""
     files: dict[str, list[str]] | None
     if os.path.isfile(name):
         kind = _KINDS.get(Path(name).suffix)

@@ -10,14 +10,7 @@ from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from ..config import SPPOConfig
-from .models import (
-    check_model,
-    check_new_adapter,
-    check_not_replaced,
-    check_quantization,
-    check_sharding,
-    check_trainable,
-)
+from .models import check_model, check_not_replaced, check_quantization, check_sharding, check_trainable
 from .sources import AnyDataset, check_columns, check_datasets, check_judges, check_sources, named_datasets
 
 
@@ -96,7 +89,11 @@ def check_trainer_arguments(
 ) -> bool:
     """Check arguments of [`SPPOTrainer`], named as there. Returns whether the prompts are conversational."""
     has_adapter = peft_config is not None or hasattr(model, "peft_config")
-    check_new_adapter(peft_config)
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError(
+            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
+            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
+        )
     if isinstance(model, nn.Module) and peft_config is None:
         check_trainable(model)
     if isinstance(model, str):

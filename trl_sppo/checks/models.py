@@ -127,15 +127,6 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_new_adapter(peft_config: Any) -> None:
-    """Raise `ValueError` if the new adapter would be frozen."""
-    if getattr(peft_config, "inference_mode", False):
-        raise ValueError(
-            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
-            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
-        )
-
-
 def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
     kwargs: Any = args.model_init_kwargs or {}

@@ -87,10 +87,7 @@ def size_of(
 def _first_layers(
     config: PreTrainedConfig, peft_config: PeftConfig | None, number: int, attention: str | None
 ) -> tuple[int, int, int]:
-    """
-    Parameters of the first layers, and bytes that they keep of `LENGTH` tokens for their backward pass, in bf16 on the
-    CPU: those that grow with the length, and with its square.
-    """
+    """Parameters of the first layers, and bytes kept for a backward pass: linear in the length, and quadratic."""
     values = config.to_dict() | {"num_hidden_layers": number, "vocab_size": 8}
     values |= {name: values[name][:number] for name in ("layer_types", "no_rope_layers") if values.get(name)}
     values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)

@@ -53,11 +53,7 @@ class Plan:
 
 
 def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
-    """
-    Read a recipe and its overrides `argv`, and what is available of its models and data: configurations, tokenizers, a
-    dataset in a folder. `gpu` is in bytes, `prompt_length` in tokens. Raises `ValueError` if the training would be
-    refused.
-    """
+    """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
     processes, sharding, unknown = _launch(launch)
