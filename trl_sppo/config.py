@@ -23,54 +23,36 @@ from .option_rules import (
 
 logger = logging.get_logger(__name__)
 
-_NO_CLIPPING = "SPPO regresses the log-ratio to a target and clips no ratio."
-_NO_ADVANTAGE = "SPPO learns from win rates, not from normalised advantages."
-_NO_ENTROPY = "SPPO's objective has no entropy term."
-
-_NO_LABELS = "Completions are sampled, so there are no labels."
-_NO_PREDICTIONS = "Evaluations measure win rates. They keep no predictions and call no `compute_metrics`."
-_NO_LENGTH = "Batches are whole groups of completions, in the order of the prompts. See `shuffle_dataset`."
-
-# Inherited options that would have no effect, or one that SPPO does not support: each must keep its default. The
-# reason is part of the message.
-REJECTED_OPTIONS = {
-    "use_bias_correction_kl": "SPPO's KL term is always corrected for the policy having moved since the rollout.",
-    "epsilon": _NO_CLIPPING,
-    "epsilon_high": _NO_CLIPPING,
-    "delta": _NO_CLIPPING,
-    "importance_sampling_level": "SPPO's log-ratio is that of the whole completion.",
-    "off_policy_mask_threshold": _NO_ADVANTAGE,
-    "scale_rewards": _NO_ADVANTAGE,
-    "multi_objective_aggregation": "`reward_aggregation` says how several reward sources become one preference.",
-    "sapo_temperature_neg": _NO_ADVANTAGE,
-    "sapo_temperature_pos": _NO_ADVANTAGE,
-    "vespo_k_pos": _NO_ADVANTAGE,
-    "vespo_lambda_pos": _NO_ADVANTAGE,
-    "vespo_k_neg": _NO_ADVANTAGE,
-    "vespo_lambda_neg": _NO_ADVANTAGE,
-    "top_entropy_quantile": "SPPO's log-ratio sums over all tokens of a completion.",
-    "entropy_coef": _NO_ENTROPY,
-    "use_adaptive_entropy": _NO_ENTROPY,
-    "entropy_coef_min": _NO_ENTROPY,
-    "entropy_coef_max": _NO_ENTROPY,
-    "entropy_coef_delta": _NO_ENTROPY,
-    "entropy_target": _NO_ENTROPY,
-    "label_smoothing_factor": _NO_LABELS,
-    "label_names": _NO_LABELS,
-    "prediction_loss_only": _NO_PREDICTIONS,
-    "include_for_metrics": _NO_PREDICTIONS,
-    "batch_eval_metrics": _NO_PREDICTIONS,
-    "eval_do_concat_batches": _NO_PREDICTIONS,
-    "eval_use_gather_object": _NO_PREDICTIONS,
-    "train_sampling_strategy": _NO_LENGTH,
-    "length_column_name": _NO_LENGTH,
-    "data_seed": "`seed` determines the order of the prompts.",
-    "average_tokens_across_devices": "The loss is an average over the completions of all processes.",
-    "include_num_input_tokens_seen": "The log always has `num_tokens`.",
-    "parallelism_config": "Completions are not divided between processes. Shard the model with `fsdp` or `deepspeed`.",
-    "enable_jit_checkpoint": "A run always saves a checkpoint on SIGTERM. See also `time_budget`.",
-    "do_predict": "There is no test set. `trl-sppo evaluate` compares policies.",
+# Inherited options that would have no effect, or one that SPPO does not support, by the reason, which is part of the
+# message: each must keep its default.
+_REJECTED = {
+    "SPPO's KL term is always corrected for the policy having moved since the rollout.": "use_bias_correction_kl",
+    "SPPO regresses the log-ratio to a target and clips no ratio.": "epsilon epsilon_high delta",
+    "SPPO's log-ratio is that of the whole completion.": "importance_sampling_level",
+    "SPPO learns from win rates, not from normalised advantages.": (
+        "off_policy_mask_threshold scale_rewards sapo_temperature_neg sapo_temperature_pos vespo_k_pos "
+        "vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+    ),
+    "`reward_aggregation` says how several reward sources become one preference.": "multi_objective_aggregation",
+    "SPPO's log-ratio sums over all tokens of a completion.": "top_entropy_quantile",
+    "SPPO's objective has no entropy term.": (
+        "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
+    ),
+    "Completions are sampled, so there are no labels.": "label_smoothing_factor label_names",
+    "Evaluations measure win rates. They keep no predictions and call no `compute_metrics`.": (
+        "prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches eval_use_gather_object"
+    ),
+    "Batches are whole groups of completions, in the order of the prompts. See `shuffle_dataset`.": (
+        "train_sampling_strategy length_column_name"
+    ),
+    "`seed` determines the order of the prompts.": "data_seed",
+    "The loss is an average over the completions of all processes.": "average_tokens_across_devices",
+    "The log always has `num_tokens`.": "include_num_input_tokens_seen",
+    "Completions are not divided between processes. Shard the model with `fsdp` or `deepspeed`.": "parallelism_config",
+    "A run always saves a checkpoint on SIGTERM. See also `time_budget`.": "enable_jit_checkpoint",
+    "There is no test set. `trl-sppo evaluate` compares policies.": "do_predict",
 }
+REJECTED_OPTIONS = {name: reason for reason, names in _REJECTED.items() for name in names.split()}
 # Other ways to write the default
 _SAME_AS_DEFAULT = {"scale_rewards": True, "include_num_input_tokens_seen": False}
 
@@ -437,7 +419,7 @@ class SPPOConfig(GRPOConfig):
                 "use_vllm=False."
             )
         if self.time_budget is not None and not self.time_budget > 0:
-            yield (f"time_budget must be positive, got {self.time_budget}: it is the minutes that the run may take.")
+            yield f"time_budget must be positive, got {self.time_budget}: it is the minutes that the run may take."
         if self.reward_quantization not in (None, "8bit", "4bit"):
             yield (
                 f"reward_quantization must be '8bit' or '4bit', got {self.reward_quantization!r}. Leave it out to "

@@ -169,26 +169,9 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
 
 def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
     """What mappings hold, once those that came as JSON have been read."""
-    yield from _find_generation_problems(args.generation_kwargs or {})
-    yield from find_chat_template_problems(args.chat_template_kwargs)
-
-
-def find_chat_template_problems(kwargs: Any) -> Iterator[str]:
-    """What of a chat template's arguments is said elsewhere."""
-    for name in kwargs or {}:
-        if name in SET_BY_TRL:
-            yield f"chat_template_kwargs: {name} is set by TRL itself. Remove it."
-
-
-def _find_generation_problems(generation: Any) -> Iterator[str]:
-    wrong = {
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "cache_implementation",
-    } & generation.keys()
+    generation: Any = args.generation_kwargs or {}
+    options = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"}
+    wrong = options & generation.keys()
     for name in sorted(wrong):
         yield (
             f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities are "
@@ -207,6 +190,14 @@ def _find_generation_problems(generation: Any) -> Iterator[str]:
             GenerationConfig(**generation)
     except Exception as error:
         yield f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}"
+    yield from find_chat_template_problems(args.chat_template_kwargs)
+
+
+def find_chat_template_problems(kwargs: Any) -> Iterator[str]:
+    """What of a chat template's arguments is said elsewhere."""
+    for name in kwargs or {}:
+        if name in SET_BY_TRL:
+            yield f"chat_template_kwargs: {name} is set by TRL itself. Remove it."
 
 
 def find_trust_problems(args: Any) -> Iterator[str]:

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
-    except KeyboardInterrupt:  # before there is anything to go on from
+    except KeyboardInterrupt:  # before there is anything to continue
         print("trl-sppo: interrupted.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     try:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
             trainer.accelerator.print(f"Wrote rollouts to {folder}, for `trl-sppo train --rollouts {folder}`.")
             return trainer
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except KeyboardInterrupt:  # training has said how to go on
+    except KeyboardInterrupt:  # training has said how to continue
         if only_rollouts:
             print("trl-sppo: sampling ended. The same command goes on.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

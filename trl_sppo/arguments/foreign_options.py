@@ -6,15 +6,7 @@ from typing import Any
 
 _FLAT = "A recipe here is one flat list of options: write those of this section at the top level, by their names here."
 _NO_CUT = "Prompts are never cut: leave out long ones (docs/memory.md has a filter)."
-_GIVEN_PAIRS = "Remove it: it is for training on given pairs, and completions are sampled here."
-_DPO_LOSS = "Remove it: it varies DPO's loss. SPPO's own options are in docs/options.md."
-_REFERENCE = "Remove it: log-ratios are those to the policy that sampled the completions."
-_PPO = "Remove it: SPPO has no value function and clips no ratio."
-_BY_RANK = "Remove it: what counts is which completion has the higher score."
-_REWARD_VALUES = "Remove it: it was an argument of reward functions. Write a reward function that has its value."
 _ENGINE = "Remove it: TRL sets up vLLM itself. With vllm_mode: server, it is an option of `vllm serve`."
-_GONE = "Remove it: transformers no longer has it."
-_NOTHING_AHEAD = "Remove it: prompts are tokenized when they are sampled from, not before."
 
 # What to write here instead of options that TRL and transformers had, that recipes of alignment-handbook, open-r1 and
 # the official SPPO code have, or those of other frameworks. By what to write: names that are no options here.
@@ -53,7 +45,7 @@ _BY_ADVICE = {
     "Write env: {WANDB_RUN_GROUP: ...}, which wandb reads.": "wandb_run_group",
     "Remove it: a batch is made of whole groups.": "group_by_length",
     "Remove it: bf16 and fp16 say what is computed in.": "fp16_backend half_precision_backend fp16_opt_level",
-    _GONE: (
+    "Remove it: transformers no longer has it.": (
         "use_mps_device use_ipex jit_mode_eval tpu_num_cores tpu_metrics_debug past_index mp_parameters ray_scope "
         "use_legacy_prediction_loop include_tokens_per_second"
     ),
@@ -66,7 +58,7 @@ _BY_ADVICE = {
     ),
     "Write dataset_train_split and dataset_test_split.": "dataset_splits dataset_split val_set_size val_size",
     "Write dataset_config.": "dataset_configs",
-    _NOTHING_AHEAD: (
+    "Remove it: prompts are tokenized when they are sampled from, not before.": (
         "preprocessing_num_workers dataset_num_proc dataset_batch_size dataset_kwargs dataset_prepared_path "
         "overwrite_cache"
     ),
@@ -98,21 +90,23 @@ _BY_ADVICE = {
     "Remove it: a completion ends with an EOS token of the model's generation_config.json.": (
         "stop_token stop_token_id"
     ),
-    _PPO: "cliprange cliprange_value vf_coef gamma lam target_kl adap_kl_ctrl horizon token_level_kl kl_estimator",
-    _BY_RANK: (
+    "Remove it: SPPO has no value function and clips no ratio.": (
+        "cliprange cliprange_value vf_coef gamma lam target_kl adap_kl_ctrl horizon token_level_kl kl_estimator"
+    ),
+    "Remove it: what counts is which completion has the higher score.": (
         "whiten_rewards normalize_reward normalize_advantage normalize_advantages reward_clip_range score_clip "
         "use_score_norm use_score_scaling"
     ),
     # DPO and its kin
-    _REFERENCE: (
+    "Remove it: log-ratios are those to the policy that sampled the completions.": (
         "reference_free precompute_ref_log_probs precompute_ref_batch_size force_use_ref_model ref_model_init_kwargs "
         "model_adapter_name ref_adapter_name"
     ),
-    _GIVEN_PAIRS: (
+    "Remove it: it is for training on given pairs, and completions are sampled here.": (
         "label_pad_token_id padding_value padding_free packing eval_packing truncation_mode is_encoder_decoder "
         "use_logits_to_keep use_num_logits_to_keep base_model_attribute_name"
     ),
-    _DPO_LOSS: (
+    "Remove it: it varies DPO's loss. SPPO's own options are in docs/options.md.": (
         "label_smoothing rpo_alpha ld_alpha cpo_alpha simpo_gamma discopop_tau f_divergence_type "
         "f_alpha_divergence_coef use_weighting loss_weights desirable_weight undesirable_weight"
     ),
@@ -122,7 +116,7 @@ _BY_ADVICE = {
     "Remove it: the tokenizer is that of model_name_or_path.": "tokenizer_name_or_path tokenizer_name",
     "Set `tokenizer.chat_template`, and save the tokenizer beside the model.": "chat_template template",
     "Begin each prompt of the dataset with a system message.": "system_prompt auto_insert_empty_system_msg",
-    _REWARD_VALUES: (
+    "Remove it: it was an argument of reward functions. Write a reward function that has its value.": (
         "cosine_min_value_wrong cosine_max_value_wrong cosine_min_value_correct cosine_max_value_correct "
         "cosine_max_len repetition_n_grams repetition_max_penalty code_language code_provider soft_punish_cache"
     ),
@@ -148,22 +142,7 @@ _ALSO_SECTIONS = {"model", "optimizer", "adapter", "dataset", "judge"}
 
 
 def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
-    """
-    Say what to write instead of an option that there is not.
-
-    Args:
-        name (`str`):
-            The unknown option.
-        value:
-            Its value in a recipe, or `None`.
-        options (`set[str]`):
-            All options.
-        mappings (`set[str]`):
-            Those that take mappings.
-
-    Returns:
-        `str`: one sentence or two.
-    """
+    """What to write instead of an unknown option with this value. `mappings` are the options that take one."""
     is_section = isinstance(value, dict) and (name not in INSTEAD or name in _ALSO_SECTIONS)
     if is_section:
         options = mappings  # a misspelt one of these is no section

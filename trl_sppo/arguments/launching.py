@@ -21,21 +21,7 @@ _SCRIPT = "training_script", "training_script_args", "module", "no_python"
 
 
 def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
-    """
-    Find the arguments of `accelerate launch`, in the recipe and on the command line.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            The training parser.
-        argv (`list[str]`):
-            Arguments, possibly with `--config recipe.yaml`.
-
-    Returns:
-        `list[str]`: those arguments, the recipe's first.
-
-    Raises:
-        `ValueError`: if the recipe cannot be read, or an argument belongs neither to training nor to the launch.
-    """
+    """The arguments of `accelerate launch`, the recipe's first. Raises `ValueError` for those of no option."""
     launcher: Any = launch_command_parser()
     launcher.error = _refuse  # not accelerate's usage and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
@@ -98,19 +84,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def accelerate_config(file: str | None) -> Any:
-    """
-    Read a configuration of accelerate.
-
-    Args:
-        file (`str`, *optional*):
-            Its file. By default the one that `accelerate config` writes.
-
-    Returns:
-        accelerate's own object, or `None` if no file is given and there is no default one.
-
-    Raises:
-        `ValueError`: if it cannot be read.
-    """
+    """accelerate's own object, from a file or its default one. `None` if neither is there."""
     if file is None and not os.path.isfile(config_args.default_config_file):
         return None
     try:
@@ -130,16 +104,7 @@ def accelerate_config(file: str | None) -> Any:
 
 
 def check_num_processes(launch: list[str]) -> None:
-    """
-    Check that the launch has not silently fallen back to fewer processes than requested, or to unsharded models.
-
-    Args:
-        launch (`list[str]`):
-            Result of [`launch_arguments`].
-
-    Raises:
-        `ValueError`: if it has.
-    """
+    """Raise `ValueError` if the launch has silently fallen back to fewer processes, or to unsharded models."""
     for problem in find_launch_problems():
         raise ValueError(problem)
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])

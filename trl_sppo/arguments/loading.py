@@ -17,24 +17,7 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 
 
 def dataset_source(name: str, config: str | None = None, option: str = "dataset_name") -> dict[str, Any]:
-    """
-    What `datasets.load_dataset` takes for a dataset.
-
-    Args:
-        name (`str`):
-            An id on the hub, a folder of data files, a file, or a folder that `save_to_disk` has written. A file or a
-            single saved dataset is the split `"train"`.
-        config (`str`, *optional*):
-            The dataset's configuration, which only an id and a folder of data files have.
-        option (`str`, *optional*, defaults to `"dataset_name"`):
-            The option that it comes from.
-
-    Returns:
-        `dict[str, Any]`: keyword arguments.
-
-    Raises:
-        `ValueError`: for a file of another kind, a saved dataset that is incomplete, or a configuration of either.
-    """
+    """Keyword arguments of `load_dataset` for an id, a folder, a file, or what `save_to_disk` has written."""
     files: dict[str, list[str]] | None
     if os.path.isfile(name):
         kind = _KINDS.get(Path(name).suffix)
@@ -91,11 +74,9 @@ def is_folder_or_id(name: str) -> bool:
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, evaluate: bool):
     """Load the training split, and the test split if `evaluate`."""
     check_one_dataset(script_args, dataset_args)
+    name = f"dataset {script_args.dataset_name!r} (--dataset_name)"
     if script_args.dataset_name and not is_folder_or_id(script_args.dataset_name):
-        raise ValueError(
-            f"dataset {script_args.dataset_name!r} (--dataset_name) does not exist here, and cannot be an id on the "
-            "Hugging Face hub. Check the path."
-        )
+        raise ValueError(f"{name} does not exist here, and cannot be an id on the Hugging Face hub. Check the path.")
     if dataset_args.datasets:
         mixture = mixture_source(dataset_args)
         try:
@@ -107,21 +88,17 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, 
         try:
             splits = load_dataset(**source, streaming=script_args.dataset_streaming)
         except DatasetGenerationError as error:  # its cause says what is wrong, and where
-            raise ValueError(
-                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be read: {error.__cause__}"
-            ) from error
+            raise ValueError(f"{name} cannot be read: {error.__cause__}") from error
         except StopIteration as error:
-            raise ValueError(f"dataset {script_args.dataset_name!r} (--dataset_name) has an empty file.") from error
-        except (OSError, ConnectionError) as error:
+            raise ValueError(f"{name} has an empty file.") from error
+        except OSError as error:
             raise ValueError(
-                f"dataset {script_args.dataset_name!r} (--dataset_name) is neither a folder with data files nor a "
-                f"dataset available from the Hugging Face hub. Check the path. ({error})"
+                f"{name} is neither a folder with data files nor a dataset available from the Hugging Face hub. Check "
+                f"the path. ({error})"
             ) from error
         except ValueError as error:
-            raise ValueError(
-                f"dataset {script_args.dataset_name!r} (--dataset_name) cannot be loaded, with dataset_config="
-                f"{script_args.dataset_config!r}: {error}"
-            ) from error
+            config = script_args.dataset_config
+            raise ValueError(f"{name} cannot be loaded, with dataset_config={config!r}: {error}") from error
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])
     for split in wanted:
         if split not in splits:

@@ -74,18 +74,7 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def check_recipe(parser: TrlParser, recipe: dict[str, Any]) -> None:
-    """
-    Check the types of a recipe's values. TRL's parser uses them as defaults, which argparse does not check.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            The training parser.
-        recipe (`dict[str, Any]`):
-            Values by option. Options that the parser does not have are ignored.
-
-    Raises:
-        `ValueError`: if a value does not have the type of its option.
-    """
+    """Raise `ValueError` for values of a wrong type. TRL's parser does not check those of a recipe."""
     hints: dict[str, Any] = {}
     for dataclass in parser.dataclass_types:
         hints |= get_type_hints(dataclass)
@@ -141,16 +130,7 @@ def _is_type(part: int | str) -> bool:
 
 
 def check_output_dir(path: str | None) -> None:
-    """
-    Check that a folder can be created and written to, without creating it.
-
-    Args:
-        path (`str`, *optional*):
-            What `output_dir` is.
-
-    Raises:
-        `ValueError`: if not.
-    """
+    """Raise `ValueError` unless a folder can be created and written to. Does not create it."""
     try:
         if not path:
             raise ValueError("the name is empty")

@@ -10,29 +10,12 @@ from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from ..config import SPPOConfig
-from .models import (
-    check_model,
-    check_new_adapter,
-    check_not_replaced,
-    check_quantization,
-    check_sharding,
-    check_trainable,
-)
+from .models import check_model, check_not_replaced, check_quantization, check_sharding, check_trainable
 from .sources import AnyDataset, check_columns, check_datasets, check_judges, check_sources, named_datasets
 
 
 def check_vllm(args: SPPOConfig) -> None:
-    """
-    Check that vLLM works here, if it is requested.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-
-    Raises:
-        `ValueError`: for server mode without a CUDA device.
-        `ImportError`: if vLLM is not installed.
-    """
+    """Raise an error for server mode without a CUDA device, or if vLLM is requested and not installed."""
     if not args.use_vllm:
         return
     if args.vllm_mode == "server" and args.device.type != "cuda":
@@ -54,16 +37,7 @@ def check_vllm_is_installed() -> None:
 
 
 def check_optimizer(args: SPPOConfig) -> None:
-    """
-    Check that the optimizer and the learning rate scheduler can be created.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-
-    Raises:
-        `ValueError`: if one of them does not accept its options, or needs a package that is not installed.
-    """
+    """Raise `ValueError` if the optimizer or the scheduler refuses its options, or lacks a package."""
     if args.deepspeed_plugin is not None or args.optim_target_modules is not None:
         return  # DeepSpeed may bring its own; target modules are the policy's
     option, value = "optim", f"{OptimizerNames(args.optim).value!r} with optim_args={args.optim_args!r}"
@@ -106,45 +80,20 @@ def check_trainer_arguments(
     eval_reward_funcs: list,
     eval_reward_processing_classes: list,
     eval_preference_funcs: list,
-    adapter: str | None = None,
+    adapter: str | None = None,  # folder of the adapter that is continued. `model` is its base model
     peft_config: Any = None,
     quantization_config: Any = None,
-    needs_tokenizer: bool = True,
-    has_environment: bool = False,
-    judged: bool = False,
+    needs_tokenizer: bool = True,  # whether the tokenizer is the one beside the model
+    has_environment: bool = False,  # which may bring prompts and a reward
+    judged: bool = False,  # whether the rollouts to train on bring preferences or scores
 ) -> bool:
-    """
-    Check the arguments of [`SPPOTrainer`].
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        model (`str` or `nn.Module`):
-            The policy, or the base model of the adapter that is continued.
-        train_dataset, eval_dataset:
-            Datasets, as for [`SPPOTrainer`]. The prompts of the rollouts, if the run trains on rollouts.
-        reward_funcs, reward_processing_classes, preference_funcs, eval_reward_funcs, eval_reward_processing_classes,
-        eval_preference_funcs (`list`):
-            As for [`SPPOTrainer`]. One tokenizer, or `None`, per reward source.
-        adapter (`str`, *optional*):
-            Folder of the adapter that is continued.
-        peft_config, quantization_config (*optional*):
-            As for [`~trl.GRPOTrainer`].
-        needs_tokenizer (`bool`, *optional*, defaults to `True`):
-            Whether the tokenizer is the one beside the model.
-        has_environment (`bool`, *optional*, defaults to `False`):
-            Whether there is an environment, which may bring prompts and a reward.
-        judged (`bool`, *optional*, defaults to `False`):
-            Whether the rollouts to train on bring preferences or scores.
-
-    Returns:
-        `bool`: whether the prompts are conversational.
-
-    Raises:
-        `ValueError`, `TypeError` or `ImportError`: for what could not be trained on.
-    """
+    """Check arguments of [`SPPOTrainer`], named as there. Returns whether the prompts are conversational."""
     has_adapter = peft_config is not None or hasattr(model, "peft_config")
-    check_new_adapter(peft_config)
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError(
+            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
+            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
+        )
     if isinstance(model, nn.Module) and peft_config is None:
         check_trainable(model)
     if isinstance(model, str):

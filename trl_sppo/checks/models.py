@@ -64,22 +64,7 @@ def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config
 def check_quantization(
     args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
 ) -> None:
-    """
-    Check that a policy in 4 or 8 bit is not combined with what it does not work with.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        model (`str` or `nn.Module`):
-            The policy.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            How to quantize the policy.
-        on_cpu (`bool`, *optional*):
-            Whether the training runs on a CPU. By default, whether this process does.
-
-    Raises:
-        `ValueError`: for vLLM, and for evaluations during a training on the CPU in 4 bit.
-    """
+    """Raise `ValueError` for a quantized policy with vLLM, or one in 4 bit with evaluations on a CPU."""
     bits = quantized_bits(model, args, quantization_config)
     if bits is None:
         return
@@ -103,20 +88,7 @@ def check_quantization(
 def check_sharding(
     args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
 ) -> None:
-    """
-    Check that no option is set that does not work under FSDP or DeepSpeed.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        has_adapter (`bool`):
-            Whether an adapter is trained, and not the whole policy.
-        deepspeed, fsdp (`bool`, *optional*):
-            Which of them shards. By default, what accelerate has set up in this process.
-
-    Raises:
-        `ValueError`: if one is.
-    """
+    """Raise `ValueError` for options that fail when sharded, by default as accelerate has set up here."""
     if deepspeed is None:
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if fsdp is None:
@@ -155,23 +127,12 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_new_adapter(peft_config: Any) -> None:
-    """Raise `ValueError` if the new adapter would be frozen."""
-    if getattr(peft_config, "inference_mode", False):
-        raise ValueError(
-            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
-            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
-        )
-
-
 def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     """Raise `ValueError` if the policy's weights are pickles, or some of them are missing."""
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
     check_whole_model("model", model)
-    kind = getattr(
-        transformers, (config.architectures or [""])[0], None
-    )  # like TRL, the class that the checkpoint names
+    kind = getattr(transformers, (config.architectures or [""])[0], None)  # like TRL, what the config names
     if kind is not None:
         check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 
@@ -179,39 +140,22 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
 def check_model(
     model: str | nn.Module,
     args: SPPOConfig,
-    has_adapter: bool,
-    needs_tokenizer: bool = True,
-    adapter: str | None = None,
+    has_adapter: bool,  # whether an adapter is trained, and not the whole policy
+    needs_tokenizer: bool = True,  # whether the tokenizer is the one beside the model
+    adapter: str | None = None,  # folder of the adapter that is continued. `model` is its base model
 ) -> None:
-    """
-    Check the policy, without loading it.
-
-    Args:
-        model (`str` or `nn.Module`):
-            The policy, or the base model of the adapter.
-        args ([`SPPOConfig`]):
-            Configuration.
-        has_adapter (`bool`):
-            Whether an adapter is trained, and not the whole policy.
-        needs_tokenizer (`bool`, *optional*, defaults to `True`):
-            Whether the tokenizer is the one beside the model.
-        adapter (`str`, *optional*):
-            Folder of the adapter that is continued.
-
-    Raises:
-        `ValueError`: if the policy, or the initial policy that `beta` needs, cannot be loaded from safetensors.
-    """
+    """Raise `ValueError` if the policy, or the initial policy that `beta` needs, cannot be loaded from safetensors."""
     if not isinstance(model, str):
-        # An adapter is switched off for that
+        if args.beta <= 0 or has_adapter:  # which is switched off for the initial policy
+            return
         path = getattr(model.config, "_name_or_path", "")
-        if args.beta > 0 and not has_adapter and path:
-            check_safetensors("the initial policy that beta needs, model", path)
-            check_weights("the initial policy that beta needs, model", path, type(model))
-        if args.beta > 0 and not has_adapter and not path:
+        if not path:
             raise ValueError(
                 f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "
                 "but this one was not loaded from anywhere. Save it, and pass the path as `model`."
             )
+        check_safetensors("the initial policy that beta needs, model", path)
+        check_weights("the initial policy that beta needs, model", path, type(model))
         return
     try:
         config = policy_config(model, args)
@@ -221,9 +165,7 @@ def check_model(
     check_policy_weights(model, config, args)
     revision = {"revision": kwargs.get("revision")}
     own_code = getattr(config, "auto_map", None) or get_tokenizer_config(model, **revision).get("auto_map")
-    if (
-        needs_tokenizer and own_code and not args.trust_remote_code
-    ):  # of which transformers' AutoProcessor says nothing
+    if needs_tokenizer and own_code and not args.trust_remote_code:  # of which AutoProcessor says nothing
         with own_code_is_refused(f"the tokenizer of model {model!r}", POLICYS_OWN_CODE):
             AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
 

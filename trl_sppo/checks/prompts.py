@@ -30,7 +30,7 @@ def _does_not_fit(what: str, longest: int, args: SPPOConfig, context: int, room:
 
 
 def check_prompt_ids(prompt_ids: list[list[int]], args: SPPOConfig, config: Any) -> None:
-    """Raise `RunError` if a prompt cannot be answered. Those of a streamed dataset are not known earlier."""
+    """Raise `RunError` if a prompt is empty or too long. Those of a streamed dataset are not known earlier."""
     room = room_for_prompts(args, config)
     if min(map(len, prompt_ids), default=1) == 0:
         raise RunError("a prompt has no tokens: there is nothing to begin a completion with. Leave out such prompts.")
@@ -40,20 +40,7 @@ def check_prompt_ids(prompt_ids: list[list[int]], args: SPPOConfig, config: Any)
 
 
 def check_rows(rows: Sequence[dict[str, Any]], readers: Sequence[Reader], training: bool) -> None:
-    """
-    Look at rows that are to be completed next. Those of a streamed dataset come unchecked.
-
-    Args:
-        rows (sequence of `dict`):
-            Rows.
-        readers (sequence of [`Reader`]):
-            The policy, and reward models. Prompts that they have read at the start are not read again.
-        training (`bool`):
-            Whether the rows are trained on, and not evaluated.
-
-    Raises:
-        [`RunError`]: if one of them cannot be read.
-    """
+    """Raise `RunError` if a row to complete next cannot be read. Those of a streamed dataset come unchecked."""
     prompts = [row.get("prompt") for row in rows]
     found = _first_problem(prompts, type(prompts[0]))
     for reader in readers if not any(column in rows[0] for column in IMAGES) else ():
@@ -65,19 +52,7 @@ def check_rows(rows: Sequence[dict[str, Any]], readers: Sequence[Reader], traini
 
 
 def check_prompts(readers: Sequence[Reader], datasets: dict[str, AnyDataset]) -> None:
-    """
-    Render each prompt once with each template that will read it. Of a stream, only the first.
-
-    Args:
-        readers (sequence of [`Reader`]):
-            The policy, and reward models.
-        datasets (`dict`):
-            Datasets by the names that messages give them.
-
-    Raises:
-        `ValueError`: if a prompt is missing or of an odd type, or cannot be read by one of them, or does not fit into
-        the policy's context.
-    """
+    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Of a stream, only the first."""
     for name, dataset in datasets.items():
         columns = columns_of(dataset)
         if "prompt" not in columns:

@@ -36,40 +36,16 @@ Problem: TypeAlias = tuple[int, str, str]
 
 @dataclass
 class Reader:
-    """
-    A model that reads prompts, without its weights.
+    """A model that reads prompts, without its weights. Raises `ValueError` for special tokens it cannot use."""
 
-    Args:
-        name (`str`):
-            The model in messages.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Its tokenizer or processor.
-        vocabulary (`int`, *optional*):
-            Rows of its embedding, if known. Each token id must be smaller.
-        args ([`SPPOConfig`]):
-            Configuration.
-        is_policy (`bool`, *optional*, defaults to `False`):
-            Whether it completes prompts. A reward model reads them with a completion.
-        only_eval (`bool`, *optional*, defaults to `False`):
-            Whether it reads the prompts of evaluations only.
-        tools (`list`, *optional*):
-            Tools of the policy, as for [`~trl.GRPOTrainer`].
-        room (`tuple[int, int]`, *optional*):
-            The policy's context and how much of it a prompt may fill, in tokens.
-
-    Raises:
-        `ValueError`: if the tokenizer has no EOS token although the model is a policy, or its special tokens are
-        outside the vocabulary.
-    """
-
-    name: str
+    name: str  # in messages
     processing_class: Any
-    vocabulary: int | None
+    vocabulary: int | None  # rows of its embedding, if known
     args: SPPOConfig
-    is_policy: bool = False
+    is_policy: bool = False  # completes prompts. A reward model reads them with a completion
     only_eval: bool = False
     tools: list | None = None
-    room: tuple[int, int] | None = None
+    room: tuple[int, int] | None = None  # the policy's context, and how much of it a prompt may fill, in tokens
     warned: set[str] = field(default_factory=set)
     lengths: dict[int, int] = field(default_factory=dict)  # tokens of the prompts read so far, by hash
 
@@ -192,15 +168,7 @@ class Reader:
         return False
 
     def remark(self, where: str, texts: dict[int, list[int]]) -> None:
-        """
-        Warn of texts that a policy can read, but seldom should: once of each kind, with the first row.
-
-        Args:
-            where (`str`):
-                The dataset.
-            texts (`dict[int, list[int]]`):
-                Token ids by row.
-        """
+        """Warn, once of each kind, of texts (token ids by row) that a policy can read, but seldom should."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         added = sum(token in special for token in self.processing_class(text=["a"])["input_ids"][0])
@@ -235,21 +203,7 @@ class Reader:
 def policy_reader(
     args: SPPOConfig, model: str | nn.Module, processing_class: Any = None, tools: list | None = None
 ) -> Reader:
-    """
-    The policy as a reader of prompts.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        model (`str` or `nn.Module`), processing_class, tools (*optional*):
-            The policy, its tokenizer and its tools, as for [`SPPOTrainer`].
-
-    Returns:
-        [`Reader`].
-
-    Raises:
-        `ValueError`: if there is no tokenizer, or one that does not fit the model.
-    """
+    """The policy as a reader of prompts. Raises an error if there is no tokenizer, or a wrong one."""
     config: Any = policy_config(model, args) if isinstance(model, str) else model.config
     path: Any = model if isinstance(model, str) else getattr(config, "_name_or_path", None)
     name = f"model {path!r}" if path else "the policy"
@@ -274,22 +228,7 @@ def policy_reader(
 def reward_readers(
     args: SPPOConfig, sources: Sequence[Any], tokenizers: Sequence[Any], num_judges: int = 0
 ) -> list[Reader]:
-    """
-    Reward models as readers of prompts, except those behind a server.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        sources (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
-            Reward sources.
-        tokenizers (sequence):
-            The tokenizer of each.
-        num_judges (`int`, *optional*, defaults to 0):
-            How many of them, from the first one on, judge in evaluations only.
-
-    Returns:
-        `list[`[`Reader`]`]`.
-    """
+    """Reward models (none behind a server) as readers. The first `num_judges` judge in evaluations only."""
     readers = []
     for i, (source, tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
         if isinstance(source, str):

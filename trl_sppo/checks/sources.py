@@ -52,16 +52,7 @@ def from_sharegpt(column: str, turns: str = "") -> str:
 
 
 def how_to_make_prompts(row: dict[str, Any]) -> str:
-    """
-    Explain how to add prompts to a dataset without them.
-
-    Args:
-        row (`dict`):
-            Its first row.
-
-    Returns:
-        `str`: the rule, with a line of Python for `dataset`.
-    """
+    """How to add prompts to a dataset, given its first row: the rule, with a line of Python for `dataset`."""
     for name in ("messages", "conversations", "conversation"):
         turns = row.get(name)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
@@ -72,17 +63,13 @@ def how_to_make_prompts(row: dict[str, Any]) -> str:
             return f"A prompt is the conversation before the assistant's last message: {line}."
     for name in TEXTS:
         if isinstance(row.get(name), str):
-            content = f"row[{name!r}]"
+            content, as_text = f"row[{name!r}]", f"`dataset.rename_column({name!r}, 'prompt')`"
             if name == "instruction" and isinstance(row.get("input"), str):
                 content = r"(row['instruction'] + '\n\n' + (row['input'] or '')).strip()"
+                as_text = f"`dataset.map(lambda row: {{'prompt': {content}}})`"
             return (
                 "A prompt has no completion in it. For a model with a chat template: `dataset.map(lambda row: "
-                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: "
-                + (
-                    f"`dataset.rename_column({name!r}, 'prompt')`."
-                    if content == f"row[{name!r}]"
-                    else f"`dataset.map(lambda row: {{'prompt': {content}}})`."
-                )
+                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: {as_text}."
             )
     if "chosen" in row and "rejected" in row:
         line = "`dataset.map(trl.extract_prompt)`"
@@ -98,26 +85,9 @@ def check_columns(
     functions: list,
     eval_functions: list,
     oracles: list,
-    has_environment: bool = False,
+    has_environment: bool = False,  # which may bring a reward function
 ) -> None:
-    """
-    Check that no column has the name of another argument of the functions that get the columns.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        datasets (`dict`):
-            Datasets by their names in messages.
-        functions, eval_functions (`list`):
-            Reward sources, and judges of evaluations. Models get no columns.
-        oracles (`list`):
-            Pairwise oracles.
-        has_environment (`bool`, *optional*, defaults to `False`):
-            Whether there is an environment, which may bring a reward function.
-
-    Raises:
-        `ValueError`: if a reward function could not be called, or would not get the column.
-    """
+    """Raise `ValueError` if a column has the name of another argument of the functions that get the columns."""
     if args.remove_unused_columns:
         return
     for name, dataset in datasets.items():
@@ -151,25 +121,10 @@ def check_sources(
     reward_funcs: list,
     reward_processing_classes: list,
     preference_funcs: list,
-    has_environment: bool,
-    judged: bool = False,
+    has_environment: bool,  # which may bring a reward of its own
+    judged: bool = False,  # whether the rollouts to train on bring preferences or scores
 ) -> None:
-    """
-    Check reward sources and pairwise oracles, and their weights.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        reward_funcs, reward_processing_classes, preference_funcs (`list`):
-            As for [`SPPOTrainer`], one entry each.
-        has_environment (`bool`):
-            Whether there is an environment, which may bring a reward of its own.
-        judged (`bool`, *optional*, defaults to `False`):
-            Whether the rollouts to train on bring preferences or scores.
-
-    Raises:
-        `ValueError`: if there are none, or an option does not fit them.
-    """
+    """Raise `ValueError` if nothing says which completion is better, or an option does not fit what does."""
     nobody = not reward_funcs and not preference_funcs and not has_environment
     evaluate = IntervalStrategy(args.eval_strategy).value
     if nobody and judged and evaluate != "no":
@@ -219,20 +174,7 @@ def check_sources(
 def check_judges(
     args: SPPOConfig, reward_funcs: list, judges: list, processing_classes: list, preference_funcs: list
 ) -> None:
-    """
-    Check the judges of evaluations, and `reward_trust_remote_code`.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        reward_funcs (`list`):
-            Reward sources of the training.
-        judges, processing_classes, preference_funcs (`list`):
-            `eval_reward_funcs`, `eval_reward_processing_classes` and `eval_preference_func` of [`SPPOTrainer`].
-
-    Raises:
-        `ValueError`: if there is no evaluation, or an option does not fit them.
-    """
+    """Raise `ValueError` for judges without evaluations, and options that do not fit judges."""
     for oracle in preference_funcs:
         check_oracle(oracle)
     if (judges or preference_funcs) and IntervalStrategy(args.eval_strategy).value == "no":
@@ -258,25 +200,9 @@ def check_datasets(
     args: SPPOConfig,
     train_dataset: AnyDataset | None,
     eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
-    needs_prompts: bool = True,
+    needs_prompts: bool = True,  # environments may have their own
 ) -> bool:
-    """
-    Check the form of the datasets.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration.
-        train_dataset, eval_dataset:
-            Datasets, as for [`SPPOTrainer`].
-        needs_prompts (`bool`, *optional*, defaults to `True`):
-            Whether the datasets must have prompts. Environments may have their own.
-
-    Returns:
-        `bool`: whether the prompts are conversational.
-
-    Raises:
-        `TypeError` or `ValueError`: for a dataset that could not be trained on.
-    """
+    """Raise an error for datasets of a wrong form. Returns whether the prompts are conversational."""
     if not needs_prompts:
         return True
     if not isinstance(train_dataset, (Dataset, IterableDataset)):

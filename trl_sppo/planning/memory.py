@@ -22,39 +22,23 @@ LENGTH = 24  # tokens that a layer is measured with. No dimension of a model has
 
 @dataclass(frozen=True)
 class ModelSize:
-    """
-    Sizes of a model from which its memory is computed.
+    """Sizes of a model from which its memory is computed."""
 
-    Args:
-        parameters, matrices, layer, embedding, widest (`int`):
-            Numbers of parameters: of the model, of its layers' matrices (what bitsandbytes quantizes), of one layer,
-            of the embedding, of the largest matrix.
-        layers, hidden (`int`):
-            Number of layers, and size of the hidden states.
-        cache (`int`):
-            Bytes of keys and values per token, of all layers, in 16 bits.
-        heads (`int`):
-            Size of the queries of all heads of a layer.
-        kept (`int`):
-            Bytes per token that one layer keeps for its backward pass in bf16.
-        kept_of_pairs (`int`):
-            Bytes per pair of positions that one layer keeps. 0 if attention makes no matrix of pairs.
-        adapter (`int`):
-            Parameters of the adapter, 0 without one.
-    """
-
+    # Numbers of parameters
     parameters: int
-    matrices: int
+    matrices: int  # of all layers: what bitsandbytes quantizes
     layer: int
     embedding: int
-    widest: int
+    widest: int  # the largest matrix
+    # Sizes of the model
     layers: int
     hidden: int
-    cache: int
-    heads: int
-    kept: int
-    kept_of_pairs: int
-    adapter: int = 0
+    cache: int  # bytes of keys and values per token, of all layers, in 16 bits
+    heads: int  # size of the queries of all heads of a layer
+    # Bytes that one layer keeps for its backward pass in bf16
+    kept: int  # per token
+    kept_of_pairs: int  # per pair of positions. 0 if attention makes no matrix of pairs
+    adapter: int = 0  # parameters
 
 
 def size_of(
@@ -63,22 +47,7 @@ def size_of(
     is_reward_model: bool = False,
     attention: str | None = None,
 ) -> ModelSize:
-    """
-    Measure a model without loading it: on the meta device, and one layer on the CPU.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            Its configuration.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter that is trained.
-        is_reward_model (`bool`, *optional*, defaults to `False`):
-            Whether it is a sequence classifier with one label.
-        attention (`str`, *optional*):
-            Implementation of attention, as `attn_implementation`. The default is the model's.
-
-    Returns:
-        [`ModelSize`]
-    """
+    """Measure a model without loading it: on the meta device, and one layer on the CPU."""
     config = config.get_text_config()
     with torch.device("meta"):
         if is_reward_model:
@@ -98,33 +67,27 @@ def size_of(
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     one, two = (_first_layers(config, peft_config, number, attention) for number in (1, 2))
+    layer, linear_of_layer, squared_of_layer = (more - less for less, more in zip(one, two, strict=True))
     return ModelSize(
         parameters=parameters,
         matrices=sum(linear),
-        layer=two.parameters - one.parameters,
+        layer=layer,
         embedding=config.vocab_size * config.hidden_size,
         widest=max(linear),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         cache=config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * 2,
         heads=heads * head_dim,
-        kept=(two.linear - one.linear) // LENGTH,
-        kept_of_pairs=(two.squared - one.squared) // LENGTH**2,
+        kept=linear_of_layer // LENGTH,
+        kept_of_pairs=squared_of_layer // LENGTH**2,
         adapter=adapter,
     )
 
 
-@dataclass
-class _Measured:
-    parameters: int
-    linear: int = 0  # bytes kept that grow with the length ...
-    squared: int = 0  # ... and with its square
-
-
 def _first_layers(
     config: PreTrainedConfig, peft_config: PeftConfig | None, number: int, attention: str | None
-) -> _Measured:
-    """Measure what the first layers keep of `LENGTH` tokens for their backward pass, in bf16 on the CPU."""
+) -> tuple[int, int, int]:
+    """Parameters of the first layers, and bytes kept for a backward pass: linear in the length, and quadratic."""
     values = config.to_dict() | {"num_hidden_layers": number, "vocab_size": 8}
     values |= {name: values[name][:number] for name in ("layer_types", "no_rope_layers") if values.get(name)}
     values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
@@ -134,7 +97,7 @@ def _first_layers(
     chosen = {} if attention is None or on_gpus else {"attn_implementation": attention}
     with torch.device("meta"):
         model: Any = kind.from_config(config.__class__(**values), dtype=torch.bfloat16, **chosen)
-        measured = _Measured(_numel(model))
+        parameters = _numel(model)
         if peft_config is not None:
             get_peft_model(model, peft_config)  # in place
     disable_dropout_in_model(model)  # as SPPOConfig does
@@ -161,8 +124,7 @@ def _first_layers(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(inputs_embeds=hidden, attention_mask=mask)
-    measured.linear, measured.squared = sum(linear.values()), 0 if on_gpus else sum(squared.values())
-    return measured
+    return parameters, sum(linear.values()), 0 if on_gpus else sum(squared.values())
 
 
 def _numel(model: nn.Module, only_trained: bool = False) -> int:
@@ -171,44 +133,18 @@ def _numel(model: nn.Module, only_trained: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """
-    Where a training runs.
+    """Where a training runs."""
 
-    Args:
-        gpu (`float`):
-            Bytes of memory of each GPU.
-        processes (`int`, *optional*, defaults to `1`):
-            Training processes, one on each GPU.
-        sharding (`str`, *optional*):
-            How they divide the policy: `"fsdp1"`, `"fsdp2"`, or `"zero0"` to `"zero3"`.
-        prompt_length (`int`, *optional*, defaults to `1024`):
-            Longest prompt in tokens, where vLLM does not bound it.
-    """
-
-    gpu: float
-    processes: int = 1
-    sharding: str | None = None
-    prompt_length: int = 1024
+    gpu: float  # bytes of memory of each
+    processes: int = 1  # one on each GPU
+    sharding: str | None = None  # of the policy: fsdp1, fsdp2, or zero0 to zero3
+    prompt_length: int = 1024  # of the longest, in tokens, where vLLM does not bound it
 
 
 def budget(
     args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, rewards: list[ModelSize], place: Placement
 ) -> dict[str, float]:
-    """
-    Compute the bytes on each GPU, by what takes them.
-
-    Args:
-        args ([`SPPOConfig`]), model_args ([`~trl.ModelConfig`]):
-            Options of the training.
-        policy ([`ModelSize`]), rewards (`list` of [`ModelSize`]):
-            Sizes of the policy, with its adapter, and of the reward models in the same processes.
-        place ([`Placement`]):
-            Where it runs.
-
-    Returns:
-        `dict[str, float]`: bytes. A name that begins with a phase and a colon belongs to that phase only, the others
-        to the whole training.
-    """
+    """Bytes on each GPU by what takes them, in one phase (`phase: what`) or in the whole training."""
     return {
         **_weights(args, model_args, policy, rewards, place),
         **_generating(args, policy, place),

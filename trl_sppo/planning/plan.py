@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -52,31 +53,12 @@ class Plan:
 
 
 def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
-    """
-    Read a recipe, and what is available of its models and data: configurations, tokenizers, a dataset in a folder.
-
-    Args:
-        recipe (`str`):
-            A YAML file.
-        argv (`list[str]`):
-            Options that override it.
-        gpu (`float`, *optional*, defaults to 80e9):
-            Bytes of memory of each GPU.
-        prompt_length (`int`, *optional*, defaults to `1024`):
-            Longest prompt in tokens, where vLLM does not bound it.
-
-    Returns:
-        [`Plan`]
-
-    Raises:
-        `ValueError`: if the training would be refused.
-    """
+    """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
     processes, sharding, unknown = _launch(launch)
     script, args, model_args, dataset_args = _parse(argv, processes)
-    if sharding is None:
-        sharding = _sharding_of(args)
+    sharding = sharding or _sharding_of(args)
     plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
@@ -88,12 +70,8 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
         check_optimizer(args)
-    check_sharding(
-        args,
-        has_adapter=model_args.use_peft,
-        deepspeed=str(sharding).startswith("zero"),
-        fsdp=str(sharding).startswith("fsdp"),
-    )
+    how = str(sharding)
+    check_sharding(args, model_args.use_peft, deepspeed=how.startswith("zero"), fsdp=how.startswith("fsdp"))
     _look_at_data(plan)
     _look_at_models(plan)
     return plan
@@ -101,8 +79,6 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
 
 def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
     """The number of processes that training would start, how they divide the policy, and what is unknown."""
-    from accelerate.commands.launch import launch_command_parser
-
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     file = accelerate_config(options.config_file)
     unknown = []
