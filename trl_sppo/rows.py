@@ -49,5 +49,5 @@ def key_of(prompt: Any) -> str:
 
 
 def same_prompts(groups: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> bool:
-    """Whether stored groups answer these prompts, in this order."""
+    """Whether stored groups are of these prompts, in this order."""
     return [key_of(group["prompt"]) for group in groups] == [key_of(prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Generation: only what was asked for acts, and which tokens end a completion."""
+"""Generation: the options that act, and the tokens that end a completion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,6 @@ def only_requested_generation(model: Any) -> Iterator[None]:
     transformers fills every generation option that is not set with the checkpoint's. Completions would then come from
     another distribution than the policy whose log-probabilities are trained. EOS, BOS and padding tokens stay. vLLM
     ignores these recommendations in TRL. The model's configuration is restored afterwards, for saving.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, unwrapped.
     """
     config = vars(model.generation_config)  # in place: wrappers of the model share the object
     recommended = dict(config)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within it transformers does not advise to train what it has made up, and shows no progress bars."""
+    """Silences transformers' advice to train weights that it has initialized, and its progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -27,7 +27,7 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def whole_and_silent() -> Iterator[None]:
-    """Within it transformers divides no model among processes either."""
+    """Also keeps transformers from dividing the model among processes."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -39,24 +39,9 @@ def whole_and_silent() -> Iterator[None]:
 
 def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = (), **kwargs: Any) -> None:
     """
-    Check that a checkpoint has all weights of its model. For those that it lacks, transformers takes random numbers.
-
-    Names and shapes are read, no weights. What is quantized, or no folder with safetensors, is not checked.
-
-    Args:
-        what (`str`):
-            What the model is, for the message.
-        path (`str`):
-            Folder of the checkpoint.
-        kind:
-            Class of the model, as `AutoModelForCausalLM`.
-        brought (collection of `str`, *optional*):
-            Weights that an adapter brings.
-        kwargs:
-            Further arguments of its `from_pretrained`.
-
-    Raises:
-        `ValueError`: if weights are missing, with their names.
+    Raise `ValueError` if a checkpoint lacks weights of its model, for which transformers takes random numbers. Weights
+    that an adapter brings are in `brought`; only names and shapes are read. What is quantized, or no folder with
+    safetensors, is not checked.
     """
     config = Path(path, "config.json")
     if not any(config.parent.glob("*.safetensors")) or not config.is_file():

@@ -8,17 +8,8 @@ from tqdm.auto import tqdm
 
 def make_rollouts(trainer: Any) -> str:
     """
-    Sample and score a trainer's prompts, and write them down.
-
-    Args:
-        trainer:
-            An [`SPPOTrainer`].
-
-    Returns:
-        `str`: the folder.
-
-    Raises:
-        `ValueError`: if models are sharded, or nothing would be written.
+    Sample and score the prompts of an [`SPPOTrainer`], and write them to the folder that is returned. Raises
+    `ValueError` if models are sharded, or nothing would be written.
     """
     args, recorder = trainer.args, trainer._recorder
     if trainer._is_sharded:

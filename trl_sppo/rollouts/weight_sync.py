@@ -16,10 +16,7 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 def prepare_weight_sync(generation: VLLMGeneration) -> None:
     """
     Make the weight syncs of TRL's vLLM backend leave a LoRA policy's base weights as they were, and work on a CPU.
-
-    Args:
-        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            Backend of a trainer. Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
+    Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
     """
     instance: Any = generation
     # Under FSDP this is refused. ZeRO-3 gathers into copies anyway

@@ -28,26 +28,7 @@ def form_of(
     bits: int | None = None,
     continued: str | None = None,
 ) -> dict[str, Any]:
-    """
-    Describe what a run trains.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration of the run.
-        model (`str` or `nn.Module`):
-            The policy, before or after its adapter is added.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter that is to be added.
-        optimizer ([`~torch.optim.Optimizer`], *optional*):
-            The one that takes the place of `args.optim`.
-        bits (`int`, *optional*):
-            8 or 4, if the base model is quantized to these.
-        continued (`str`, *optional*):
-            Folder of the adapter that the run began with.
-
-    Returns:
-        `dict`, of what JSON can hold.
-    """
+    """Describe, as JSON can, what a run trains. `model` is the policy, before or after its adapter is added."""
     is_added = peft_config is None and hasattr(model, "peft_config")
     if is_added:
         peft_config = next(iter(cast(Any, model).peft_config.values()))

@@ -27,11 +27,7 @@ class Interruption(TrainerCallback):
     Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
     leaves room for, with a checkpoint. Several processes end together, after a rollout or an optimizer step.
 
-    Args:
-        trainer:
-            A [`ResumableTrainer`].
-        time_budget (`float`, *optional*):
-            Minutes that the process may take, counted from its start.
+    The time budget is in minutes from the start of the process.
     """
 
     def __init__(self, trainer: Any, time_budget: float | None):

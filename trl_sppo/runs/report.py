@@ -60,19 +60,8 @@ class Diagnosis:
 
 def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     """
-    Write `report.html` into a run's output directory.
-
-    Args:
-        run (`Path`):
-            The directory.
-        evaluation_set (`str`, *optional*):
-            Evaluation set of a run with several. The first by default.
-
-    Returns:
-        `Path`: the page.
-
-    Raises:
-        `ValueError`: if the folder has no log of a training, or the evaluation set is unknown.
+    Write `report.html` into a run's output directory, about its first evaluation set by default. Raises `ValueError`
+    if the folder has no log of a training, or the evaluation set is unknown.
     """
     from jinja2 import Environment
 
@@ -139,15 +128,8 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
     """
-    Compare the metrics of a training with their healthy bounds.
-
-    Args:
-        history (`list[dict]`):
-            Its log.
-
-    Returns:
-        `list[Diagnosis]`: one for each metric of `RULES` that was logged. Start and end are means over the first and
-        the last fifth of the log.
+    Compare the metrics of a training's log with their healthy bounds, as far as they were logged. Start and end are
+    means over the first and the last fifth of the log.
     """
     found = []
     for name, low, high, good, bad in RULES:

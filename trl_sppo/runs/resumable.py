@@ -1,4 +1,4 @@
-"""[`ResumableTrainer`]: what TRL's GRPO trainer lacks for a run to end at any point and go on as if it had not."""
+"""[`ResumableTrainer`]: GRPO's trainer, whose runs may end at any point and continue."""
 
 import copy
 import random
@@ -52,14 +52,6 @@ class ResumableTrainer(GRPOTrainer):
     TRL forgets the rollouts of an iteration when a run ends inside it, and starts each resumed run with the order that
     the prompts have in the first epoch. Here a checkpoint also holds the rollouts that are still to be trained on, and
     it counts only once it is whole.
-
-    Args:
-        adapter (`str`, *optional*):
-            Folder of the adapter that is continued.
-        given_rollouts ([`~datasets.Dataset`], *optional*):
-            Rollouts that are trained on instead of sampling.
-        args, kwargs:
-            Arguments of [`~trl.GRPOTrainer`].
     """
 
     args: SPPOConfig
@@ -153,7 +145,7 @@ class ResumableTrainer(GRPOTrainer):
         return output
 
     def describe(self) -> dict[str, Any]:
-        """What readers of the run will want to know."""
+        """Facts for readers of the run."""
         config = self.args.to_dict()
         tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
         return {
@@ -172,7 +164,6 @@ class ResumableTrainer(GRPOTrainer):
         return bool(set(IMAGES) & set(columns)) or any("Image(" in each for each in features)
 
     def _forget_earlier_training(self) -> None:
-        """Of this trainer, in this process."""
         self._step, self._buffered_inputs = 0, None
         self._boundary = self._last_saved_step = None
         self._metrics["train"].clear()
@@ -230,11 +221,11 @@ class ResumableTrainer(GRPOTrainer):
         return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
 
     def remember(self) -> None:
-        """Keep the state that the run has now, when an optimizer step begins."""
+        """Keep the state at the beginning of an optimizer step."""
         self._boundary = self._get_state()
 
     def forget(self) -> None:
-        """Forget it again: the optimizer step is taken."""
+        """Drop that state: the optimizer step is taken."""
         self._boundary = None
 
     def roll_back(self) -> None:
@@ -379,7 +370,7 @@ class ResumableTrainer(GRPOTrainer):
         super()._save_rng_state(str(folder))
 
     def load_random_state(self, folder: Path) -> None:
-        """Load it again."""
+        """Load the state that `save_random_state` has saved."""
         super()._load_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
