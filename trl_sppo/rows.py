@@ -9,8 +9,6 @@ from trl.data_utils import is_conversational
 
 
 IMAGES = ("image", "images")  # columns of the dataset that are not written
-
-
 ROW = "row_of_rollouts"
 
 

@@ -86,8 +86,7 @@ def not_found(what: str, path: str, error: Exception) -> ValueError:
 
 def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
     """
-    Shapes and dtypes (as safetensors calls them) of an adapter's weights, by their names in the base model. Raises
-    `ValueError` if they are a pickle, are missing, or cannot be read.
+    Shapes and dtypes of an adapter's weights, by name in the base model. Raises `ValueError` if they cannot be read.
     """
     check_safetensors(what, path)
     try:
@@ -102,10 +101,7 @@ def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
 
 
 def load_weights(what: str, model: PeftModel, path: str) -> None:
-    """
-    Load an adapter's weights into a model made by its configuration, whose dtypes stay. Raises `ValueError` if weights
-    are missing, unknown, or of another shape.
-    """
+    """Load an adapter's weights into a model made by its configuration. Raises `ValueError` if they do not fit."""
     problem = None
     try:
         found = model.load_adapter(

@@ -10,6 +10,8 @@ from accelerate.utils import patch_environment
 from transformers.integrations import deepspeed
 from transformers.utils import logging
 
+from .adapters import some
+
 
 @contextmanager
 def silent() -> Iterator[None]:
@@ -52,10 +54,9 @@ def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = ()
         model, info = kind.from_pretrained(
             path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
         )
-    missing = sorted(set(info["missing_keys"]) - set(brought))
+    missing = set(info["missing_keys"]) - set(brought)
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
-            f"{what} {path!r} lacks the weights {', '.join(missing[:5])}{more} of a {type(model).__name__}, for which "
+            f"{what} {path!r} lacks the weights {some(missing)} of a {type(model).__name__}, for which "
             "random numbers would be taken. Save the model again with all of its weights, or give another checkpoint."
         )

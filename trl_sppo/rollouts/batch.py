@@ -20,15 +20,15 @@ IMAGE_FIELDS = (
 class Rollout:
     """A generation batch, between its prompts and TRL's batch of tensors."""
 
-    inputs: list[dict[str, Any]]
-    group_size: int
-    iteration: int | None = None
-    only_sampled: bool = False
-    prompts: list = field(default_factory=list)
+    inputs: list[dict[str, Any]]  # this process's rows of the dataset, one for each completion
+    group_size: int  # completions per prompt, K
+    iteration: int | None = None  # None in an evaluation
+    only_sampled: bool = False  # written and not trained on: all completions get log-probabilities
+    prompts: list = field(default_factory=list)  # this process's, as all that is sampled
     completions: list = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
-    tool_mask: list[list[int]] | None = None
-    scores: torch.Tensor | None = None
+    tool_mask: list[list[int]] | None = None  # 0 for tokens that are a tool's
+    scores: torch.Tensor | None = None  # by the reward sources, (completions of all processes, sources)
     targets: RolloutTargets | None = None
 
     def rows(self, extra_fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -42,9 +42,8 @@ class Rollout:
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        Facts about the completions, of shape `(N, 3)`: the number of tokens that the policy sampled, whether the
-        completion ends with one of the tokens `ends`, and a number that is equal for equal completions. A completion
-        without tokens is stored as one token `pad`.
+        Per completion, of shape `(N, 3)`: the tokens that the policy sampled, whether it ends with one of `ends`, and
+        a number that is equal for equal completions. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None

@@ -104,10 +104,7 @@ class RolloutFiles:
         )
 
     def rotate(self, next_iteration: int, limit: int | None) -> None:
-        """
-        Delete what no run needs any more, once there is a checkpoint. A run that resumes from it samples
-        `next_iteration` first. Of the iterations before that one, `limit` are kept.
-        """
+        """Delete what a run that samples `next_iteration` next does not need, but the last `limit` iterations."""
         for state in self._states.glob("*-*"):
             if int(state.name.split("-")[0]) < next_iteration:
                 shutil.rmtree(state)
@@ -118,10 +115,7 @@ class RolloutFiles:
 
 
 def write_parquet(path: Path, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
-    """
-    Write groups, one per row. The file is there whole or not at all, whenever the process ends. By default, the
-    features of the prompts are inferred from the rows.
-    """
+    """Write groups, one per row. The file is there whole or not at all, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = Dataset.from_list(list(groups), features=_features(groups, prompt_features)).data.table
     partial = path.with_name(f".{path.name}.partial")
@@ -151,15 +145,13 @@ def _iteration(path: Path) -> int:
 def _features(groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> Features:
     """Features that do not depend on what happens to be null in these rows."""
     first = groups[0]
-    features = {name: COLUMNS.get(name) for name in first}
-    for name in features.keys() - COLUMNS.keys():
-        features[name] = (prompt_features or {}).get(name)
+    known = {**(prompt_features or {}), **COLUMNS}
+    features = {name: known.get(name) for name in first}
     if "scores" in first:
         features["scores"] = {name: List(Value("float32")) for name in first["scores"]}
     if "answers" in first:
         features["answers"] = {name: List(List(Value("float32"))) for name in first["answers"]}
-    found = {name for name, feature in features.items() if feature is None}
-    if found:
-        inferred = Dataset.from_list([{name: group[name] for name in found} for group in groups]).features
-        features.update({name: inferred[name] for name in found})
+    missing = [name for name, feature in features.items() if feature is None]
+    if missing:
+        features.update(Dataset.from_list([{name: group[name] for name in missing} for group in groups]).features)
     return Features(features)

@@ -63,8 +63,8 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             "without these tools would take for the policy's. Train where they are sampled."
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completions"])):
-        if row["prompt"] is None or row["completions"] is None or len(row["completions"]) != num_generations:
-            found = None if row["completions"] is None else len(row["completions"])
+        found = None if row["completions"] is None else len(row["completions"])
+        if row["prompt"] is None or found != num_generations:
             raise ValueError(
                 f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}. Set "
                 "num_generations to the size of the groups, which must be the same in all rows."

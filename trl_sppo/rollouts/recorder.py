@@ -48,7 +48,6 @@ class RolloutRecorder:
         # What tools, environments and a `rollout_func` do cannot be done again from tokens
         repeatable = not (trainer.tools or trainer.environment_factories or trainer.rollout_func)
         self.recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
-        self._recalled = False
         self._has_warned = False
         self._forget()
 
@@ -60,10 +59,7 @@ class RolloutRecorder:
         self._recalled = False
 
     def begin(self, iteration: int, inputs: Sequence[dict[str, Any]], group_size: int, resumed: bool) -> None:
-        """
-        Begin an iteration with this process's rows of the dataset, one for each completion. Iterations of a resumed
-        run may have been sampled before.
-        """
+        """Begin an iteration with this process's rows of the dataset. A resumed run may have sampled it before."""
         self._forget()
         self._iteration, self._inputs, self._group_size = iteration, inputs, group_size
         if self.given:
@@ -134,10 +130,7 @@ class RolloutRecorder:
         self._forget()
 
     def completion_ids(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None] | None:
-        """
-        Tokens of this process's completions, and their log-probabilities by vLLM if it sampled them; or `None` if they
-        must be sampled. `prompt_ids` has an entry for each completion.
-        """
+        """Tokens of this process's completions, and their log-probabilities if vLLM sampled them; or `None`."""
         if not self.groups:
             return None
         known = self._local("completion_ids")
@@ -176,9 +169,7 @@ class RolloutRecorder:
         tool_mask: list[list[int]] | None,
         sampling_logps: list[list[float]] | None,
     ) -> None:
-        """
-        Write down what TRL has sampled, an entry for each of this process's completions, before oracles are asked.
-        """
+        """Write down what TRL has sampled, an entry per completion of this process, before oracles are asked."""
         self._lengths = [len(ids) for ids in completion_ids]
         if self._recalled:
             self.trainer.load_random_state(self.files.state(self._iteration, self.is_scored))
@@ -219,8 +210,7 @@ class RolloutRecorder:
                 })  # fmt: skip
             self.files.forget_scored(self._iteration)  # of another run
         self._save_random_state(scored=False)
-        if self.accelerator.is_main_process:
-            self._write()
+        self._write()
 
     @property
     def is_scored(self) -> bool:
@@ -282,7 +272,7 @@ class RolloutRecorder:
                 for name, values in columns.items():
                     for g, group in enumerate(self.groups):
                         group[name] = values[g * self._group_size : (g + 1) * self._group_size]
-                self._write()
+            self._write()
         self._forget()
 
     def _put_logps(self, batch: dict[str, Any], kept: list[bool]) -> None:
@@ -318,7 +308,6 @@ class RolloutRecorder:
             self.accelerator.wait_for_everyone()
 
     def _write(self) -> None:
-        """On the main process, unless all is on disk."""
-        if self._on_disk != self.groups[0].keys():
+        if self.accelerator.is_main_process and self._on_disk != self.groups[0].keys():
             self.files.write(self._iteration, self.groups, getattr(self.trainer.train_dataset, "features", None))
             self._on_disk = set(self.groups[0])

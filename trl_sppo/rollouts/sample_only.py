@@ -7,10 +7,7 @@ from tqdm.auto import tqdm
 
 
 def make_rollouts(trainer: Any) -> str:
-    """
-    Sample and score the prompts of an [`SPPOTrainer`], and write them to the folder that is returned. Raises
-    `ValueError` if models are sharded, or nothing would be written.
-    """
+    """Sample and score an [`SPPOTrainer`]'s prompts. Returns the folder. Raises `ValueError` if models are sharded."""
     args, recorder = trainer.args, trainer._recorder
     if trainer._is_sharded:
         raise ValueError(

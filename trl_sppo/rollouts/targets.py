@@ -22,24 +22,26 @@ from ..preferences import mean_preferences, win_rates
 class RolloutTargets:
     """Targets from the preferences about a rollout: the same on all processes, from gathered preferences."""
 
-    panel: list[torch.Tensor]
-    preferences: torch.Tensor
-    win_rates: torch.Tensor
-    regressed: torch.Tensor
-    baseline: torch.Tensor
-    kept: torch.Tensor
+    panel: list[torch.Tensor]  # of each oracle, (groups, K, K), NaN where it could not compare
+    preferences: torch.Tensor  # their weighted mean, (groups, K, K)
+    win_rates: torch.Tensor  # (groups, K), as the following three
+    regressed: torch.Tensor  # the loss's win rates: those themselves, their hard form, or head-to-head ones
+    baseline: torch.Tensor  # stands for log Z / eta
+    kept: torch.Tensor  # bool: whether a completion is trained on
+    # This process's rows: those kept, then row 0 as padding. Every process has as many, so that all run the same
+    # number of forward passes (sharded models need that), and so has each slice of the generation batch
     rows: torch.Tensor
-    num_kept: int
-    num_logps: int
+    num_kept: int  # the first of `rows`, which are trained on
+    num_logps: int  # the first of `rows`, which get log-probabilities: the most that any process keeps
 
     @classmethod
     def of(
         cls,
         panel: list[torch.Tensor],
         weights: list[float],
-        usable: torch.Tensor,
+        usable: torch.Tensor,  # bool, (groups, K): whether a completion may be trained on at all
         args: SPPOConfig,
-        num_slices: int,
+        num_slices: int,  # parts that this process's rows will be split into
         num_processes: int,
         process_index: int,
     ) -> "RolloutTargets":
@@ -73,10 +75,7 @@ class RolloutTargets:
         )
 
     def metrics(self, lengths: torch.Tensor, fingerprints: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Scalar metrics (docs/metrics.md), from the number of sampled tokens, and numbers that are equal for equal
-        completions, both of shape `(groups, K)`.
-        """
+        """Scalar metrics (docs/metrics.md). Lengths and fingerprints of completions have shape `(groups, K)`."""
         return {
             "win_rate/spread": win_rate_spread(self.win_rates),
             "win_rate/kept": self.kept.float().mean(),

@@ -51,7 +51,7 @@ def _sync_on_cpu(generation: VLLMGeneration) -> None:
 
     runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
     runner.reload_weights(weights_iterator=generation._iter_named_params())
-    # A head whose weights are the embedding's is not repacked by that: it would go on with its first weights
+    # A head whose weights are the embedding's is not repacked by that: it would keep its first weights
     for module in runner.get_model().modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)

@@ -56,8 +56,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def asked_checkpoint(resume_from_checkpoint: Any) -> Path | None:
     """
-    The checkpoint that is asked for by its path, `None` if it is the last one (`True`, or `"true"` from a command
-    line). Raises `ValueError` if the path is no checkpoint's folder.
+    The checkpoint asked for by its path, `None` if it is the last one. Raises `ValueError` if it is no checkpoint.
     """
     if isinstance(resume_from_checkpoint, bool) or str(resume_from_checkpoint).lower() in ("true", "false", "none"):
         return None
@@ -92,10 +91,7 @@ def last_whole_checkpoint(folder: str) -> Path | None:
 
 
 def checkpoints_of_run(folder: str) -> dict[int, Path]:
-    """
-    By step, the whole checkpoints of the run that began last in a folder; the others are reported. All checkpoints if
-    it is no run of an [`SPPOTrainer`].
-    """
+    """By step, the whole checkpoints of the run that began last in a folder; all if no SPPOTrainer has written it."""
     whole, why_not = _checkpoints(Path(folder))
     beginning = read_beginning(folder)
     if not beginning:
@@ -111,8 +107,7 @@ def checkpoints_of_run(folder: str) -> dict[int, Path]:
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     """
     Path of the checkpoint to continue from: the one asked for (`True`: the last in `output_dir`), or the last whole
-    one before it. `None` if there is none yet. Raises `ValueError` if a path is no checkpoint's, or is torn and the
-    first.
+    one before it; `None` if there is none yet. Raises `ValueError` if it is torn and none is before it.
     """
     asked = asked_checkpoint(resume_from_checkpoint)
     if asked is None:

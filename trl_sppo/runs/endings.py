@@ -15,10 +15,7 @@ def how_to_go_on(output_dir: str) -> str:
             f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with "
             f"model_name_or_path={str(checkpoint)!r} and another output_dir."
         )
-    if checkpoint is None:
-        place = "There is no checkpoint yet"
-    else:
-        place = f"The last checkpoint is {checkpoint}"
+    place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
     return (
         f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
         "`trainer.train(resume_from_checkpoint=True)`)."
@@ -31,7 +28,4 @@ def report(error: BaseException, what: str, how: str) -> None:
         traceback.print_exception(error)
     elif error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
-    print(
-        f"trl-sppo: error: {what}: {explain(error)}\n{how}",
-        file=sys.stderr,
-    )
+    print(f"trl-sppo: error: {what}: {explain(error)}\n{how}", file=sys.stderr)

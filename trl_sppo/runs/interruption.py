@@ -16,10 +16,8 @@ from ..quiet import SAME_SIGNAL
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# What `timeout` exits with, of the GNU coreutils
-EXIT_TIME_BUDGET = 124
-# Share of the time budget that is kept for the checkpoint
-RESERVE = 0.05
+EXIT_TIME_BUDGET = 124  # as `timeout` of the GNU coreutils
+RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 
 class Interruption(TrainerCallback):
@@ -38,8 +36,7 @@ class Interruption(TrainerCallback):
         if time_budget is not None:
             self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
         self._micro_step_began = 0.0
-        # The longest time between two looks at the clock, with evaluations and checkpoints: with a rollout,
-        # and without
+        # The longest time between two looks at the clock, with evaluations and checkpoints: with and without a rollout
         self._longest = {True: 0.0, False: 0.0}
         self._rollout = True  # whether the micro-step at hand begins with one
         self._epoch_has_ended = False
@@ -136,7 +133,5 @@ class Interruption(TrainerCallback):
             code = 128 + self._signal
         elif self._deadline is not None and now + self._longest[self._rollout] > self._deadline:
             code = EXIT_TIME_BUDGET
-        code = self.trainer.agree(code)
-        if code:
-            self.exit_code = code
+        self.exit_code = self.trainer.agree(code) or self.exit_code
         return self.exit_code is not None

@@ -20,8 +20,7 @@ MAX_SKIPPED_STEPS = 3
 
 class NonFiniteSteps:
     """
-    Skips optimizer steps whose gradient is not finite. Ends the run after `MAX_SKIPPED_STEPS` of these in a row, with
-    their batch on disk.
+    Skips steps whose gradient is not finite. After `MAX_SKIPPED_STEPS` in a row, saves the batch and ends the run.
     """
 
     def __init__(self) -> None:
@@ -38,8 +37,8 @@ class NonFiniteSteps:
 
     def passes(self, norm: torch.Tensor | float, trainer: Any) -> bool:
         """
-        Whether the norm of a gradient, the same on all processes, is finite. If not, the gradients are removed, so
-        that the optimizer changes nothing. Raises [`~errors.RunError`] if this was once too often.
+        Whether a gradient's norm, the same on all processes, is finite. If not, the gradients are removed, so that the
+        optimizer changes nothing. Raises [`~errors.RunError`] if this was once too often.
         """
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -64,9 +63,7 @@ class NonFiniteSteps:
 
 
 def save_batch(trainer: Any, folder: Path) -> None:
-    """
-    Save this process's micro-batches of an optimizer step: tensors for `torch.load(weights_only=True)`, and texts.
-    """
+    """Save this process's micro-batches of an optimizer step: tensors for `torch.load(weights_only=True)`, texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = trainer.accelerator.process_index
     micro_batches = trainer.micro_batches_of_step()

@@ -86,7 +86,7 @@ class ResumableTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to go on from, or `True` for the last one in `args.output_dir`. One that is torn is passed
+                Checkpoint to continue from, or `True` for the last one in `args.output_dir`. A torn one is passed
                 over for the one before; with `True`, a run that has none yet begins at step 0.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
@@ -146,14 +146,13 @@ class ResumableTrainer(GRPOTrainer):
 
     def describe(self) -> dict[str, Any]:
         """Facts for readers of the run."""
-        config = self.args.to_dict()
         tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
         return {
             "policy": self.policy_name,
             **({"tools": tools} if tools else {}),
             **({"images": True} if self._has_images() else {}),
             "versions": installed_versions(self.args.use_vllm),
-            "config": {name: value for name, value in config.items() if value is not None},
+            "config": {name: value for name, value in self.args.to_dict().items() if value is not None},
         }
 
     def _has_images(self) -> bool:
@@ -298,11 +297,8 @@ class ResumableTrainer(GRPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed holds the gradients itself, and a scaler of float16 gradients looks at them itself
-        if (
-            not self.is_deepspeed_enabled
-            and self.accelerator.scaler is None
-            and not self._nonfinite.passes(norm, self)
-        ):
+        looks = not self.is_deepspeed_enabled and self.accelerator.scaler is None
+        if looks and not self._nonfinite.passes(norm, self):
             self._metrics["train"]["skipped_steps"] = [self._nonfinite.num_skipped]
         return norm
 
