@@ -85,9 +85,7 @@ def not_found(what: str, path: str, error: Exception) -> ValueError:
 
 
 def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
-    """
-    Shapes and dtypes of an adapter's weights, by name in the base model. Raises `ValueError` if they cannot be read.
-    """
+    """Shapes and dtypes of an adapter's weights, by name in the base model. Raises `ValueError` if unreadable."""
     check_safetensors(what, path)
     try:
         with safe_open(Path(path, WEIGHTS), framework="pt") as file:
@@ -180,10 +178,7 @@ def continue_adapter(
 
 
 def adopt_options(args: ModelConfig) -> None:
-    """
-    Set a command's options of LoRA to those of the adapter that it continues, if it does. Raises `ValueError` if an
-    option that is not at its default asks for another adapter.
-    """
+    """Set LoRA options to those of the adapter that is continued. Raises `ValueError` if one asks for another."""
     path = str(args.model_name_or_path)
     if not is_adapter(path):
         return

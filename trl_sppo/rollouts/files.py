@@ -104,7 +104,7 @@ class RolloutFiles:
         )
 
     def rotate(self, next_iteration: int, limit: int | None) -> None:
-        """Delete what a run that samples `next_iteration` next does not need, but the last `limit` iterations."""
+        """Delete what is not needed by a run that samples `next_iteration` next. Keeps `limit` iterations before."""
         for state in self._states.glob("*-*"):
             if int(state.name.split("-")[0]) < next_iteration:
                 shutil.rmtree(state)

@@ -63,7 +63,7 @@ class NonFiniteSteps:
 
 
 def save_batch(trainer: Any, folder: Path) -> None:
-    """Save this process's micro-batches of an optimizer step: tensors for `torch.load(weights_only=True)`, texts."""
+    """Save this process's micro-batches of an optimizer step: tensors (`torch.load` them safely) and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = trainer.accelerator.process_index
     micro_batches = trainer.micro_batches_of_step()

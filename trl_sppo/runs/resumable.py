@@ -63,9 +63,8 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.adapter = adapter
-        policy = cast(torch.nn.Module, self.model)
-        bits = quantized_bits(policy, self.args)
-        self._form = form_of(self.args, policy, None, self.optimizer, bits, adapter)
+        bits = quantized_bits(self.model, self.args)
+        self._form = form_of(self.args, self.model, None, self.optimizer, bits, adapter)
         template = getattr(self.processing_class, "chat_template", None)
         self._form["tokenizer"] = digest(template, self.eos_token_ids, len(self._tokenizer))
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
@@ -279,7 +278,7 @@ class ResumableTrainer(GRPOTrainer):
             )
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
-            cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
+            self.model.train()  # the last lines of the log are those of a training
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
