@@ -8,20 +8,11 @@ from torch import distributed as dist
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, and the message says why and what to do. The cause, if there is one, is a user's code."""
+    """A run cannot continue; the message says why and what to do. The cause, if there is one, is a user's code."""
 
 
 def explain(error: BaseException) -> str:
-    """
-    What went wrong and what helps, in one line or two.
-
-    Args:
-        error (`BaseException`):
-            What a training raised.
-
-    Returns:
-        `str`: the error's own words, with a cure where the words alone do not tell it.
-    """
+    """What went wrong, in the error's own words, and what helps if these do not tell it."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, RunError):
         return str(error)

@@ -22,13 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def mark_beginning(output_dir: str, **facts: Any) -> None:
     """
-    Write down that a run begins here, so that checkpoints of earlier ones are not taken for its own.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-        facts:
-            What readers of the run will want to know: its policy, sources, options and versions.
+    Write down that a run begins here, and facts about it: checkpoints of earlier runs are then not taken for its own.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     text = json.dumps({"began_at": _now(), **facts}, indent=2, default=str)

@@ -1,4 +1,4 @@
-"""What libraries say at every start of a command, and its user can do nothing about."""
+"""Known harmless warnings that are silenced, and Ctrl-C without a traceback."""
 
 import logging
 import signal
@@ -14,7 +14,7 @@ SAME_SIGNAL = 3.0  # seconds
 
 
 def hush() -> None:
-    """Leave it out. To be called before those libraries are imported."""
+    """Silences known harmless warnings. Must be called before their libraries are imported."""
     # TRL 1.16 and PEFT call it as transformers did before 5.23
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     # On CPUs with AVX-512 bf16: a faster kernel for 4 bit could be installed
@@ -23,7 +23,7 @@ def hush() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """That accelerate has taken its defaults is none, unless it starts a process on each GPU."""
+    """False for accelerate's list of defaults, unless it starts a process on each GPU."""
     said = record.getMessage()
     return "More than one GPU" in said or not said.startswith("The following values were not passed to")
 

@@ -9,8 +9,6 @@ from trl.data_utils import is_conversational
 
 
 IMAGES = ("image", "images")  # columns of the dataset that are not written
-
-
 ROW = "row_of_rollouts"
 
 
@@ -49,5 +47,5 @@ def key_of(prompt: Any) -> str:
 
 
 def same_prompts(groups: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> bool:
-    """Whether stored groups answer these prompts, in this order."""
+    """Whether stored groups are of these prompts, in this order."""
     return [key_of(group["prompt"]) for group in groups] == [key_of(prompt) for prompt in prompts]

@@ -13,19 +13,9 @@ WIDEST = 10_000  # rich shortens no cell of a table up to this width
 
 def as_table(columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDEST) -> str:
     """
-    Lay out a table as plain text, which looks the same in a terminal, a pipe and a file.
-
-    Args:
-        columns (sequence of `str`):
-            Headings.
-        rows (iterable of sequences of `str`):
-            Cells, as many as there are headings. Columns after the first are aligned to the right.
-        width (`int`, *optional*):
-            Longest line. Cells are then wrapped and aligned to the left, with an empty line between rows. By default,
-            each row is one line.
-
-    Returns:
-        `str`: lines without colours and trailing spaces.
+    A table as plain text, without colours: the same in a terminal, a pipe and a file. Columns after the first are
+    aligned to the right. Below the default width, cells are wrapped and aligned to the left, with an empty line
+    between rows.
     """
     wraps = width < WIDEST
     table = Table(box=None, pad_edge=False, padding=(0, 2, int(wraps), 0))

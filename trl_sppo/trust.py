@@ -1,4 +1,4 @@
-"""What a checkpoint may do here: run code of its own only if the user says so, and have nothing of it unpickled."""
+"""Trust in checkpoints: their own code runs only if the user says so, and nothing of them is unpickled."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def own_code_error(what: str, cure: str) -> ValueError:
 
 @contextmanager
 def own_code_is_refused(what: str, cure: str) -> Iterator[None]:
-    """Turns transformers' refusal to run a checkpoint's own code into an error that says what is to be set here."""
+    """Turns transformers' refusal to run a checkpoint's own code into an error that says what to set here."""
     try:
         yield
     except ValueError as error:

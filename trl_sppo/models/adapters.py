@@ -41,19 +41,7 @@ def check_whole_model(what: str, path: str) -> None:
 
 
 def config_of(path: str) -> PeftConfig:
-    """
-    The configuration of an adapter.
-
-    Args:
-        path (`str`):
-            Its folder.
-
-    Returns:
-        [`~peft.PeftConfig`]
-
-    Raises:
-        `ValueError`: if it cannot be read, or names no base model.
-    """
+    """The configuration of an adapter. Raises `ValueError` if it cannot be read, or names no base model."""
     try:
         config = PeftConfig.from_pretrained(path)
     except (ValueError, TypeError, KeyError) as error:
@@ -97,21 +85,7 @@ def not_found(what: str, path: str, error: Exception) -> ValueError:
 
 
 def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
-    """
-    Names, shapes and dtypes (as safetensors calls them) of an adapter's weights, by their names in the base model.
-
-    Args:
-        what (`str`):
-            What the adapter is, for the message.
-        path (`str`):
-            Its folder.
-
-    Returns:
-        `dict[str, tuple[list[int], str]]`
-
-    Raises:
-        `ValueError`: if they are a pickle, are not there, or cannot be read.
-    """
+    """Shapes and dtypes of an adapter's weights, by name in the base model. Raises `ValueError` if unreadable."""
     check_safetensors(what, path)
     try:
         with safe_open(Path(path, WEIGHTS), framework="pt") as file:
@@ -125,20 +99,7 @@ def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
 
 
 def load_weights(what: str, model: PeftModel, path: str) -> None:
-    """
-    Load an adapter's weights into a model that was made by its configuration.
-
-    Args:
-        what (`str`):
-            What the adapter is, for the message.
-        model ([`~peft.PeftModel`]):
-            Base model with an adapter. Its dtypes stay.
-        path (`str`):
-            Folder of the adapter.
-
-    Raises:
-        `ValueError`: if weights are missing, unknown, or of another shape.
-    """
+    """Load an adapter's weights into a model made by its configuration. Raises `ValueError` if they do not fit."""
     problem = None
     try:
         found = model.load_adapter(
@@ -162,18 +123,8 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
 
 def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
     """
-    Weights that an adapter lacks, and those that its model has no place for.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            Model with the adapter "default".
-        path (`str`):
-            Folder of the adapter.
-        found:
-            What `model.load_adapter` has returned. Of missing weights it is right about LoRA only.
-
-    Returns:
-        Two sets of names.
+    Names of weights that an adapter lacks, and of those that its model (with the adapter "default") has no place for.
+    `found`, which `model.load_adapter` has returned, is right about missing weights of LoRA only.
     """
     expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
     others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))
@@ -205,21 +156,9 @@ def continue_adapter(
     path: str, args: SPPOConfig, peft_config: PeftConfig | None, processing_class: Any
 ) -> tuple[str, PeftConfig, Any]:
     """
-    What TRL needs in order to build the policy that an adapter was trained for. `load_weights` completes it.
-
-    Args:
-        path (`str`):
-            Folder of the adapter.
-        args ([`SPPOConfig`]):
-            Configuration. Its `model_init_kwargs` are about the base model, and its revision if it is said there.
-        peft_config ([`~peft.PeftConfig`], *optional*), processing_class (*optional*):
-            What the trainer was given.
-
-    Returns:
-        Base model, configuration of the adapter, and the tokenizer that is saved with it, or `processing_class`.
-
-    Raises:
-        `ValueError`: if the adapter cannot be continued, or `peft_config` is given.
+    What TRL needs to build the policy of an adapter, which `load_weights` completes: base model, configuration, and
+    the tokenizer saved with it, or else `processing_class`. The base model's revision goes into `args`. Raises
+    `ValueError` if the adapter cannot be continued, or `peft_config` is given.
     """
     if peft_config is not None:
         raise ValueError(
@@ -239,16 +178,7 @@ def continue_adapter(
 
 
 def adopt_options(args: ModelConfig) -> None:
-    """
-    Set a command's options of LoRA to those of the adapter that it continues.
-
-    Args:
-        args ([`~trl.ModelConfig`]):
-            Options. Nothing is done if `model_name_or_path` is no adapter.
-
-    Raises:
-        `ValueError`: if an option asks for another adapter. An option at its default asks for nothing.
-    """
+    """Set LoRA options to those of the adapter that is continued. Raises `ValueError` if one asks for another."""
     path = str(args.model_name_or_path)
     if not is_adapter(path):
         return
@@ -274,13 +204,8 @@ def _plain(value: Any) -> Any:
 def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
     """
     Keep a frozen copy of the adapter, named "ref". TRL switches to it for the log-probabilities of the initial policy.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            Policy. TRL has made the copy if the policy was given as a model. It leaves out some weights: those of IA3,
-            say, and of LoRA on embeddings.
-        disable_dropout (`bool`):
-            Whether the policy is trained without dropout.
+    TRL has made the copy if the policy was given as a model, but without some weights: those of IA3, say, and of LoRA
+    on embeddings.
     """
     if "ref" not in model.peft_config:
         config = copy.deepcopy(model.peft_config["default"])

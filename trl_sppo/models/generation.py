@@ -1,4 +1,4 @@
-"""Generation: only what was asked for acts, and which tokens end a completion."""
+"""Generation: the options that act, and the tokens that end a completion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +10,11 @@ from transformers import GenerationConfig
 @contextmanager
 def only_requested_generation(model: Any) -> Iterator[None]:
     """
-    Ignore what a checkpoint's `generation_config.json` recommends, such as `min_p` or a repetition penalty.
+    Ignore what a checkpoint's `generation_config.json` recommends, such as `min_p`, except for its special tokens.
 
-    transformers fills every generation option that is not set with the checkpoint's. Completions would then come from
-    another distribution than the policy whose log-probabilities are trained. EOS, BOS and padding tokens stay. vLLM
-    ignores these recommendations in TRL. The model's configuration is restored afterwards, for saving.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy, unwrapped.
+    transformers fills options that are not set with the checkpoint's, so completions would come from another
+    distribution than the policy whose log-probabilities are trained. vLLM ignores these recommendations in TRL. The
+    model's configuration is restored afterwards, for saving.
     """
     config = vars(model.generation_config)  # in place: wrappers of the model share the object
     recommended = dict(config)

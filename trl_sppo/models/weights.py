@@ -10,10 +10,12 @@ from accelerate.utils import patch_environment
 from transformers.integrations import deepspeed
 from transformers.utils import logging
 
+from .adapters import some
+
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within it transformers does not advise to train what it has made up, and shows no progress bars."""
+    """Silences transformers' advice to train weights that it has initialized, and its progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -27,7 +29,7 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def whole_and_silent() -> Iterator[None]:
-    """Within it transformers divides no model among processes either."""
+    """Also keeps transformers from dividing the model among processes."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -39,24 +41,9 @@ def whole_and_silent() -> Iterator[None]:
 
 def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = (), **kwargs: Any) -> None:
     """
-    Check that a checkpoint has all weights of its model. For those that it lacks, transformers takes random numbers.
-
-    Names and shapes are read, no weights. What is quantized, or no folder with safetensors, is not checked.
-
-    Args:
-        what (`str`):
-            What the model is, for the message.
-        path (`str`):
-            Folder of the checkpoint.
-        kind:
-            Class of the model, as `AutoModelForCausalLM`.
-        brought (collection of `str`, *optional*):
-            Weights that an adapter brings.
-        kwargs:
-            Further arguments of its `from_pretrained`.
-
-    Raises:
-        `ValueError`: if weights are missing, with their names.
+    Raise `ValueError` if a checkpoint lacks weights of its model, for which transformers takes random numbers. Weights
+    that an adapter brings are in `brought`; only names and shapes are read. What is quantized, or no folder with
+    safetensors, is not checked.
     """
     config = Path(path, "config.json")
     if not any(config.parent.glob("*.safetensors")) or not config.is_file():
@@ -67,10 +54,9 @@ def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = ()
         model, info = kind.from_pretrained(
             path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
         )
-    missing = sorted(set(info["missing_keys"]) - set(brought))
+    missing = set(info["missing_keys"]) - set(brought)
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
-            f"{what} {path!r} lacks the weights {', '.join(missing[:5])}{more} of a {type(model).__name__}, for which "
+            f"{what} {path!r} lacks the weights {some(missing)} of a {type(model).__name__}, for which "
             "random numbers would be taken. Save the model again with all of its weights, or give another checkpoint."
         )

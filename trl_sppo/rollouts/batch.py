@@ -18,37 +18,17 @@ IMAGE_FIELDS = (
 
 @dataclass
 class Rollout:
-    """
-    A generation batch, between its prompts and TRL's batch of tensors.
+    """A generation batch, between its prompts and TRL's batch of tensors."""
 
-    Args:
-        inputs (`list[dict]`):
-            This process's rows of the dataset, one for each completion.
-        group_size (`int`):
-            Completions per prompt, K.
-        iteration (`int`, *optional*):
-            Number of the iteration. `None` in an evaluation.
-        only_sampled (`bool`, *optional*, defaults to `False`):
-            Whether it is written down and not trained on: then all completions get log-probabilities.
-        prompts, completions, completion_ids (`list`):
-            This process's, once they are sampled.
-        tool_mask (`list`, *optional*):
-            0 for tokens that are a tool's.
-        scores (`torch.Tensor` of shape `(completions of all processes, sources)`, *optional*):
-            By the reward sources, once they are asked.
-        targets ([`RolloutTargets`], *optional*):
-            What the completions are regressed to, once all are asked.
-    """
-
-    inputs: list[dict[str, Any]]
-    group_size: int
-    iteration: int | None = None
-    only_sampled: bool = False
-    prompts: list = field(default_factory=list)
+    inputs: list[dict[str, Any]]  # this process's rows of the dataset, one for each completion
+    group_size: int  # completions per prompt, K
+    iteration: int | None = None  # None in an evaluation
+    only_sampled: bool = False  # written and not trained on: all completions get log-probabilities
+    prompts: list = field(default_factory=list)  # this process's, as all that is sampled
     completions: list = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
-    tool_mask: list[list[int]] | None = None
-    scores: torch.Tensor | None = None
+    tool_mask: list[list[int]] | None = None  # 0 for tokens that are a tool's
+    scores: torch.Tensor | None = None  # by the reward sources, (completions of all processes, sources)
     targets: RolloutTargets | None = None
 
     def rows(self, extra_fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,17 +42,8 @@ class Rollout:
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        What is known of the completions by their tokens.
-
-        Args:
-            ends (`list[int]`):
-                Tokens that end a completion.
-            pad (`int`):
-                The token that stands for a completion without tokens.
-
-        Returns:
-            `torch.Tensor` of shape `(N, 3)`: the number of tokens that the policy sampled, whether the completion came
-            to its end, and a number that is equal for equal completions.
+        Per completion, of shape `(N, 3)`: the tokens that the policy sampled, whether it ends with one of `ends`, and
+        a number that is equal for equal completions. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None
@@ -119,17 +90,8 @@ def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def rows_to_train_on(batch: dict[str, Any], device: torch.device, at_least_one: bool, trim: bool) -> dict[str, Any]:
     """
-    Rows of a micro-batch that are trained on, on the device. Others cost nothing.
-
-    Args:
-        batch (`dict`):
-            A micro-batch, in CPU memory.
-        device (`torch.device`):
-            Where to.
-        at_least_one (`bool`):
-            Whether one row stays where none is trained on: every process has to take part in a forward pass.
-        trim (`bool`):
-            Whether to cut the columns that only completions of other rows needed.
+    Rows of a micro-batch that are trained on, moved to the device. With `at_least_one`, one row stays where none is
+    trained on: every process must take part in a forward pass. With `trim`, columns that only other rows need are cut.
     """
     rows = batch["kept"].nonzero().squeeze(1)
     if len(rows) == 0 and at_least_one:
@@ -153,7 +115,7 @@ def model_inputs(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
 
 
 def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Cut the columns that only completions of other rows needed. Prompts stay: their padding gives the positions."""
+    """Cut the columns that only completions of other rows need. Prompts stay: their padding gives the positions."""
     names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
     return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
 
@@ -165,6 +127,6 @@ def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
 
 
 def count_kept(slices: list[dict[str, Any]], per_step: int, accelerator: Any) -> list[torch.Tensor]:
-    """Of each optimizer step, the completions of all processes that are trained on, from this process's slices."""
+    """The completions of all processes that are trained on in each optimizer step, from this process's slices."""
     counts = torch.stack([each["kept"].sum() for each in slices]).view(-1, per_step).sum(dim=1)
     return list(accelerator.reduce(counts.to(accelerator.device), reduction="sum").clamp(min=1).cpu())

@@ -1,4 +1,4 @@
-"""Rollouts as files that `datasets` reads: written by a run as it goes, found again by it, trained on by another."""
+"""Rollout files: one Parquet file per iteration."""
 
 import os
 import shutil
@@ -47,13 +47,7 @@ def installed_versions(use_vllm: bool) -> dict[str, str | None]:
 
 
 class RolloutFiles:
-    """
-    The rollouts in an output directory, a file for each iteration.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-    """
+    """The rollouts in an output directory, a file for each iteration."""
 
     def __init__(self, output_dir: str):
         self.folder = Path(output_dir) / "rollouts"
@@ -67,17 +61,7 @@ class RolloutFiles:
         return self._states / f"{iteration:06d}-{'scored' if scored else 'sampled'}"
 
     def write(self, iteration: int, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
-        """
-        Write an iteration.
-
-        Args:
-            iteration (`int`):
-                Number of the iteration.
-            groups (sequence of `dict`):
-                Its rows, see `COLUMNS`.
-            prompt_features ([`~datasets.Features`], *optional*):
-                Features of the dataset of prompts. By default they are found in the rows.
-        """
+        """Write the rows of an iteration, see `COLUMNS`."""
         write_parquet(self.path(iteration), groups, prompt_features)
 
     def read(self, iteration: int) -> list[dict[str, Any]] | None:
@@ -88,13 +72,13 @@ class RolloutFiles:
     # Until an iteration's file is whole, what was said of its completions lies beside it
 
     def write_scored(self, iteration: int, groups: Sequence[dict[str, Any]]) -> None:
-        """Write what was said of an iteration's completions, beside its file."""
+        """Write the scores and preferences of an iteration's completions, beside its file."""
         columns = [name for name in SCORED if name in groups[0]]
         rows = [{name: group[name] for name in columns} for group in groups]
         write_parquet(self.state(iteration, scored=True) / self.path(iteration).name, rows, None)
 
     def with_scored(self, iteration: int, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows of an iteration, with what was said of them, if the file has nothing of that yet."""
+        """The rows of an iteration, with their scores and preferences, if the file has none yet."""
         path = self.state(iteration, scored=True) / self.path(iteration).name
         if "win_rates" in groups[0] or not path.is_file():
             return groups
@@ -102,17 +86,11 @@ class RolloutFiles:
         return [{**group, **row} for group, row in zip(groups, rows, strict=True)]
 
     def forget_scored(self, iteration: int) -> None:
-        """Delete what was said of completions that are sampled anew."""
+        """Delete the scores and preferences of completions that are sampled anew."""
         shutil.rmtree(self.state(iteration, scored=True), ignore_errors=True)
 
     def set_aside(self, iteration: int = 0) -> None:
-        """
-        Move what another run has left here, so that the two are not mixed up.
-
-        Args:
-            iteration (`int`, *optional*, defaults to 0):
-                From which one on.
-        """
+        """Move what another run has left here from an iteration on, so that the two runs are not mixed up."""
         paths = [path for path in self.folder.glob("iteration-*.parquet") if _iteration(path) >= iteration]
         if not paths:
             return
@@ -126,15 +104,7 @@ class RolloutFiles:
         )
 
     def rotate(self, next_iteration: int, limit: int | None) -> None:
-        """
-        Delete what no run needs any more, once there is a checkpoint.
-
-        Args:
-            next_iteration (`int`):
-                The first iteration that a run which resumes from that checkpoint has to sample.
-            limit (`int`, *optional*):
-                Iterations before that one to keep.
-        """
+        """Delete what is not needed by a run that samples `next_iteration` next. Keeps `limit` iterations before."""
         for state in self._states.glob("*-*"):
             if int(state.name.split("-")[0]) < next_iteration:
                 shutil.rmtree(state)
@@ -145,17 +115,7 @@ class RolloutFiles:
 
 
 def write_parquet(path: Path, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
-    """
-    Write groups. The file is there whole or not at all, whenever the process ends.
-
-    Args:
-        path (`Path`):
-            Of the file. Its folder is made if it is not there.
-        groups (sequence of `dict`):
-            Its rows.
-        prompt_features ([`~datasets.Features`], *optional*):
-            Features of the dataset of prompts. By default they are found in the rows.
-    """
+    """Write groups, one per row. The file is there whole or not at all, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = Dataset.from_list(list(groups), features=_features(groups, prompt_features)).data.table
     partial = path.with_name(f".{path.name}.partial")
@@ -185,15 +145,13 @@ def _iteration(path: Path) -> int:
 def _features(groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> Features:
     """Features that do not depend on what happens to be null in these rows."""
     first = groups[0]
-    features = {name: COLUMNS.get(name) for name in first}
-    for name in features.keys() - COLUMNS.keys():
-        features[name] = (prompt_features or {}).get(name)
+    known = {**(prompt_features or {}), **COLUMNS}
+    features = {name: known.get(name) for name in first}
     if "scores" in first:
         features["scores"] = {name: List(Value("float32")) for name in first["scores"]}
     if "answers" in first:
         features["answers"] = {name: List(List(Value("float32"))) for name in first["answers"]}
-    found = {name for name, feature in features.items() if feature is None}
-    if found:
-        inferred = Dataset.from_list([{name: group[name] for name in found} for group in groups]).features
-        features.update({name: inferred[name] for name in found})
+    missing = [name for name, feature in features.items() if feature is None]
+    if missing:
+        features.update(Dataset.from_list([{name: group[name] for name in missing} for group in groups]).features)
     return Features(features)

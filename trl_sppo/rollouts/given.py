@@ -63,8 +63,8 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             "without these tools would take for the policy's. Train where they are sampled."
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completions"])):
-        if row["prompt"] is None or row["completions"] is None or len(row["completions"]) != num_generations:
-            found = None if row["completions"] is None else len(row["completions"])
+        found = None if row["completions"] is None else len(row["completions"])
+        if row["prompt"] is None or found != num_generations:
             raise ValueError(
                 f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}. Set "
                 "num_generations to the size of the groups, which must be the same in all rows."
@@ -78,7 +78,7 @@ def _some(dataset: Dataset, name: str) -> bool:
 
 
 def _judged_rows(dataset: Dataset, path: str) -> Dataset:
-    """Without those that a run had sampled and not yet scored when it ended, if others are scored."""
+    """The rows without those that a run had sampled and not yet scored when it ended, if others are scored."""
     if not _some(dataset, "preferences") or dataset.data.column("preferences").null_count == 0:
         return dataset
     judged = dataset.filter(lambda preferences: preferences is not None, input_columns="preferences")
@@ -87,32 +87,20 @@ def _judged_rows(dataset: Dataset, path: str) -> Dataset:
 
 
 def is_judged(dataset: Dataset) -> bool:
-    """Whether rollouts bring preferences or scores, so that nobody has to be asked."""
+    """Whether rollouts bring preferences or scores, so that no oracle has to be asked."""
     return any(_some(dataset, name) for name in ("preferences", "scores"))
 
 
 def prompts_of(rollouts: Dataset) -> Dataset:
-    """What TRL walks through instead of rollouts: their prompts, and where each stands. It copies rows many times."""
+    """The prompts of rollouts, and where each stands: TRL copies rows many times, so it gets no more."""
     light = [name for name in rollouts.column_names if name not in COLUMNS]
     return rollouts.select_columns(light).add_column(ROW, list(range(len(rollouts))))
 
 
 def stored_panel(groups: Sequence[dict[str, Any]], size: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """
-    The preferences or else the scores that stored groups have.
-
-    Args:
-        groups (sequence of `dict`):
-            Rows of a file of rollouts.
-        size (`int`):
-            Completions per group, K.
-
-    Returns:
-        Preference matrices, of shape `(groups, K, K)`, one or none; and scores of shape `(sources, groups, K)`, if
-        there are no preferences.
-
-    Raises:
-        `ValueError`: if they have another shape.
+    The preferences of stored groups: matrices of shape `(groups, K, K)`, one or none; or else their scores, of shape
+    `(sources, groups, K)`. Raises `ValueError` if they have another shape.
     """
     if groups[0].get("preferences") is not None:
         preferences = to_tensor([group["preferences"] for group in groups])

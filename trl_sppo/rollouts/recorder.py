@@ -1,4 +1,4 @@
-"""The recorder of rollouts: writes them as they are made, and finds them again when a run is resumed."""
+"""The recorder of rollouts, which writes them as they are made, and finds them again when a run is resumed."""
 
 import hashlib
 import json
@@ -31,16 +31,10 @@ NEUTRAL = (
 
 class RolloutRecorder:
     """
-    Where the rollouts of a training come from, besides being sampled, and where they go to: it writes them as they
-    come about, finds them again when the run is resumed, or gives those of `args.rollouts`.
+    Writes the rollouts of a training as they are made, finds them again when the run is resumed, or returns those of
+    `args.rollouts` (`given`).
 
     For each iteration the trainer calls, on all processes: `begin`, `completion_ids`, `sampled`, `scored`, `finish`.
-
-    Args:
-        trainer:
-            An [`SPPOTrainer`].
-        given ([`~datasets.Dataset`], *optional*):
-            The rollouts of `args.rollouts`.
     """
 
     def __init__(self, trainer: Any, given: Dataset | None):
@@ -54,7 +48,6 @@ class RolloutRecorder:
         # What tools, environments and a `rollout_func` do cannot be done again from tokens
         repeatable = not (trainer.tools or trainer.environment_factories or trainer.rollout_func)
         self.recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
-        self._recalled = False
         self._has_warned = False
         self._forget()
 
@@ -66,19 +59,7 @@ class RolloutRecorder:
         self._recalled = False
 
     def begin(self, iteration: int, inputs: Sequence[dict[str, Any]], group_size: int, resumed: bool) -> None:
-        """
-        Begin an iteration.
-
-        Args:
-            iteration (`int`):
-                Its number.
-            inputs (sequence of `dict`):
-                This process's rows of the dataset, one for each completion.
-            group_size (`int`):
-                Completions per prompt, K.
-            resumed (`bool`):
-                Whether the run was resumed, and may have sampled this iteration before.
-        """
+        """Begin an iteration with this process's rows of the dataset. A resumed run may have sampled it before."""
         self._forget()
         self._iteration, self._inputs, self._group_size = iteration, inputs, group_size
         if self.given:
@@ -110,7 +91,7 @@ class RolloutRecorder:
         self._recalled = bool(self.groups)
 
     def _run(self) -> str:
-        """The same for runs whose options would sample the same."""
+        """A hash that is equal for runs whose options sample the same."""
         trainer = self.trainer
         options = {name: value for name, value in self.args.to_dict().items() if not name.startswith(NEUTRAL)}
         options["policy"] = trainer.policy_name
@@ -132,7 +113,7 @@ class RolloutRecorder:
         return [row for part in parts for row in part or ()]
 
     def _local(self, name: str) -> list:
-        """Of this process's completions, what the groups have in a column."""
+        """A column of the groups, an entry for each of this process's completions."""
         start = self.accelerator.process_index * len(self._inputs)
         places = [divmod(start + i, self._group_size) for i in range(len(self._inputs))]
         groups = self._mine if self.given else self.groups
@@ -149,16 +130,7 @@ class RolloutRecorder:
         self._forget()
 
     def completion_ids(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None] | None:
-        """
-        This process's completions, if they need not be sampled.
-
-        Args:
-            prompt_ids (`list[list[int]]`):
-                Tokens of its prompts, one for each completion.
-
-        Returns:
-            Tokens of the completions, and their log-probabilities by vLLM if it sampled them; or `None`.
-        """
+        """Tokens of this process's completions, and their log-probabilities if vLLM sampled them; or `None`."""
         if not self.groups:
             return None
         known = self._local("completion_ids")
@@ -197,13 +169,7 @@ class RolloutRecorder:
         tool_mask: list[list[int]] | None,
         sampling_logps: list[list[float]] | None,
     ) -> None:
-        """
-        Write down what the processes have sampled, before anything is asked about it.
-
-        Args:
-            prompt_ids, completion_ids, completions, tool_mask, sampling_logps (`list`):
-                What TRL has sampled, an entry for each of this process's completions.
-        """
+        """Write down what TRL has sampled, an entry per completion of this process, before oracles are asked."""
         self._lengths = [len(ids) for ids in completion_ids]
         if self._recalled:
             self.trainer.load_random_state(self.files.state(self._iteration, self.is_scored))
@@ -244,12 +210,11 @@ class RolloutRecorder:
                 })  # fmt: skip
             self.files.forget_scored(self._iteration)  # of another run
         self._save_random_state(scored=False)
-        if self.accelerator.is_main_process:
-            self._write()
+        self._write()
 
     @property
     def is_scored(self) -> bool:
-        """Whether the iteration at hand was recalled with all that was said of it."""
+        """Whether the iteration at hand was recalled with its scores and preferences."""
         return self._recalled and "win_rates" in self.groups[0]
 
     def scores(self, names: Sequence[str]) -> torch.Tensor:
@@ -263,17 +228,7 @@ class RolloutRecorder:
         return to_tensor([group["answers"][name] for group in self.groups])
 
     def scored(self, scores: dict[str, torch.Tensor], answers: dict[str, Answers], targets: RolloutTargets) -> None:
-        """
-        Write down what was said of the completions, beside them.
-
-        Args:
-            scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
-                By reward source.
-            answers (`dict`):
-                By pairwise oracle.
-            targets ([`RolloutTargets`]):
-                What that comes to.
-        """
+        """Write down scores of shape `(groups, K)` by reward source, and answers by pairwise oracle."""
         if self.is_scored or not self._writes:
             return
         if self.accelerator.is_main_process:
@@ -290,14 +245,8 @@ class RolloutRecorder:
 
     def given_votes(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
         """
-        The votes that given rollouts bring with them.
-
-        Args:
-            ended (`torch.Tensor` of bool, of shape `(groups, K)`):
-                Whether a completion ends with an EOS token.
-
-        Returns:
-            Preference matrices of shape `(groups, K, K)`, and their weights.
+        Preference matrices of shape `(groups, K, K)` that given rollouts bring, and their weights. `ended`, of shape
+        `(groups, K)`, says whether a completion ends with an EOS token.
         """
         panel, scores = stored_panel(self.groups, ended.size(1))
         if scores is not None:
@@ -306,13 +255,8 @@ class RolloutRecorder:
 
     def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
         """
-        Write log-probabilities down, or put given ones in.
-
-        Args:
-            batch (`dict`):
-                TRL's batch of this process's completions.
-            kept (`torch.Tensor` of bool, of shape `(N,)`):
-                Which of them are trained on.
+        Write log-probabilities down, or put given ones into TRL's batch of this process's completions. `kept`, of
+        shape `(N,)`, says which of them are trained on.
         """
         if self.given:
             self._put_logps(batch, kept.tolist())
@@ -328,7 +272,7 @@ class RolloutRecorder:
                 for name, values in columns.items():
                     for g, group in enumerate(self.groups):
                         group[name] = values[g * self._group_size : (g + 1) * self._group_size]
-                self._write()
+            self._write()
         self._forget()
 
     def _put_logps(self, batch: dict[str, Any], kept: list[bool]) -> None:
@@ -364,7 +308,6 @@ class RolloutRecorder:
             self.accelerator.wait_for_everyone()
 
     def _write(self) -> None:
-        """On the main process, unless all is on disk."""
-        if self._on_disk != self.groups[0].keys():
+        if self.accelerator.is_main_process and self._on_disk != self.groups[0].keys():
             self.files.write(self._iteration, self.groups, getattr(self.trainer.train_dataset, "features", None))
             self._on_disk = set(self.groups[0])

@@ -7,19 +7,7 @@ from tqdm.auto import tqdm
 
 
 def make_rollouts(trainer: Any) -> str:
-    """
-    Sample and score a trainer's prompts, and write them down.
-
-    Args:
-        trainer:
-            An [`SPPOTrainer`].
-
-    Returns:
-        `str`: the folder.
-
-    Raises:
-        `ValueError`: if models are sharded, or nothing would be written.
-    """
+    """Sample and score an [`SPPOTrainer`]'s prompts. Returns the folder. Raises `ValueError` if models are sharded."""
     args, recorder = trainer.args, trainer._recorder
     if trainer._is_sharded:
         raise ValueError(

@@ -8,13 +8,7 @@ import torch
 
 
 class StepMetrics:
-    """
-    Adds up metrics over the micro-batches and processes of an optimizer step.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The processes.
-    """
+    """Adds up metrics over the micro-batches and processes of an optimizer step."""
 
     def __init__(self, accelerator: Any):
         self.accelerator = accelerator

@@ -20,70 +20,31 @@ from ..preferences import mean_preferences, win_rates
 
 @dataclass
 class RolloutTargets:
-    """
-    What the preferences about a rollout come to: the same on all processes, from gathered preferences.
+    """Targets from the preferences about a rollout: the same on all processes, from gathered preferences."""
 
-    Args:
-        panel (`list[torch.Tensor]` of shape `(groups, K, K)`):
-            Preferences of each oracle, NaN where it could not compare.
-        preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Their weighted mean.
-        win_rates (`torch.Tensor` of shape `(groups, K)`):
-            Win rate of each completion in its group.
-        regressed (`torch.Tensor` of shape `(groups, K)`):
-            What the loss takes for the win rate: that itself, its hard form, or the head-to-head one.
-        baseline (`torch.Tensor` of shape `(groups, K)`):
-            What stands for log Z / eta.
-        kept (`torch.Tensor` of bool, of shape `(groups, K)`):
-            Whether a completion is trained on.
-        rows (`torch.Tensor` of shape `(rows,)`):
-            Rows of this process's rollout to carry on with: those kept, then copies of row 0 as padding. Every process
-            has as many, so that all take the same number of forward passes (sharded models need that), and so has each
-            slice of the generation batch.
-        num_kept (`int`):
-            How many of `rows`, the first ones, are trained on.
-        num_logps (`int`):
-            How many of `rows`, the first ones, need log-probabilities: the most that any process keeps.
-    """
-
-    panel: list[torch.Tensor]
-    preferences: torch.Tensor
-    win_rates: torch.Tensor
-    regressed: torch.Tensor
-    baseline: torch.Tensor
-    kept: torch.Tensor
+    panel: list[torch.Tensor]  # of each oracle, (groups, K, K), NaN where it could not compare
+    preferences: torch.Tensor  # their weighted mean, (groups, K, K)
+    win_rates: torch.Tensor  # (groups, K), as the following three
+    regressed: torch.Tensor  # the loss's win rates: those themselves, their hard form, or head-to-head ones
+    baseline: torch.Tensor  # stands for log Z / eta
+    kept: torch.Tensor  # bool: whether a completion is trained on
+    # This process's rows: those kept, then row 0 as padding. Every process has as many, so that all run the same
+    # number of forward passes (sharded models need that), and so has each slice of the generation batch
     rows: torch.Tensor
-    num_kept: int
-    num_logps: int
+    num_kept: int  # the first of `rows`, which are trained on
+    num_logps: int  # the first of `rows`, which get log-probabilities: the most that any process keeps
 
     @classmethod
     def of(
         cls,
         panel: list[torch.Tensor],
         weights: list[float],
-        usable: torch.Tensor,
+        usable: torch.Tensor,  # bool, (groups, K): whether a completion may be trained on at all
         args: SPPOConfig,
-        num_slices: int,
+        num_slices: int,  # parts that this process's rows will be split into
         num_processes: int,
         process_index: int,
     ) -> "RolloutTargets":
-        """
-        Turn the preferences about a rollout into targets.
-
-        Args:
-            panel (`list[torch.Tensor]` of shape `(groups, K, K)`):
-                Preferences of each oracle, NaN where it could not compare.
-            weights (`list[float]`):
-                Vote of each oracle.
-            usable (`torch.Tensor` of bool, of shape `(groups, K)`):
-                Whether a completion may be trained on at all.
-            args ([`SPPOConfig`]):
-                What to regress to, and what to train on.
-            num_slices (`int`):
-                Parts that this process's rows will be split into.
-            num_processes, process_index (`int`):
-                Of how many processes this is which one.
-        """
         preferences = mean_preferences(panel, weights)
         rates = win_rates(preferences, args.include_self)
         chosen = select_completions(rates, args.train_on, args.win_rate_threshold)
@@ -114,15 +75,7 @@ class RolloutTargets:
         )
 
     def metrics(self, lengths: torch.Tensor, fingerprints: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Scalar metrics; docs/metrics.md says how to read them.
-
-        Args:
-            lengths (`torch.Tensor` of shape `(groups, K)`):
-                Tokens that the policy sampled.
-            fingerprints (`torch.Tensor` of shape `(groups, K)`):
-                A number per completion that is equal for equal completions.
-        """
+        """Scalar metrics (docs/metrics.md). Lengths and fingerprints of completions have shape `(groups, K)`."""
         return {
             "win_rate/spread": win_rate_spread(self.win_rates),
             "win_rate/kept": self.kept.float().mean(),

@@ -16,10 +16,7 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 def prepare_weight_sync(generation: VLLMGeneration) -> None:
     """
     Make the weight syncs of TRL's vLLM backend leave a LoRA policy's base weights as they were, and work on a CPU.
-
-    Args:
-        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            Backend of a trainer. Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
+    Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
     """
     instance: Any = generation
     # Under FSDP this is refused. ZeRO-3 gathers into copies anyway
@@ -54,7 +51,7 @@ def _sync_on_cpu(generation: VLLMGeneration) -> None:
 
     runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
     runner.reload_weights(weights_iterator=generation._iter_named_params())
-    # A head whose weights are the embedding's is not repacked by that: it would go on with its first weights
+    # A head whose weights are the embedding's is not repacked by that: it would keep its first weights
     for module in runner.get_model().modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)

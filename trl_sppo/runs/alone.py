@@ -28,16 +28,7 @@ ORPHANS = 30.0  # seconds that the children of a dead process may hold its lock
 
 @contextmanager
 def alone_in(folder: str) -> Iterator[None]:
-    """
-    Hold a folder, so that no other run writes to it.
-
-    Args:
-        folder (`str`):
-            Output directory, which is made.
-
-    Raises:
-        `ValueError`: if a process that is alive holds it.
-    """
+    """Hold an output directory, which is made. Raises `ValueError` if a process that is alive holds it."""
     owner = Path(folder) / OWNER
     owner.parent.mkdir(parents=True, exist_ok=True)
     with open(owner.with_name(LOCK), "a") as lock:
@@ -72,7 +63,7 @@ def _is_locked_now(lock: Any, folder: str) -> bool:
 
 
 def _who_holds(owner: Path) -> tuple[str, bool]:
-    """In words, and whether that process is dead, as far as can be seen from here."""
+    """The process in words, and whether it is dead, as far as can be seen from here."""
     try:
         facts = json.loads(owner.read_text())
         process, host, since = facts["process"], facts["host"], facts["since"]

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole. A run may be killed while it writes one."""
+"""Whole and torn checkpoints: a run may be killed while it writes one."""
 
 import json
 import re
@@ -25,15 +25,7 @@ LAYOUT = (
 
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """
-    Declare a checkpoint whole. The last thing that is written into it.
-
-    Args:
-        checkpoint (`Path`):
-            Folder of the checkpoint.
-        facts:
-            What a run that resumes from it has to know before anything is loaded.
-    """
+    """Declare a checkpoint whole, with facts that a run which resumes from it must know. It is written last."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
@@ -45,19 +37,7 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """
-    The manifest of a whole checkpoint.
-
-    Args:
-        checkpoint (`Path`):
-            Folder of the checkpoint.
-
-    Returns:
-        `dict`: what was declared when it was written.
-
-    Raises:
-        `ValueError`: if the checkpoint is torn; the message says in what way.
-    """
+    """The manifest of a whole checkpoint. Raises `ValueError`, with the reason, if the checkpoint is torn."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = dict(manifest["files"])
@@ -76,17 +56,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def asked_checkpoint(resume_from_checkpoint: Any) -> Path | None:
     """
-    The checkpoint that is asked for by its path.
-
-    Args:
-        resume_from_checkpoint (`str`, `PathLike` or `bool`, *optional*):
-            A path; or `True` (also `"true"`, from a command line) for the last one.
-
-    Returns:
-        `Path` or `None`: the path, if one is given.
-
-    Raises:
-        `ValueError`: if it is no checkpoint's folder.
+    The checkpoint asked for by its path, `None` if it is the last one. Raises `ValueError` if it is no checkpoint.
     """
     if isinstance(resume_from_checkpoint, bool) or str(resume_from_checkpoint).lower() in ("true", "false", "none"):
         return None
@@ -121,10 +91,7 @@ def last_whole_checkpoint(folder: str) -> Path | None:
 
 
 def checkpoints_of_run(folder: str) -> dict[int, Path]:
-    """
-    The checkpoints that readers of a run should look at, by step: whole ones, of the run that began last in a folder.
-    What is left out is said. Of a run that is none of an [`SPPOTrainer`], all.
-    """
+    """By step, the whole checkpoints of the run that began last in a folder; all if no SPPOTrainer has written it."""
     whole, why_not = _checkpoints(Path(folder))
     beginning = read_beginning(folder)
     if not beginning:
@@ -139,19 +106,8 @@ def checkpoints_of_run(folder: str) -> dict[int, Path]:
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     """
-    The checkpoint to go on from: the one that is asked for, or the last one before it that is whole.
-
-    Args:
-        resume_from_checkpoint (`str`, `PathLike` or `bool`):
-            Path of a checkpoint; or `True` (also `"true"`, from a command line), for the last one in `output_dir`.
-        output_dir (`str`):
-            Folder of the run.
-
-    Returns:
-        `str` or `None`: its path. `None` if there is none yet: the run begins anew.
-
-    Raises:
-        `ValueError`: if a path is given that is no folder, or of a torn checkpoint without a whole one before it.
+    Path of the checkpoint to continue from: the one asked for (`True`: the last in `output_dir`), or the last whole
+    one before it; `None` if there is none yet. Raises `ValueError` if it is torn and none is before it.
     """
     asked = asked_checkpoint(resume_from_checkpoint)
     if asked is None:
@@ -188,19 +144,8 @@ def layout_of(args: Any) -> dict[str, int]:
 
 def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -> None:
     """
-    Check that a run with these arguments can go on from a whole checkpoint.
-
-    Args:
-        checkpoint (`str`):
-            Its path.
-        args ([`SPPOConfig`]):
-            Configuration of the run.
-        form (`dict`, *optional*):
-            What the run trains, as far as it is known: see [`~forms.form_of`].
-
-    Raises:
-        `ValueError`: if the checkpoint has no optimizer, or it belongs to a run with other batches, or with another
-        form of policy or optimizer.
+    Raise `ValueError` if a run with these arguments, and this form as far as it is known ([`~forms.form_of`]), cannot
+    continue from a whole checkpoint: it has no optimizer, other batches, or another policy or optimizer.
     """
     manifest = read_manifest(Path(checkpoint))
     new_run = f"or begin a new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."

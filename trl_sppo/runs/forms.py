@@ -23,31 +23,12 @@ _BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, 
 def form_of(
     args: Any,
     model: str | nn.Module,
-    peft_config: Any = None,
-    optimizer: Any = None,
-    bits: int | None = None,
-    continued: str | None = None,
+    peft_config: Any = None,  # of the adapter that is to be added
+    optimizer: Any = None,  # in the place of args.optim
+    bits: int | None = None,  # 8 or 4, if the base model is quantized
+    continued: str | None = None,  # folder of the adapter that the run began with
 ) -> dict[str, Any]:
-    """
-    Describe what a run trains.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration of the run.
-        model (`str` or `nn.Module`):
-            The policy, before or after its adapter is added.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter that is to be added.
-        optimizer ([`~torch.optim.Optimizer`], *optional*):
-            The one that takes the place of `args.optim`.
-        bits (`int`, *optional*):
-            8 or 4, if the base model is quantized to these.
-        continued (`str`, *optional*):
-            Folder of the adapter that the run began with.
-
-    Returns:
-        `dict`, of what JSON can hold.
-    """
+    """Describe, as JSON can, what a run trains. `model` is the policy, before or after its adapter is added."""
     is_added = peft_config is None and hasattr(model, "peft_config")
     if is_added:
         peft_config = next(iter(cast(Any, model).peft_config.values()))
@@ -65,15 +46,13 @@ def form_of(
     # Both forms of torch's AdamW have the same state
     name = OptimizerNames(args.optim).value.removesuffix("_fused")
     form["optim"] = name if optimizer is None else type(optimizer).__name__
-    sharding = [
-        name for name in ("fsdp", "deepspeed") if _is_on(f"ACCELERATE_USE_{name.upper()}") or getattr(args, name)
-    ]
-    form["sharding"] = sharding[0] if sharding else None
+    sharding = (
+        name
+        for name in ("fsdp", "deepspeed")
+        if getattr(args, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
+    )
+    form["sharding"] = next(sharding, None)
     return json.loads(json.dumps(form, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 def digest(*facts: Any) -> str:
@@ -111,14 +90,17 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if None not in each and each[0] != each[1]:
             found.append(problem)
     adapters = [form.pop("adapter") for form in (then, now) if "adapter" in form]
-    if len(adapters) == 2 and (adapters[0] is None) != (adapters[1] is None):
-        words = ["the whole policy" if each is None else f"an adapter ({each['peft_type']})" for each in adapters]
-        found.append(f"{words[0]} was trained, now {words[1]}")
-    elif len(adapters) == 2 and adapters[0] is not None:
-        for name in adapters[0].keys() & adapters[1].keys():
-            old, new = adapters[0][name], adapters[1][name]
-            if old != new:
-                found.append(f"the adapter's {name} was {old!r}, now {new!r}")
+    if len(adapters) == 2:
+        old, new = adapters
+        if (old is None) != (new is None):
+            words = ["the whole policy" if each is None else f"an adapter ({each['peft_type']})" for each in adapters]
+            found.append(f"{words[0]} was trained, now {words[1]}")
+        elif old is not None:
+            found += [
+                f"the adapter's {name} was {old[name]!r}, now {new[name]!r}"
+                for name in old.keys() & new.keys()
+                if old[name] != new[name]
+            ]
     return found + [
         f"{name} was {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now.get(name, then[name])
     ]

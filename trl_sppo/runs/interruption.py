@@ -16,10 +16,8 @@ from ..quiet import SAME_SIGNAL
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# What `timeout` exits with, of the GNU coreutils
-EXIT_TIME_BUDGET = 124
-# Share of the time budget that is kept for the checkpoint
-RESERVE = 0.05
+EXIT_TIME_BUDGET = 124  # as `timeout` of the GNU coreutils
+RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 
 class Interruption(TrainerCallback):
@@ -27,11 +25,7 @@ class Interruption(TrainerCallback):
     Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
     leaves room for, with a checkpoint. Several processes end together, after a rollout or an optimizer step.
 
-    Args:
-        trainer:
-            A [`ResumableTrainer`].
-        time_budget (`float`, *optional*):
-            Minutes that the process may take, counted from its start.
+    The time budget is in minutes from the start of the process.
     """
 
     def __init__(self, trainer: Any, time_budget: float | None):
@@ -42,8 +36,7 @@ class Interruption(TrainerCallback):
         if time_budget is not None:
             self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
         self._micro_step_began = 0.0
-        # The longest time between two looks at the clock, with evaluations and checkpoints: with a rollout,
-        # and without
+        # The longest time between two looks at the clock, with evaluations and checkpoints: with and without a rollout
         self._longest = {True: 0.0, False: 0.0}
         self._rollout = True  # whether the micro-step at hand begins with one
         self._epoch_has_ended = False
@@ -140,7 +133,5 @@ class Interruption(TrainerCallback):
             code = 128 + self._signal
         elif self._deadline is not None and now + self._longest[self._rollout] > self._deadline:
             code = EXIT_TIME_BUDGET
-        code = self.trainer.agree(code)
-        if code:
-            self.exit_code = code
+        self.exit_code = self.trainer.agree(code) or self.exit_code
         return self.exit_code is not None

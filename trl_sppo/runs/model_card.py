@@ -1,4 +1,4 @@
-"""What a model card says besides TRL's: how it was trained, and how often it beats the model it started from."""
+"""The model card: how the model was trained, and how often it beats the one it started from, besides TRL's text."""
 
 import re
 from importlib.metadata import version
@@ -12,15 +12,7 @@ RATE = re.compile(r"eval_(?:(?P<set>.+?)_)?win_rate_vs_initial/(?P<judge>.+)")
 
 
 def add_to_card(path: Path, trainer: Any) -> None:
-    """
-    Add to a model card that TRL has just written.
-
-    Args:
-        path (`Path`):
-            The card, `README.md`.
-        trainer ([`SPPOTrainer`]):
-            Trainer. Its log has the win rates.
-    """
+    """Add the training and the win rates of a trainer's log to a model card that TRL has just written."""
     text = path.read_text()
     # TRL has no name for a model that was loaded from a folder, nor for one that goes nowhere but into a folder
     text = text.replace("[None](https://huggingface.co/None)", "a model in a folder")

@@ -20,15 +20,13 @@ MAX_SKIPPED_STEPS = 3
 
 class NonFiniteSteps:
     """
-    Leaves the weights and the optimizer as they are where a gradient is not finite, and ends the run after
-    `MAX_SKIPPED_STEPS` of these in a row, with their batch on disk.
+    Skips steps whose gradient is not finite. After `MAX_SKIPPED_STEPS` in a row, saves the batch and ends the run.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin to count."""
         self.num_skipped = self._in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -39,19 +37,8 @@ class NonFiniteSteps:
 
     def passes(self, norm: torch.Tensor | float, trainer: Any) -> bool:
         """
-        Look at the gradient of an optimizer step.
-
-        Args:
-            norm (`torch.Tensor` or `float`):
-                Its norm, the same on all processes.
-            trainer:
-                The [`ResumableTrainer`].
-
-        Returns:
-            `bool`: whether it is finite. If not, the gradients are taken away, and the optimizer passes over them.
-
-        Raises:
-            [`~faults.RunError`]: if it was not for too long.
+        Whether a gradient's norm, the same on all processes, is finite. If not, the gradients are removed, so that the
+        optimizer changes nothing. Raises [`~errors.RunError`] if this was once too often.
         """
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -76,16 +63,7 @@ class NonFiniteSteps:
 
 
 def save_batch(trainer: Any, folder: Path) -> None:
-    """
-    Save this process's micro-batches of an optimizer step: tensors (`torch.load` reads them with `weights_only=True`),
-    and the texts.
-
-    Args:
-        trainer:
-            A [`ResumableTrainer`].
-        folder (`Path`):
-            Where to.
-    """
+    """Save this process's micro-batches of an optimizer step: tensors (`torch.load` them safely) and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = trainer.accelerator.process_index
     micro_batches = trainer.micro_batches_of_step()

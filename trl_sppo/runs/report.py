@@ -59,21 +59,7 @@ class Diagnosis:
 
 
 def write_report(run: Path, evaluation_set: str | None = None) -> Path:
-    """
-    Write `report.html` into a run's output directory.
-
-    Args:
-        run (`Path`):
-            The directory.
-        evaluation_set (`str`, *optional*):
-            Evaluation set of a run with several. The first by default.
-
-    Returns:
-        `Path`: the page.
-
-    Raises:
-        `ValueError`: if the folder has no log of a training, or the evaluation set is unknown.
-    """
+    """Write `report.html` into a run's directory. Raises `ValueError` if it has no log or no such evaluation set."""
     from jinja2 import Environment
 
     history = read_history(run)
@@ -138,17 +124,7 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 
 def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
-    """
-    Compare the metrics of a training with their healthy bounds.
-
-    Args:
-        history (`list[dict]`):
-            Its log.
-
-    Returns:
-        `list[Diagnosis]`: one for each metric of `RULES` that was logged. Start and end are means over the first and
-        the last fifth of the log.
-    """
+    """Compare logged metrics with their healthy bounds. Start and end are means over the first and last fifth."""
     found = []
     for name, low, high, good, bad in RULES:
         values = curve(history, name)[1]
@@ -171,15 +147,13 @@ def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:
         outcome = "unscored"
         if ours is not None and theirs is not None:
             outcome = "won" if ours > theirs else "lost" if ours < theirs else "tied"
-        rows.append(
-            {
-                "prompt": as_text(before["prompt"]),
-                "before": as_text(before["completions"][0]),
-                "after": as_text(after["completions"][0]),
-                "scores": scores,
-                "outcome": outcome,
-            }
-        )
+        rows.append({
+            "prompt": as_text(before["prompt"]),
+            "before": as_text(before["completions"][0]),
+            "after": as_text(after["completions"][0]),
+            "scores": scores,
+            "outcome": outcome,
+        })  # fmt: skip
     return rows
 
 
@@ -224,18 +198,12 @@ def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
 
     panels: list[tuple[str, str, dict[str, str]]] = [
         ("Reward of the rollouts", "mean score", {"reward": "training", f"{prefix}_reward": "evaluation"}),
-        (
-            "Log-ratio to the rollout policy",
-            "nats per completion",
-            {"winner_log_ratio": "winners", "loser_log_ratio": "losers"},
-        ),
-        (
-            "Length of completions",
-            "tokens",
-            {"completions/winners_mean_length": "winners", "completions/losers_mean_length": "losers"},
-        ),
+        ("Log-ratio to the rollout policy", "nats per completion",
+         {"winner_log_ratio": "winners", "loser_log_ratio": "losers"}),
+        ("Length of completions", "tokens",
+         {"completions/winners_mean_length": "winners", "completions/losers_mean_length": "losers"}),
         ("Entropy", "nats per token", {"entropy": "policy"}),
-    ]
+    ]  # fmt: skip
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axis, (title, unit, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, label in names.items():

@@ -1,4 +1,4 @@
-"""[`ResumableTrainer`]: what TRL's GRPO trainer lacks for a run to end at any point and go on as if it had not."""
+"""[`ResumableTrainer`]: GRPO's trainer, whose runs may end at any point and continue."""
 
 import copy
 import random
@@ -52,14 +52,6 @@ class ResumableTrainer(GRPOTrainer):
     TRL forgets the rollouts of an iteration when a run ends inside it, and starts each resumed run with the order that
     the prompts have in the first epoch. Here a checkpoint also holds the rollouts that are still to be trained on, and
     it counts only once it is whole.
-
-    Args:
-        adapter (`str`, *optional*):
-            Folder of the adapter that is continued.
-        given_rollouts ([`~datasets.Dataset`], *optional*):
-            Rollouts that are trained on instead of sampling.
-        args, kwargs:
-            Arguments of [`~trl.GRPOTrainer`].
     """
 
     args: SPPOConfig
@@ -71,9 +63,8 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.adapter = adapter
-        policy = cast(torch.nn.Module, self.model)
-        bits = quantized_bits(policy, self.args)
-        self._form = form_of(self.args, policy, None, self.optimizer, bits, adapter)
+        bits = quantized_bits(self.model, self.args)
+        self._form = form_of(self.args, self.model, None, self.optimizer, bits, adapter)
         template = getattr(self.processing_class, "chat_template", None)
         self._form["tokenizer"] = digest(template, self.eos_token_ids, len(self._tokenizer))
         self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
@@ -94,7 +85,7 @@ class ResumableTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to go on from, or `True` for the last one in `args.output_dir`. One that is torn is passed
+                Checkpoint to continue from, or `True` for the last one in `args.output_dir`. A torn one is passed
                 over for the one before; with `True`, a run that has none yet begins at step 0.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
@@ -153,15 +144,14 @@ class ResumableTrainer(GRPOTrainer):
         return output
 
     def describe(self) -> dict[str, Any]:
-        """What readers of the run will want to know."""
-        config = self.args.to_dict()
+        """Facts for readers of the run."""
         tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
         return {
             "policy": self.policy_name,
             **({"tools": tools} if tools else {}),
             **({"images": True} if self._has_images() else {}),
             "versions": installed_versions(self.args.use_vllm),
-            "config": {name: value for name, value in config.items() if value is not None},
+            "config": {name: value for name, value in self.args.to_dict().items() if value is not None},
         }
 
     def _has_images(self) -> bool:
@@ -172,7 +162,6 @@ class ResumableTrainer(GRPOTrainer):
         return bool(set(IMAGES) & set(columns)) or any("Image(" in each for each in features)
 
     def _forget_earlier_training(self) -> None:
-        """Of this trainer, in this process."""
         self._step, self._buffered_inputs = 0, None
         self._boundary = self._last_saved_step = None
         self._metrics["train"].clear()
@@ -230,11 +219,11 @@ class ResumableTrainer(GRPOTrainer):
         return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
 
     def remember(self) -> None:
-        """Keep the state that the run has now, when an optimizer step begins."""
+        """Keep the state at the beginning of an optimizer step."""
         self._boundary = self._get_state()
 
     def forget(self) -> None:
-        """Forget it again: the optimizer step is taken."""
+        """Drop that state: the optimizer step is taken."""
         self._boundary = None
 
     def roll_back(self) -> None:
@@ -289,7 +278,7 @@ class ResumableTrainer(GRPOTrainer):
             )
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
-            cast(torch.nn.Module, self.model).train()  # the last lines of the log are those of a training
+            self.model.train()  # the last lines of the log are those of a training
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -307,11 +296,8 @@ class ResumableTrainer(GRPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed holds the gradients itself, and a scaler of float16 gradients looks at them itself
-        if (
-            not self.is_deepspeed_enabled
-            and self.accelerator.scaler is None
-            and not self._nonfinite.passes(norm, self)
-        ):
+        looks = not self.is_deepspeed_enabled and self.accelerator.scaler is None
+        if looks and not self._nonfinite.passes(norm, self):
             self._metrics["train"]["skipped_steps"] = [self._nonfinite.num_skipped]
         return norm
 
@@ -379,7 +365,7 @@ class ResumableTrainer(GRPOTrainer):
         super()._save_rng_state(str(folder))
 
     def load_random_state(self, folder: Path) -> None:
-        """Load it again."""
+        """Load the state that `save_random_state` has saved."""
         super()._load_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
