@@ -288,10 +288,13 @@ class ResumableTrainer(GRPOTrainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args, **kwargs):
+        best = self.state.best_model_checkpoint
         if self._interruption.exit_code is not None:
-            # The run is not over: there is no best model yet, to be loaded, and to delete the last checkpoint for
+            # The run is not over: the best model is not loaded yet, and the last checkpoint not deleted for it
             self.state.best_model_checkpoint = None
-        return super()._finalize_training(*args, **kwargs)
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return output
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
