@@ -22,20 +22,13 @@ logger = logging.get_logger(__name__)
 
 
 class DefaultMetric(str):
-    """The name of a metric that nobody has asked for."""
+    """The name of a metric chosen here, not by the user."""
 
 
 def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
     """
-    Let a win rate say which policy is the best: transformers' default, the loss, says nothing about that.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration, in which the metric is set.
-        judges (sequence of `str`):
-            Names of the judges. The first decides.
-        eval_dataset:
-            The evaluation set, or a `dict` of them, of which the first decides.
+    Make the win rate under the first judge, on the first evaluation set, say which policy is the best. transformers'
+    default, the loss, does not tell.
     """
     if args.metric_for_best_model != "loss" and not isinstance(args.metric_for_best_model, DefaultMetric):
         return
@@ -49,13 +42,8 @@ def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
 
 class Opponents(TrainerCallback):
     """
-    Lets each evaluation of a training play against the first one and the one before, without sampling those again.
-
-    For each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
-
-    Args:
-        trainer:
-            An [`SPPOTrainer`].
+    Lets each evaluation of a training play against the first one and the one before, without sampling those again. For
+    each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
     """
 
     def __init__(self, trainer: Any):
@@ -88,13 +76,8 @@ class Opponents(TrainerCallback):
 
     def begin(self, prefix: str, dataset: Any) -> None:
         """
-        Begin an evaluation.
-
-        Args:
-            prefix (`str`):
-                Of its metrics: `"eval"`, and the name of the evaluation set if there are several.
-            dataset:
-                The evaluation set. Several processes may see some of its prompts again at the end.
+        Begin an evaluation. `prefix` is that of its metrics. Several processes may see some prompts of `dataset` again
+        at the end.
         """
         self._prefix, self._name = prefix, prefix.removeprefix("eval").removeprefix("_")
         self._num_prompts = len(dataset) if isinstance(dataset, Sized) else None
@@ -104,15 +87,8 @@ class Opponents(TrainerCallback):
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Any], lengths: torch.Tensor, scores: dict
     ) -> None:
         """
-        Add a batch.
-
-        Args:
-            rows (sequence of `dict`), completions (sequence):
-                This process's rows of the dataset and their completions.
-            lengths (`torch.Tensor` of shape `(groups, K)`):
-                Tokens of the completions of all processes.
-            scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
-                By reward source.
+        Add a batch: rows and completions of this process; lengths in tokens, and scores by reward source, of all
+        processes.
         """
         size = lengths.size(1)
         # Images are for oracles, and gathered only if there are any: they are large
@@ -140,10 +116,7 @@ class Opponents(TrainerCallback):
 
     def finish(self) -> dict[str, float]:
         """
-        Play against the opponents, and keep the answers for the next evaluation.
-
-        Returns:
-            `dict[str, float]`: metrics, with the prefix.
+        Play against the opponents, and keep the completions for the next evaluation. Returns metrics, with the prefix.
         """
         groups, self._groups = self._groups[: self._num_prompts], []
         trainer, step = self.trainer, self.trainer.state.global_step

@@ -21,29 +21,15 @@ TEXTS = 256  # of a reward model's, tokenized at a time
 
 
 class RewardSources:
-    """
-    Reward models and reward functions by name.
-
-    Args:
-        names (sequence of `str`):
-            Their names.
-        sources (list of `nn.Module` or callable):
-            Reward models on their device, and reward functions. These may be asynchronous.
-        tokenizers (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
-            Of the reward models.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat templates of reward models.
-        kind (`str`, *optional*, defaults to `"reward source"`):
-            What messages call one.
-    """
+    """Reward models, on their device, and reward functions, which may be asynchronous, by name."""
 
     def __init__(
         self,
         names: Sequence[str],
         sources: list[Any],
-        tokenizers: Sequence[Any],
+        tokenizers: Sequence[Any],  # of the reward models, else None
         chat_template_kwargs: dict[str, Any] | None = None,
-        kind: str = "reward source",
+        kind: str = "reward source",  # what messages call one
     ):
         self.names = list(names)
         self.sources = sources  # the trainer's own list, whose entries may be replaced as in TRL
@@ -59,33 +45,14 @@ class RewardSources:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         columns: dict[str, list],
-        timed: Callable[[str], AbstractContextManager] = nullcontext,
-        if_one_fails: str = "",
+        timed: Callable[[str], AbstractContextManager] = nullcontext,  # a context by name, in which that source runs
+        if_one_fails: str = "",  # advice, added to the message
         disable_tqdm: bool = True,
         **more: Any,
     ) -> torch.Tensor:
         """
-        Score completions.
-
-        Args:
-            prompts, completions (sequence):
-                N of each: texts, or lists of messages.
-            columns (`dict[str, list]`):
-                The dataset's columns, N values each, for reward functions.
-            timed (callable, *optional*):
-                Makes a context, by the name of a source, in which that is asked.
-            if_one_fails (`str`, *optional*):
-                What to add to the message if a source fails.
-            disable_tqdm (`bool`, *optional*, defaults to `True`):
-                Whether to show no progress bar.
-            more:
-                Further arguments of reward functions.
-
-        Returns:
-            `torch.Tensor` of shape `(N, sources)`: the scores, NaN where a source gave no finite one.
-
-        Raises:
-            [`~faults.RunError`]: if a source fails. The message names it.
+        Scores of N completions, of shape `(N, sources)`, NaN where a source gave no finite one. Raises
+        [`~errors.RunError`], which names the source, if one fails.
         """
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
         scores = torch.full((len(completions), len(self)), torch.nan)
