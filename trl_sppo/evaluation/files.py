@@ -58,9 +58,7 @@ def with_messages(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class EvaluationFiles:
-    """
-    The evaluations in an output directory: a file for each, in a folder for each evaluation set if there are several.
-    """
+    """The evaluations in an output directory: a file each, in a folder for each of several evaluation sets."""
 
     def __init__(self, output_dir: str):
         self.folder = Path(output_dir) / FOLDER

@@ -26,10 +26,7 @@ class DefaultMetric(str):
 
 
 def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
-    """
-    Make the win rate under the first judge, on the first evaluation set, say which policy is the best. transformers'
-    default, the loss, does not tell.
-    """
+    """Let the first judge's win rate on the first evaluation set select the best policy, instead of the loss."""
     if args.metric_for_best_model != "loss" and not isinstance(args.metric_for_best_model, DefaultMetric):
         return
     prefix = f"eval_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else "eval"
@@ -75,10 +72,7 @@ class Opponents(TrainerCallback):
         self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
 
     def begin(self, prefix: str, dataset: Any) -> None:
-        """
-        Begin an evaluation. `prefix` is that of its metrics. Several processes may see some prompts of `dataset` again
-        at the end.
-        """
+        """Begin an evaluation, whose metrics have this prefix. Processes may see some prompts of `dataset` twice."""
         self._prefix, self._name = prefix, prefix.removeprefix("eval").removeprefix("_")
         self._num_prompts = len(dataset) if isinstance(dataset, Sized) else None
         self._groups = []
@@ -86,10 +80,7 @@ class Opponents(TrainerCallback):
     def add(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Any], lengths: torch.Tensor, scores: dict
     ) -> None:
-        """
-        Add a batch: rows and completions of this process; lengths in tokens, and scores by reward source, of all
-        processes.
-        """
+        """Add a batch: this process's rows and completions; all processes' lengths and scores, `(groups, K)`."""
         size = lengths.size(1)
         # Images are for oracles, and gathered only if there are any: they are large
         has_oracles = bool(self.trainer.voters.oracles or self.trainer.panel.oracles)
@@ -115,9 +106,7 @@ class Opponents(TrainerCallback):
         return bool(self.trainer.tools or self.trainer.environment_factories)
 
     def finish(self) -> dict[str, float]:
-        """
-        Play against the opponents, and keep the completions for the next evaluation. Returns metrics, with the prefix.
-        """
+        """Play against the opponents, keep the completions for the next evaluation, and return metrics."""
         groups, self._groups = self._groups[: self._num_prompts], []
         trainer, step = self.trainer, self.trainer.state.global_step
         steps = self._steps.get(self._name, [])

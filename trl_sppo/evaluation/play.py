@@ -35,18 +35,15 @@ def score_groups(panel: Panel, groups: Groups) -> None:
 
 def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
     """
-    Win rate and length-controlled win rate by reward source, from stored `"scores"` and `"lengths"`, on the prompts
-    that both have. A source that has not scored both is left out.
+    Win rate and length-controlled win rate by reward source, from stored `"scores"` and `"lengths"`. A source that has
+    not scored both sides is left out.
     """
     groups, opponents = aligned(groups, opponents)
     return _rates(_outcomes(groups, opponents), groups, opponents)
 
 
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """
-    The rows of two policies that play against each other, in the order of the first: see `matched`. Raises
-    `ValueError` if there are none.
-    """
+    """What `matched` returns. Raises `ValueError` if that is empty; logs how many rows play if some are left out."""
     ours, theirs = matched(groups, opponents)
     if not ours:
         raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
@@ -57,9 +54,8 @@ def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
 
 def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
     """
-    The rows of two policies with the same prompt, each in one pair. Of several rows of a prompt, those are paired
-    first whose other columns of the dataset are equal, as far as both sides have them; the others follow in their
-    order.
+    The rows of two policies with the same prompt, one to one, in the order of the first. Of several rows of a prompt,
+    those are matched first that are equal in the columns of the dataset that both have.
     """
     waiting: dict[str, Groups] = {}
     for group in opponents:
@@ -103,9 +99,8 @@ def play(
     groups: Groups, opponents: Groups, panel: Panel, voters: dict[str, PreferenceFunc] | None = None
 ) -> dict[str, tuple[WinRate, WinRate]]:
     """
-    Win rate and length-controlled win rate by judge: the reward sources that scored both, then the oracles, which
-    compare every completion with every one of the opponent's. `voters` are further oracles, which are trained on. A
-    judge without an outcome is left out.
+    Win rate and length-controlled win rate by judge: reward sources that scored both sides, then oracles: `voters`,
+    which are trained on, and the panel's. A judge that said nothing is left out.
     """
     groups, opponents = aligned(groups, opponents)
     outcomes = _outcomes(groups, opponents)

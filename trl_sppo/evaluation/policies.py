@@ -238,10 +238,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
-    """
-    Sample a policy's completions: a group for each of the P prompts, with S `"completions"` and their `"lengths"` in
-    tokens.
-    """
+    """Sample completions of each of P prompts: groups with S `"completions"` and their `"lengths"` in tokens."""
     tools = run_of(policy).get("tools")
     if tools:
         logger.warning(
@@ -321,10 +318,7 @@ def sample_ids(
     sampling: Sampling,
     description: str = "sampling",
 ) -> list[list[list[int]]]:
-    """
-    Sample with transformers: for each of P prompts, the tokens of S completions, up to the first EOS token and with
-    it.
-    """
+    """Sample with transformers: the tokens of S completions of each of P prompts, including the first EOS token."""
     torch.manual_seed(sampling.seed)
     repeated = [ids for ids in prompt_ids for _ in range(sampling.num_generations)]
     ends = end_tokens(model.generation_config, tokenizer)

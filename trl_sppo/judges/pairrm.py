@@ -30,11 +30,7 @@ from .local import LocalJudge, check_loaded, load, load_tokenizer, not_found
 
 
 # PairRM's prefixes: field of the config with the token's id -> token (https://huggingface.co/llm-blender/PairRM-hf)
-PREFIXES = {
-    "source_prefix_id": "<|source|>",
-    "cand1_prefix_id": "<|candidate1|>",
-    "cand2_prefix_id": "<|candidate2|>",
-}
+PREFIXES = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
 
 
 class DebertaV2PairRM(DebertaV2PreTrainedModel):

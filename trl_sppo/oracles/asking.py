@@ -95,8 +95,7 @@ def ask_oracle(
 ) -> Answers:
     """
     Compare the completions of each group, each process a part of the pairs. The result is the same on all processes.
-    An answer that is no probability in [0, 1], or that is missing because the oracle raised, is lost, and no other
-    with it.
+    An answer outside [0, 1] or missing, also because the oracle raised, is lost.
     """
     columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]

@@ -50,9 +50,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 class MicroBatchedRewardModel(nn.Module):
     """
-    A reward model that scores any number of texts, sorted by length and in micro-batches, each padded to its own
-    longest text. Its first logit is the score, which does not depend on the split. Memory is bounded by `batch_size`
-    times the longest text.
+    A reward model, whose first logit is the score, in micro-batches of texts of similar length. Scores do not depend
+    on the split. Memory is bounded by `batch_size` times the longest text.
     """
 
     def __init__(self, model: nn.Module, batch_size: int):

@@ -51,8 +51,7 @@ class RewardSources:
         **more: Any,
     ) -> torch.Tensor:
         """
-        Scores of N completions, of shape `(N, sources)`, NaN where a source gave no finite one. Raises
-        [`~errors.RunError`], which names the source, if one fails.
+        Scores of shape `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails.
         """
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
         scores = torch.full((len(completions), len(self)), torch.nan)

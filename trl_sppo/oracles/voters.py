@@ -71,8 +71,7 @@ class Voters:
 
     def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
         """
-        Scores of this process's completions by the reward sources, gathered: of shape `(completions of all processes,
-        sources)`, NaN where there is none.
+        Score this process's completions. Returns those of all: `(completions, sources)`, NaN where there is none.
         """
         scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
         scores = self.accelerator.gather(scores)
@@ -127,10 +126,7 @@ class Voters:
         return found, metrics
 
     def check_silence(self, scores: torch.Tensor, answers: dict[str, Answers], group_size: int) -> None:
-        """
-        Count prompts without a score or an answer. Raises [`~errors.RunError`] if a voter has been silent for too
-        long.
-        """
+        """Raise `RunError` if a voter has given no score or answer for too many prompts."""
         voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
         if len(self.sources) and not self.oracles:
             scored = ~scores[:, voting].isnan()
@@ -159,9 +155,9 @@ class Voters:
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
-        The number of prompts in a row without a word of a voter if it is too large, else 0. A voter that may pass gets
-        the time that its kind of prompts may take to come, by their share so far. Any other gets three rollouts, and
-        none at the start.
+        The number of prompts in a row without a score or answer of a voter if it is too large, else 0. A voter that
+        may pass has as long as its kind of prompts may take to come, by their share so far; any other three rollouts,
+        and none at the start.
         """
         seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
         if scored.any() or len(scored) == 0:
