@@ -118,10 +118,9 @@ def draw(ladders: dict[str, Matrix]) -> Any:
         axis.set_xticks(range(len(steps)), steps)
         axis.set_yticks(range(len(steps)), steps)
         if len(steps) <= 12:
-            for i, row in enumerate(values):
-                for j, value in enumerate(row):
-                    if i != j:
-                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
-                        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+            for i, j in permutations(range(len(steps)), 2):
+                value = values[i][j]
+                colour = "white" if abs(value - 0.5) > 0.3 else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=list(axes), label="win rate of the row against the column", shrink=0.8)
     return figure

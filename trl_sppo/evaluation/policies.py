@@ -123,7 +123,7 @@ def _check_model(what: str, path: str, trust_remote_code: bool, nor: str, cure: 
             check_weights(what, path, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"{what} is neither a file of completions, {nor}, nor a model that can be had from the Hugging Face hub. "
+            f"{what} is neither a file of completions, {nor}, nor a model that is available on the Hugging Face hub. "
             f"{cure} ({error})"
         ) from error
 

@@ -312,6 +312,6 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversationa
         raise ValueError(
             f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template to turn "
             "messages into the text it was trained on. Set `tokenizer.chat_template` (for a model that reads only the "
-            "answer, a template that renders the assistant's turn) and save it beside the model, or pass such a "
+            "completion, a template that renders the assistant's turn) and save it beside the model, or pass such a "
             "tokenizer in `reward_processing_classes`."
         )

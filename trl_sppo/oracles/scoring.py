@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,22 +21,18 @@ NO_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"
 TEXTS = 256  # of a reward model's, tokenized at a time
 
 
+@dataclass(eq=False)
 class RewardSources:
     """Reward models, on their device, and reward functions, which may be asynchronous, by name."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        sources: list[Any],
-        tokenizers: Sequence[Any],  # of the reward models, else None
-        chat_template_kwargs: dict[str, Any] | None = None,
-        kind: str = "reward source",  # what messages call one
-    ):
-        self.names = list(names)
-        self.sources = sources  # the trainer's own list, whose entries may be replaced as in TRL
-        self.tokenizers = list(tokenizers)
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        self.kind = kind
+    names: list[str]
+    sources: list[Any]  # the trainer's own list, whose entries may be replaced as in TRL
+    tokenizers: Sequence[Any]  # of the reward models, else None
+    chat_template_kwargs: dict[str, Any] | None = None
+    kind: str = "reward source"  # what messages call one
+
+    def __post_init__(self):
+        self.tokenizers = list(self.tokenizers)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,7 +73,7 @@ class RewardSources:
         if not is_conversational({"prompt": prompt}):
             return prompt + completion
         conversation: Any = {"messages": [*prompt, *completion]}
-        return cast(Any, apply_chat_template(conversation, tokenizer, **self.chat_template_kwargs))["text"]
+        return cast(Any, apply_chat_template(conversation, tokenizer, **(self.chat_template_kwargs or {})))["text"]
 
     @torch.inference_mode()
     def _run(

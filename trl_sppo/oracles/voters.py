@@ -70,9 +70,7 @@ class Voters:
         }
 
     def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
-        """
-        Score this process's completions. Returns those of all: `(completions, sources)`, NaN where there is none.
-        """
+        """Score this process's completions. Returns all processes' scores, `(completions, sources)`."""
         scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
         scores = self.accelerator.gather(scores)
         for name, column in zip(self.sources.names, scores.T, strict=True):
@@ -82,7 +80,7 @@ class Voters:
                 logger.warning(
                     f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
                     f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
-                    "metric win_rate/unscorable goes on counting the completions that no source could score."
+                    "metric win_rate/unscorable continues to count the completions that no source could score."
                 )
         return scores
 
@@ -120,7 +118,7 @@ class Voters:
                 logger.warning(
                     f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
                     f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
-                    f"preferences/{name}/lost goes on counting."
+                    f"preferences/{name}/lost continues to count them."
                 )
             found[name] = answers
         return found, metrics
