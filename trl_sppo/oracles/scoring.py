@@ -92,7 +92,6 @@ class RewardSources:
 
     @contextmanager
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
-        """Name the source that fails."""
         try:
             yield
         except Exception as error:  # whatever it is, the completions are not lost
