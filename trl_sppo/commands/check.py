@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
     if plan.rows is not None:
         gpu = "the GPU" if plan.place.processes == 1 else "each GPU"
         print(f"\nMemory on {gpu}, by arithmetic (docs/memory.md), of {plan.place.gpu / 1e9:g} GB")
-        print(memory_table(plan.rows))
+        value, phase = peak(plan.rows)
+        cells = [[name, f"{size / 1e9:.2f}"] for name, size in plan.rows.items()]
+        print(as_table(["what", "GB"], [*cells, [f"at most, while {phase}", f"{value / 1e9:.1f}"]]))
     for heading, lines in (("Looks wrong", wrong), ("Worth knowing", notes), ("Not known here", plan.unknown)):
         if lines:
             print(f"\n{heading}")
@@ -47,10 +49,3 @@ def main(argv: list[str]) -> int:
     if not wrong:
         print(f"\nNothing looks wrong{' in what could be checked' * plan.hub_is_away}.")
     return 1 if wrong else 0
-
-
-def memory_table(rows: dict[str, float]) -> str:
-    """The budget of a GPU, and the phase that needs most, as a table."""
-    value, phase = peak(rows)
-    cells = [[name, f"{size / 1e9:.2f}"] for name, size in rows.items()]
-    return as_table(["what", "GB"], [*cells, [f"at most, while {phase}", f"{value / 1e9:.1f}"]])

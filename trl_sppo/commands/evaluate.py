@@ -59,17 +59,9 @@ def main(argv: list[str]) -> int:
 
 def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     """
-    Compare two policies, write completions and results to `args.output_dir`, and print a table.
-
-    Args:
-        args ([`EvalArguments`]):
-            Options.
-
-    Returns:
-        `dict`: by judge, the win rate and the length-controlled win rate.
-
-    Raises:
-        `ValueError`: if the two cannot be compared. Most reasons are found before a model is loaded.
+    Compare two policies, write completions and results to `args.output_dir`, and print tables. Returns the win rate
+    and the length-controlled win rate by judge. Raises `ValueError` if the two cannot be compared, mostly before a
+    model is loaded.
     """
     sides = {"model": args.model_name_or_path, "opponent": args.opponent_name_or_path}
     check_sides(sides, args.output_dir, args.sampling)
@@ -104,13 +96,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
         for side, policy in sides.items()
     ]
     print(f"{as_table(['', 'policy', 'completions', 'mean length'], rows)}\n")
-    print(f"{win_rate_table(match.results)}\n")
+    rows = [[judge, f"{a}", f"{b}", f"{a.num_prompts}"] for judge, (a, b) in match.results.items()]
+    print(f"{as_table(['judge', 'win rate, 95 % interval', 'length-controlled', 'prompts'], rows)}\n")
     print(f"Saved in {folder}: win_rates.json, model.parquet, opponent.parquet.")
     return match.results
-
-
-def win_rate_table(results: dict[str, tuple[WinRate, WinRate]]) -> str:
-    """The win rates of each judge, with their intervals, as a table."""
-    columns = ["judge", "win rate, 95 % interval", "length-controlled", "prompts"]
-    rates = results.items()
-    return as_table(columns, [[judge, f"{a}", f"{b}", f"{a.num_prompts}"] for judge, (a, b) in rates])

@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     for judge, matrix in ladders.items():
-        print(f"\n{judge}: win rate of the row against the column\n{matrix_table(matrix)}")
+        steps = sorted(matrix, key=int)
+        rows = [[a, *("-" if a == b else f"{matrix[a][b].mean:.3f}" for b in steps)] for a in steps]
+        print(f"\n{judge}: win rate of the row against the column\n{as_table(['step', *steps], rows)}")
         print("\n".join(verdict(matrix)))
     facts = {
         judge: {a: {b: vars(rate) for b, rate in row.items()} for a, row in matrix.items()}
@@ -89,13 +91,6 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
             "--preference_funcs or another judge."
         )
     return ladders
-
-
-def matrix_table(matrix: Matrix) -> str:
-    """The mean win rates of a matrix, as a table."""
-    steps = sorted(matrix, key=int)
-    rows = [[a, *("-" if a == b else f"{matrix[a][b].mean:.3f}" for b in steps)] for a in steps]
-    return as_table(["step", *steps], rows)
 
 
 def _sampling_of(run: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def main(argv: list[str], module: str = "trl_sppo.train") -> int:
                 "continues from the last checkpoint.",
                 file=sys.stderr,
             )
-    return exit_status(list(codes.values()))
+    return next((128 - code if code < 0 else code for code in codes.values() if code), 1)  # 128 + a signal's number
 
 
 @contextmanager
@@ -72,8 +72,3 @@ def passing_on_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def exit_status(codes: list[int]) -> int:
-    """The status of a command whose processes ended with these codes. A signal counts as 128 + its number."""
-    return next((128 - code if code < 0 else code for code in codes if code), 1)

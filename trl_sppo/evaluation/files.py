@@ -58,13 +58,7 @@ def with_messages(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class EvaluationFiles:
-    """
-    The evaluations in an output directory: a file for each, a folder for each evaluation set if there are several.
-
-    Args:
-        output_dir (`str`):
-            Folder of the run.
-    """
+    """The evaluations in an output directory: a file each, in a folder for each of several evaluation sets."""
 
     def __init__(self, output_dir: str):
         self.folder = Path(output_dir) / FOLDER
@@ -86,7 +80,7 @@ class EvaluationFiles:
         return [*map(with_messages, pyarrow.parquet.read_table(path).to_pylist())] if path.is_file() else None
 
     def set_aside(self) -> None:
-        """Move what an earlier run has left here, so that the two are not mixed up."""
+        """Move the evaluations of an earlier run out of the way."""
         if self.folder.exists():
             aside = unused(self.folder)
             self.folder.rename(aside)

@@ -78,10 +78,9 @@ def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:
     """Triples in which each beats the next and the last beats the first, with the weakest of the three win rates."""
     found = []
     for a, b, c in permutations(matrix, 3):
-        rates = [matrix[x].get(y) for x, y in ((a, b), (b, c), (c, a))]
-        if a == min((a, b, c), key=int) and all(rate is not None and rate.mean > 0.5 for rate in rates):
-            known = [rate for rate in rates if rate is not None]
-            found.append(((a, b, c), min(known, key=lambda rate: rate.mean)))
+        rates = [matrix[x][y] for x, y in ((a, b), (b, c), (c, a)) if y in matrix[x] and matrix[x][y].mean > 0.5]
+        if a == min((a, b, c), key=int) and len(rates) == 3:
+            found.append(((a, b, c), min(rates, key=lambda rate: rate.mean)))
     return found
 
 
@@ -119,10 +118,9 @@ def draw(ladders: dict[str, Matrix]) -> Any:
         axis.set_xticks(range(len(steps)), steps)
         axis.set_yticks(range(len(steps)), steps)
         if len(steps) <= 12:
-            for i, row in enumerate(values):
-                for j, value in enumerate(row):
-                    if i != j:
-                        colour = "white" if abs(value - 0.5) > 0.3 else "black"
-                        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+            for i, j in permutations(range(len(steps)), 2):
+                value = values[i][j]
+                colour = "white" if abs(value - 0.5) > 0.3 else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=list(axes), label="win rate of the row against the column", shrink=0.8)
     return figure

@@ -143,7 +143,11 @@ def _unit_of_lengths(players: dict[str, Groups]) -> str:
     if all("lengths" in group for group in groups):
         return "tokens"
     for group in groups:
-        group["lengths"] = [_words(completion) for completion in group["completions"]]
+        texts = [
+            text if isinstance(text, str) else " ".join(message["content"] for message in text)
+            for text in group["completions"]
+        ]
+        group["lengths"] = [len(text.split()) for text in texts]
     return "words"
 
 
@@ -166,12 +170,6 @@ def _kept(sampled: dict[str, Path]) -> str:
 def prompts_of(groups: Groups) -> Dataset:
     """The prompts of completions, with the other columns of the dataset."""
     return Dataset.from_list([row_of(group) for group in groups])
-
-
-def _words(completion: Any) -> int:
-    """The length of a completion whose number of tokens is unknown."""
-    text = completion if isinstance(completion, str) else " ".join(message["content"] for message in completion)
-    return len(text.split())
 
 
 def mean_length(groups: Groups) -> float:

@@ -22,21 +22,11 @@ logger = logging.get_logger(__name__)
 
 
 class DefaultMetric(str):
-    """The name of a metric that nobody has asked for."""
+    """The name of a metric chosen here, not by the user."""
 
 
 def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
-    """
-    Let a win rate say which policy is the best: transformers' default, the loss, says nothing about that.
-
-    Args:
-        args ([`SPPOConfig`]):
-            Configuration, in which the metric is set.
-        judges (sequence of `str`):
-            Names of the judges. The first decides.
-        eval_dataset:
-            The evaluation set, or a `dict` of them, of which the first decides.
-    """
+    """Let the first judge's win rate on the first evaluation set select the best policy, instead of the loss."""
     if args.metric_for_best_model != "loss" and not isinstance(args.metric_for_best_model, DefaultMetric):
         return
     prefix = f"eval_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else "eval"
@@ -49,13 +39,8 @@ def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
 
 class Opponents(TrainerCallback):
     """
-    Lets each evaluation of a training play against the first one and the one before, without sampling those again.
-
-    For each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
-
-    Args:
-        trainer:
-            An [`SPPOTrainer`].
+    Lets each evaluation of a training play against the first one and the one before, without sampling those again. For
+    each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
     """
 
     def __init__(self, trainer: Any):
@@ -87,15 +72,7 @@ class Opponents(TrainerCallback):
         self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
 
     def begin(self, prefix: str, dataset: Any) -> None:
-        """
-        Begin an evaluation.
-
-        Args:
-            prefix (`str`):
-                Of its metrics: `"eval"`, and the name of the evaluation set if there are several.
-            dataset:
-                The evaluation set. Several processes may see some of its prompts again at the end.
-        """
+        """Begin an evaluation, whose metrics have this prefix. Processes may see some prompts of `dataset` twice."""
         self._prefix, self._name = prefix, prefix.removeprefix("eval").removeprefix("_")
         self._num_prompts = len(dataset) if isinstance(dataset, Sized) else None
         self._groups = []
@@ -103,17 +80,7 @@ class Opponents(TrainerCallback):
     def add(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Any], lengths: torch.Tensor, scores: dict
     ) -> None:
-        """
-        Add a batch.
-
-        Args:
-            rows (sequence of `dict`), completions (sequence):
-                This process's rows of the dataset and their completions.
-            lengths (`torch.Tensor` of shape `(groups, K)`):
-                Tokens of the completions of all processes.
-            scores (`dict[str, torch.Tensor]` of shape `(groups, K)`):
-                By reward source.
-        """
+        """Add a batch: this process's rows and completions; all processes' lengths and scores, `(groups, K)`."""
         size = lengths.size(1)
         # Images are for oracles, and gathered only if there are any: they are large
         has_oracles = bool(self.trainer.voters.oracles or self.trainer.panel.oracles)
@@ -139,12 +106,7 @@ class Opponents(TrainerCallback):
         return bool(self.trainer.tools or self.trainer.environment_factories)
 
     def finish(self) -> dict[str, float]:
-        """
-        Play against the opponents, and keep the answers for the next evaluation.
-
-        Returns:
-            `dict[str, float]`: metrics, with the prefix.
-        """
+        """Play against the opponents, keep the completions for the next evaluation, and return metrics."""
         groups, self._groups = self._groups[: self._num_prompts], []
         trainer, step = self.trainer, self.trainer.state.global_step
         steps = self._steps.get(self._name, [])

@@ -35,38 +35,15 @@ def score_groups(panel: Panel, groups: Groups) -> None:
 
 def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
     """
-    Play one policy's completions against another's, on the same prompts, by the scores that they have.
-
-    Args:
-        groups, opponents (`list[dict]`):
-            P rows each, with `"lengths"`, and `"scores"` by source.
-
-    Returns:
-        `dict`: for each source that scored both, the win rate and the length-controlled win rate. One that has scored
-        nothing is left out.
+    Win rate and length-controlled win rate by reward source, from stored `"scores"` and `"lengths"`. A source that has
+    not scored both sides is left out.
     """
     groups, opponents = aligned(groups, opponents)
     return _rates(_outcomes(groups, opponents), groups, opponents)
 
 
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """
-    The rows of two policies that play against each other, in the order of the first.
-
-    Rows play against each other if they have the same prompt, each with one. Of several rows of a prompt, those play
-    against each other that are equal in the other columns of the dataset, as far as both sides have them; what is left
-    does so in its order.
-
-    Args:
-        groups, opponents (`list[dict]`):
-            Rows with `"prompt"`.
-
-    Returns:
-        Two lists of rows of the same length.
-
-    Raises:
-        `ValueError`: if there are none.
-    """
+    """What `matched` returns. Raises `ValueError` if that is empty; logs how many rows play if some are left out."""
     ours, theirs = matched(groups, opponents)
     if not ours:
         raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
@@ -76,7 +53,10 @@ def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
 
 
 def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """See [`aligned`]: possibly no rows, and nothing is said of those left out."""
+    """
+    The rows of two policies with the same prompt, one to one, in the order of the first. Of several rows of a prompt,
+    those are matched first that are equal in the columns of the dataset that both have.
+    """
     waiting: dict[str, Groups] = {}
     for group in opponents:
         waiting.setdefault(key_of(group["prompt"]), []).append(group)
@@ -119,20 +99,8 @@ def play(
     groups: Groups, opponents: Groups, panel: Panel, voters: dict[str, PreferenceFunc] | None = None
 ) -> dict[str, tuple[WinRate, WinRate]]:
     """
-    Play one policy's completions against another's, on the same prompts.
-
-    Args:
-        groups, opponents (`list[dict]`):
-            P rows each, with `"prompt"`, `"completions"`, `"lengths"` and `"scores"` by source, and further columns,
-            which oracles get.
-        panel ([`Panel`]):
-            Judges. Its oracles compare every completion with every one of the opponent's.
-        voters (`dict`, *optional*):
-            Further pairwise oracles by name, which are trained on.
-
-    Returns:
-        `dict`: for each judge (the sources that scored both, then the oracles) the win rate and the length-controlled
-        win rate. A judge that says nothing is left out.
+    Win rate and length-controlled win rate by judge: reward sources that scored both sides, then oracles: `voters`,
+    which are trained on, and the panel's. A judge that said nothing is left out.
     """
     groups, opponents = aligned(groups, opponents)
     outcomes = _outcomes(groups, opponents)

@@ -50,37 +50,15 @@ OWN_CODE = "If you trust it, set trust_remote_code=True."
 
 @dataclass(frozen=True)
 class Sampling:
-    """
-    How to sample.
+    """How policies are sampled."""
 
-    Args:
-        num_generations (`int`):
-            Completions per prompt, S.
-        max_completion_length (`int`):
-            Length limit, in tokens.
-        temperature (`float`):
-            Sampling temperature.
-        seed (`int`):
-            Seed of the sampling.
-        batch_size (`int`):
-            Completions that transformers samples at the same time. vLLM chooses for itself.
-        use_vllm (`bool`):
-            Whether vLLM samples.
-        vllm_gpu_memory_utilization (`float`):
-            Share of the GPU's memory that vLLM takes.
-        trust_remote_code (`bool`):
-            Whether policies may run Python code of their own.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the policy's chat template.
-    """
-
-    num_generations: int = 4
-    max_completion_length: int = 1024
+    num_generations: int = 4  # completions per prompt, S
+    max_completion_length: int = 1024  # tokens
     temperature: float = 0.8
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = 64  # completions that transformers samples at the same time. vLLM chooses for itself
     use_vllm: bool = False
-    vllm_gpu_memory_utilization: float = 0.5
+    vllm_gpu_memory_utilization: float = 0.5  # share of the GPU's memory
     trust_remote_code: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -91,26 +69,13 @@ def is_file(policy: str) -> bool:
 
 
 def run_of(policy: str) -> dict[str, Any]:
-    """What was written down when the run began whose folder, or whose checkpoint, a policy is; empty if of none."""
+    """The facts that a run wrote down when it began, for a policy that is its folder or its checkpoint; else empty."""
     folder = Path(policy).resolve()
     return (read_beginning(str(folder)) or read_beginning(str(folder.parent))) if Path(policy).is_dir() else {}
 
 
 def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = False) -> None:
-    """
-    Check, without loading its weights, that a policy can be had.
-
-    Args:
-        policy (`str`):
-            Model, adapter, or file of completions.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether it may run Python code of its own.
-        use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether vLLM is to sample it.
-
-    Raises:
-        `ValueError`: if not.
-    """
+    """Raise `ValueError` if a policy cannot be loaded or sampled. No weights are loaded."""
     if is_file(policy):
         return
     if run_of(policy).get("images"):
@@ -158,7 +123,7 @@ def _check_model(what: str, path: str, trust_remote_code: bool, nor: str, cure: 
             check_weights(what, path, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"{what} is neither a file of completions, {nor}, nor a model that can be had from the Hugging Face hub. "
+            f"{what} is neither a file of completions, {nor}, nor a model that is available on the Hugging Face hub. "
             f"{cure} ({error})"
         ) from error
 
@@ -186,34 +151,16 @@ def _check_vllm_serves(adapter: str) -> None:
 
 def load_policy(policy: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
     """
-    Load a policy as it was trained.
-
-    An adapter is loaded by PEFT onto its base model. `AutoModelForCausalLM.from_pretrained(adapter)` would leave out
-    what it does not know of some kinds of adapters, such as DoRA's magnitudes, without a word.
-
-    Args:
-        policy (`str`):
-            Model or adapter. The base model of an adapter is what `base_model_name_or_path` says in its
-            `adapter_config.json`; a relative path is relative to the current directory, as in PEFT.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether it may run Python code of its own.
-        kwargs:
-            Further arguments of `AutoModelForCausalLM.from_pretrained`.
-
-    Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`].
-
-    Raises:
-        `ValueError`: if weights of an adapter are missing, or there are some that it has no place for.
+    Load a policy as it was trained: an adapter by PEFT, onto the base model that its `adapter_config.json` names.
+    Raises `ValueError` if the weights of an adapter do not fit.
     """
     kwargs = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
     if not is_adapter(policy):
         return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
-    config = config_of(policy)
-    model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
-    options: dict[str, Any] = {}
-    if model.device.type == "meta":
-        options |= {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    # AutoModelForCausalLM.from_pretrained(adapter) would silently leave out parts of some adapters: DoRA's magnitudes
+    revision = config_of(policy).revision
+    model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=revision, **kwargs)
+    options: Any = {"low_cpu_mem_usage": True, "torch_device": "cpu"} if model.device.type == "meta" else {}
     fit = f"its base model {base_of(policy)!r} and its own {CONFIG}"
     try:
         with warnings.catch_warnings():
@@ -236,19 +183,9 @@ def load_policy(policy: str, trust_remote_code: bool = False, **kwargs: Any) -> 
 
 def load_completions(path: str) -> Groups:
     """
-    Read a file of completions.
-
-    Args:
-        path (`str`):
-            Parquet, JSON lines or CSV with a column `"prompt"`, and `"completions"` (a list) or `"completion"` (one).
-            Of the latter, rows are put together that are equal in all other columns. Files of rollouts and evaluations
-            are such files.
-
-    Returns:
-        `list[dict]`: groups, with `"completions"`, and `"lengths"` and `"scores"` if the file has them.
-
-    Raises:
-        `ValueError`: if it cannot be read, lacks a column, or has more completions in one group than in another.
+    Read completions, and `"lengths"` and `"scores"` if there are any, from Parquet, JSON lines or CSV with the columns
+    `"prompt"` and `"completions"` (a list) or `"completion"` (one). Of the latter, rows are put together that are
+    equal in all other columns. Raises `ValueError` if groups differ in size.
     """
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
     try:
@@ -284,7 +221,7 @@ def load_completions(path: str) -> Groups:
 
 
 def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a file as a group. What is a column of the dataset, and what one of a group's own?"""
+    """A row of a file as a group: separates columns of the dataset from those of the group."""
     row = dict(row)
     own: dict[str, Any] = {"completions": row.pop("completions", None) or [row.pop("completion", None)]}
     scores, lengths = row.get("scores"), row.get("lengths")
@@ -301,20 +238,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
-    """
-    Sample a policy's completions.
-
-    Args:
-        policy (`str`):
-            Model or adapter.
-        prompts ([`~datasets.Dataset`]):
-            P rows with a column `"prompt"`, text or messages.
-        sampling ([`Sampling`]):
-            How.
-
-    Returns:
-        `list[dict]`: P groups, with S `"completions"` and their `"lengths"` in tokens.
-    """
+    """Sample completions of each of P prompts: groups with S `"completions"` and their `"lengths"` in tokens."""
     tools = run_of(policy).get("tools")
     if tools:
         logger.warning(
@@ -346,19 +270,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
 
 
 def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any, list[list[int]]]:
-    """
-    Tokenize prompts as a policy reads them.
-
-    Args:
-        policy, prompts, sampling:
-            As for [`sample`].
-
-    Returns:
-        The policy's tokenizer, and the token ids of each prompt.
-
-    Raises:
-        `ValueError`: if a prompt cannot be read.
-    """
+    """The tokenizer of a policy, and the token ids of each prompt. Raises `ValueError` if a prompt cannot be read."""
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):  # an adapter is saved with the tokenizer of its training
         tokenizer: Any = AutoTokenizer.from_pretrained(
             tokenizer_of(policy), trust_remote_code=sampling.trust_remote_code
@@ -406,22 +318,7 @@ def sample_ids(
     sampling: Sampling,
     description: str = "sampling",
 ) -> list[list[list[int]]]:
-    """
-    Sample with transformers, with a progress bar.
-
-    Args:
-        model, tokenizer:
-            The policy.
-        prompt_ids (sequence of `list[int]`):
-            Tokens of P prompts.
-        sampling ([`Sampling`]):
-            How.
-        description (`str`, *optional*):
-            Text of the progress bar.
-
-    Returns:
-        P lists of S completions: their tokens, up to the first EOS token and with it.
-    """
+    """Sample with transformers: the tokens of S completions of each of P prompts, including the first EOS token."""
     torch.manual_seed(sampling.seed)
     repeated = [ids for ids in prompt_ids for _ in range(sampling.num_generations)]
     ends = end_tokens(model.generation_config, tokenizer)

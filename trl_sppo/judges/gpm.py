@@ -5,13 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import check_positive
 from ..oracles.texts import Messages, break_up, break_up_messages, completion_text, last_part, special_tokens

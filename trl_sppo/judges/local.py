@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class LocalJudge:
-    """Judges that run a model in this process: devices, micro-batches, loading."""
+    """A judge that runs a model in this process. `limits` are the options that say where texts are truncated."""
 
     model: Any
     tokenizer: Any
@@ -30,16 +30,11 @@ class LocalJudge:
         self.num_truncated = 0
         self._limits = limits  # the options that say where texts are truncated
 
-    def _place(self) -> torch.device:
-        """Move the model where this process computes. Not earlier: the process may not know its device yet."""
-        device = PartialState().device
-        if not hasattr(self.model, "hf_device_map"):  # such a model has been placed already, by `device_map`
-            self.model.to(device)
-        return device
-
     def _micro_batches(self, ids: Sequence[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """Micro-batches of similar length: the rows of `ids`, and right-padded token ids and their mask."""
-        device = self._place()
+        device = PartialState().device  # not earlier: the process may not know its device yet
+        if not hasattr(self.model, "hf_device_map"):  # such a model has been placed already, by `device_map`
+            self.model.to(device)
         # Longest first: if memory does not suffice, it fails at once
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         for start in range(0, len(order), self.batch_size):
@@ -64,7 +59,7 @@ class LocalJudge:
 
 
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """A model, and which of its weights were missing."""
+    """A model, and transformers' loading info."""
     check_safetensors("judge", path)
     with no_own_code(path), whole_and_silent():  # nobody would put a divided judge together again
         return kind.from_pretrained(

@@ -30,25 +30,11 @@ from .local import LocalJudge, check_loaded, load, load_tokenizer, not_found
 
 
 # PairRM's prefixes: field of the config with the token's id -> token (https://huggingface.co/llm-blender/PairRM-hf)
-PREFIXES = {
-    "source_prefix_id": "<|source|>",
-    "cand1_prefix_id": "<|candidate1|>",
-    "cand2_prefix_id": "<|candidate2|>",
-}
+PREFIXES = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
 
 
 class DebertaV2PairRM(DebertaV2PreTrainedModel):
-    """
-    PairRM: the three prefix tokens gather the prompt and the two candidates, and a head compares them.
-
-        logit = mean over tasks of (head(source, candidate 1) - head(source, candidate 2))
-
-    The names of the weights are those of https://huggingface.co/llm-blender/PairRM-hf.
-
-    Args:
-        config ([`~transformers.DebertaV2Config`]):
-            With PairRM's fields: `n_tasks`, `drop_out`, `source_prefix_id`, `cand1_prefix_id`, `cand2_prefix_id`.
-    """
+    """PairRM: the three prefix tokens gather the prompt and the two candidates, and a head compares them."""
 
     base_model_prefix = "pretrained_model"
 
@@ -68,6 +54,7 @@ class DebertaV2PairRM(DebertaV2PreTrainedModel):
         """Compare: `input_ids` has shape `(N, L)` with each prefix token once a row, the logits have shape `(N,)`."""
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         source, first, second = (hidden[input_ids == getattr(self.config, field)] for field in PREFIXES)
+        # logit = mean over tasks of (head(source, candidate 1) - head(source, candidate 2))
         left = self.head_layer(torch.cat([source, first], dim=1))
         right = self.head_layer(torch.cat([source, second], dim=1))
         return SequenceClassifierOutput(logits=(left - right).mean(dim=1))

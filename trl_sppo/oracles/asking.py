@@ -1,4 +1,4 @@
-"""Asking pairwise oracles: which pairs, in which order, on which process, and what to do with bad answers."""
+"""Asking pairwise oracles: pairs, orders, processes, and bad answers."""
 
 import asyncio
 import inspect
@@ -51,17 +51,9 @@ def check_oracle(oracle: PreferenceFunc) -> None:
 
 def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
     """
-    The comparisons to ask for.
-
-    Args:
-        same (`torch.Tensor` of bool, of shape `(groups, K, K)`):
-            Which completions are identical, and need no comparison.
-        both_orders (`bool`):
-            Whether to ask about each pair in both orders. In one, the first place alternates, so that each completion
-            has it in about half of its comparisons.
-
-    Returns:
-        `torch.Tensor` of shape `(comparisons, 3)`: group, first and second completion, by groups.
+    The comparisons to ask for, of shape `(comparisons, 3)`: group, first and second completion, by groups. `same`, of
+    shape `(groups, K, K)`, marks identical completions, which need no comparison. In one order, the first place
+    alternates, so that each completion has it in about half of its comparisons.
     """
     ask = ~same
     if not both_orders:
@@ -73,76 +65,37 @@ def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
 
 @dataclass
 class Answers:
-    """
-    What a pairwise oracle said of a rollout.
+    """What a pairwise oracle said about a rollout."""
 
-    Args:
-        matrix (`torch.Tensor` of shape `(groups, K, K)`):
-            `[g, i, j]` is P(i beats j) when i is shown first, NaN where not asked or lost.
-        same (`torch.Tensor` of bool, of shape `(groups, K, K)`):
-            Identical completions, about which it was not asked.
-        num_asked, num_lost (`int`):
-            Comparisons, over all processes.
-        problem (`str`, *optional*, defaults to `SAYS_NOTHING`):
-            What was wrong, of the first one that was.
-    """
-
-    matrix: torch.Tensor
-    same: torch.Tensor
-    num_asked: int
+    matrix: torch.Tensor  # (groups, K, K): P(i beats j) when i is shown first, NaN where not asked or lost
+    same: torch.Tensor  # (groups, K, K): identical completions, about which it was not asked
+    num_asked: int  # comparisons, over all processes
     num_lost: int
-    problem: str = SAYS_NOTHING
+    problem: str = SAYS_NOTHING  # the first one
 
     @property
     def preferences(self) -> torch.Tensor:
-        """Shape `(groups, K, K)`: both orders averaged, identical completions 1/2, NaN where nothing was answered."""
+        """Shape `(groups, K, K)`: both orders averaged, 1/2 for identical completions, NaN where unknown."""
         return preferences_from_answers(self.matrix).masked_fill(self.same, 0.5)
 
 
 def ask_oracle(
     oracle: PreferenceFunc,
-    prompts: list,
+    prompts: list,  # of all processes, by groups, like completions and columns
     completions: list,
     columns: dict[str, list],
     group_size: int,
     both_orders: bool,
-    batch_size: int,
+    batch_size: int,  # comparisons per call, of whole groups: an oracle can read each of their completions once
     accelerator: Accelerator,
     log_metric: Callable[[str, float], None],
     disable_tqdm: bool = False,
-    known: torch.Tensor | None = None,
-    first_side: int | None = None,
+    known: torch.Tensor | None = None,  # the matrix of earlier answers, which are not asked for again
+    first_side: int | None = None,  # compare only the first so many of each group with the others of it
 ) -> Answers:
     """
-    Compare the completions of each group, each process a part of the pairs. What an oracle says outside [0, 1], leaves
-    out, or fails to say because it raises, is lost, and lost alone.
-
-    Args:
-        oracle (callable):
-            Pairwise oracle, possibly asynchronous.
-        prompts, completions (`list`):
-            Prompts and completions of all processes, by groups.
-        columns (`dict[str, list]`):
-            The dataset's columns, for all processes.
-        group_size (`int`):
-            Completions per prompt, K.
-        both_orders (`bool`):
-            Whether to ask about each pair in both orders.
-        batch_size (`int`):
-            Comparisons per call. A group is not divided, so that an oracle can read each of its completions once.
-        accelerator ([`~accelerate.Accelerator`]):
-            The processes.
-        log_metric (callable):
-            Logs a metric of the oracle's.
-        disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to show no progress bar.
-        known (`torch.Tensor` of shape `(groups, K, K)`, *optional*):
-            What it has said of these completions before, as in [`Answers`]. Then it is not asked.
-        first_side (`int`, *optional*):
-            Compare only the first so many completions of each group with the others of it, and not among each other.
-
-    Returns:
-        [`Answers`], the same on all processes.
+    Compare the completions of each group, each process a part of the pairs. The result is the same on all processes.
+    An answer outside [0, 1] or missing, also because the oracle raised, is lost.
     """
     columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
@@ -214,7 +167,7 @@ def own_copy(value: Any) -> Any:
 
 
 def ask(oracle: PreferenceFunc, **kwargs) -> Any:
-    """What an oracle says. It gets copies; a coroutine is awaited."""
+    """What an oracle returns. It gets copies; a coroutine is awaited."""
     output = oracle(**own_copy(kwargs))
     if inspect.iscoroutine(output):
         (output,) = run_coroutines([output])

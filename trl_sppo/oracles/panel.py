@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,44 +18,17 @@ from .reward_models import RewardSource, in_micro_batches, load_reward_models, w
 from .scoring import RewardSources, names_of
 
 
+@dataclass(eq=False)
 class Panel:
-    """
-    Judges of completions, in the evaluations of a training and outside of one. Nothing is trained on what they say.
+    """Judges of completions, during a training and outside of one. Their verdicts are not trained on."""
 
-    Args:
-        sources ([`RewardSources`]):
-            Reward models and reward functions.
-        oracles (`dict`):
-            Pairwise oracles by name.
-        accelerator ([`~accelerate.Accelerator`]):
-            The processes.
-        both_orders (`bool`, *optional*, defaults to `True`):
-            Whether oracles are asked for each pair in both orders.
-        batch_size (`int`, *optional*, defaults to `512`):
-            Comparisons per call of an oracle.
-        log_metric (callable, *optional*):
-            Logs a metric of a judge's.
-        disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to show no progress bars.
-    """
-
-    def __init__(
-        self,
-        sources: RewardSources,
-        oracles: dict[str, PreferenceFunc],
-        accelerator: Accelerator,
-        both_orders: bool = True,
-        batch_size: int = 512,
-        log_metric: Callable[[str, float], None] = lambda name, value: None,
-        disable_tqdm: bool = False,
-    ):
-        self.sources = sources
-        self.oracles = oracles
-        self.accelerator = accelerator
-        self.both_orders = both_orders
-        self.batch_size = batch_size
-        self.log_metric = log_metric
-        self.disable_tqdm = disable_tqdm
+    sources: RewardSources
+    oracles: dict[str, PreferenceFunc]
+    accelerator: Accelerator
+    both_orders: bool = True
+    batch_size: int = 512  # comparisons per call of an oracle
+    log_metric: Callable[[str, float], None] = lambda name, value: None
+    disable_tqdm: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -80,33 +54,13 @@ def load_panel(
     conversational: bool,
     trust_remote_code: Sequence[str] = (),
     both_orders: bool = True,
-    batch_size: int = 16,
-    columns: Sequence[str] | None = None,
+    batch_size: int = 16,  # completions per forward pass of a reward model
+    columns: Sequence[str] | None = None,  # of the prompts, if known: functions that need others are refused
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Panel:
     """
-    Check judges, and load those that are reward models.
-
-    Args:
-        reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
-            Reward sources, as for [`SPPOTrainer`].
-        preference_funcs (sequence of callable):
-            Pairwise oracles, likewise.
-        conversational (`bool`):
-            Whether prompts are lists of messages.
-        trust_remote_code (sequence of `str`, *optional*, defaults to `()`):
-            Reward models that may run Python code of their own.
-        both_orders (`bool`, *optional*, defaults to `True`):
-            Whether oracles are asked for each pair in both orders.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Completions per forward pass of a reward model.
-        columns (sequence of `str`, *optional*):
-            Columns of the prompts, if they are known: then functions that need others are refused.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat templates of reward models.
-
-    Raises:
-        `ValueError`: if a judge could not be asked.
+    Check judges, and load those that are reward models. Reward sources and oracles are given as to [`SPPOTrainer`].
+    Raises `ValueError` if a judge could not be called.
     """
     for oracle in preference_funcs:
         check_oracle(oracle)
@@ -144,7 +98,7 @@ def load_panel(
 
 
 def place(sources: Sequence[Any], accelerator: Accelerator) -> list[Any]:
-    """Put the reward models among these where they run, as TRL does."""
+    """Put the reward models among these on their device, as TRL does."""
     prepare = partial(accelerator.prepare_model, evaluation_mode=True, device_placement=True)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepare = partial(prepare_deepspeed, accelerator=accelerator)

@@ -50,16 +50,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 class MicroBatchedRewardModel(nn.Module):
     """
-    A reward model that scores any number of texts in micro-batches of similar length.
-
-    Texts are sorted by length, so a micro-batch is padded to its own longest text and not to that of the whole batch.
-    Memory is bounded by `batch_size` times the longest text. Scores do not depend on the split.
-
-    Args:
-        model (`nn.Module`):
-            A sequence classifier. Its first logit is the score.
-        batch_size (`int`):
-            Texts per forward pass.
+    A reward model, whose first logit is the score, in micro-batches of texts of similar length. Scores do not depend
+    on the split. Memory is bounded by `batch_size` times the longest text.
     """
 
     def __init__(self, model: nn.Module, batch_size: int):
@@ -106,7 +98,7 @@ def in_micro_batches(sources: Sequence[Any], batch_size: int) -> list[Any]:
 
 
 def without_slash(sources: Sequence[Any]) -> list[Any]:
-    """A folder by another spelling: its last part becomes the name of the reward source."""
+    """Paths without a final slash: the last part becomes the name of the reward source."""
     return [source.rstrip("/") if isinstance(source, str) and not is_url(source) else source for source in sources]
 
 
@@ -115,37 +107,14 @@ def load_reward_models(
     processing_classes: Sequence[PreTrainedTokenizerBase | None],
     conversational: bool,
     trust_remote_code: Sequence[str] = (),
-    chat_template_kwargs: dict[str, Any] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,  # for those given by URL: TRL passes them to the others
     quantization: str | None = None,
-    check: Callable[[list[Any], list[Any]], None] | None = None,
+    check: Callable[[list[Any], list[Any]], None] | None = None,  # gets sources and tokenizers before weights load
 ) -> tuple[list[Any], list[Any]]:
     """
-    Check all reward models, and only then load those given by path.
-
-    Args:
-        reward_funcs (sequence of `str`, [`~transformers.PreTrainedModel`] or callable):
-            Reward sources, as for [`SPPOTrainer`]. Callables are returned as they are. Checkpoints and adapters are
-            loaded from safetensors only, in their own dtype. A URL becomes a [`ServedRewardModel`].
-        processing_classes (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
-            Tokenizer of each reward model; `None` takes the one saved beside it.
-        conversational (`bool`):
-            Whether prompts are lists of messages, which a reward model reads through its chat template.
-        trust_remote_code (sequence of `str`, *optional*, defaults to `()`):
-            Reward models, of those given by path, whose own code may run.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template, for reward models given by URL. TRL passes them to the others.
-        quantization (`str`, *optional*):
-            `"8bit"` or `"4bit"`: how to load those given by path.
-        check (callable, *optional*):
-            Called with the reward sources and their tokenizers before any weights are loaded.
-
-    Returns:
-        The reward sources with paths and URLs replaced by models, and their tokenizers.
-
-    Raises:
-        `ValueError`: if a path cannot be found, or the model is no classifier with one label, or its tokenizer has no
-        padding token, or no chat template although the prompts are conversational; or if a server gives no score; or
-        if there is nothing to quantize. `ImportError`: if bitsandbytes is needed and not installed.
+    Check all reward models, and only then load those given by path: from safetensors only, in their own dtype. Returns
+    all reward sources and their tokenizers. Raises `ValueError` for one that cannot be found or used, and
+    `ImportError` if `quantization` (`"8bit"` or `"4bit"`) needs bitsandbytes and it is not installed.
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
@@ -182,12 +151,12 @@ def load_reward_models(
             )
         if isinstance(source, (str, PreTrainedModel)):
             name = source if isinstance(source, str) else source.config._name_or_path
-            if tokenizer is None and not name:
-                raise ValueError(
-                    f"reward model {type(source).__name__} was not loaded from a checkpoint, so no tokenizer is "
-                    "known for it: pass one in `reward_processing_classes`."
-                )
             if tokenizer is None:
+                if not name:
+                    raise ValueError(
+                        f"reward model {type(source).__name__} was not loaded from a checkpoint, so no tokenizer is "
+                        "known for it: pass one in `reward_processing_classes`."
+                    )
                 with own_code_is_refused(*_own_code(name)):
                     tokenizer = AutoTokenizer.from_pretrained(
                         tokenizer_of(name), trust_remote_code=source in trust_remote_code
@@ -265,7 +234,7 @@ def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSo
 
 
 def _own_code(name: str) -> tuple[str, str]:
-    """What brings code of its own, and what to do about it."""
+    """What brings code of its own, and the cure, for messages."""
     return f"reward model {name!r}", (
         f"If you trust it, name this model in `reward_trust_remote_code`: [{name!r}]. To a model that is already "
         "loaded, pass its tokenizer in `reward_processing_classes`."
@@ -287,7 +256,7 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
 
 
 def check_config(path: str, trusted: bool) -> None:
-    """Read a checkpoint's config.json only: would it load as a classifier with a trained, single-valued head?"""
+    """Raise `ValueError` if a checkpoint would not load as a classifier with a trained head of one label."""
     check_safetensors("reward model", path)
     check_whole_model("reward model", path)
     try:
@@ -311,8 +280,9 @@ def check_config(path: str, trusted: bool) -> None:
     if own_code and not trusted and not any(hasattr(transformers, name) for name in heads):
         raise own_code_error(*_own_code(path))
     if not heads and not own_code:
+        of_base = f"the adapter has no weights of one, and of its base model {base_of(path)!r} "
         raise ValueError(
-            f"reward model {path!r} has no scoring head: {_base(path)}its config.json names "
+            f"reward model {path!r} has no scoring head: {of_base * is_adapter(path)}its config.json names "
             f"{architectures or 'no architecture'}, and a head made now would give random scores. Use a checkpoint of "
             "a `...ForSequenceClassification` model with one label, such as those that TRL's RewardTrainer saves"
             + (", or an adapter that was trained with lora_task_type SEQ_CLS." if is_adapter(path) else ".")
@@ -320,10 +290,6 @@ def check_config(path: str, trusted: bool) -> None:
     # Two labels are the default, and then not written to config.json
     labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})
     _check_labels(path, labels.num_labels)
-
-
-def _base(path: str) -> str:
-    return f"the adapter has no weights of one, and of its base model {base_of(path)!r} " if is_adapter(path) else ""
 
 
 def _check_labels(name: str, labels: int | None) -> None:
@@ -346,6 +312,6 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversationa
         raise ValueError(
             f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template to turn "
             "messages into the text it was trained on. Set `tokenizer.chat_template` (for a model that reads only the "
-            "answer, a template that renders the assistant's turn) and save it beside the model, or pass such a "
+            "completion, a template that renders the assistant's turn) and save it beside the model, or pass such a "
             "tokenizer in `reward_processing_classes`."
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,36 +21,18 @@ NO_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"
 TEXTS = 256  # of a reward model's, tokenized at a time
 
 
+@dataclass(eq=False)
 class RewardSources:
-    """
-    Reward models and reward functions by name.
+    """Reward models, on their device, and reward functions, which may be asynchronous, by name."""
 
-    Args:
-        names (sequence of `str`):
-            Their names.
-        sources (list of `nn.Module` or callable):
-            Reward models on their device, and reward functions. These may be asynchronous.
-        tokenizers (sequence of [`~transformers.PreTrainedTokenizerBase`] or `None`):
-            Of the reward models.
-        chat_template_kwargs (`dict`, *optional*):
-            Further arguments of the chat templates of reward models.
-        kind (`str`, *optional*, defaults to `"reward source"`):
-            What messages call one.
-    """
+    names: list[str]
+    sources: list[Any]  # the trainer's own list, whose entries may be replaced as in TRL
+    tokenizers: Sequence[Any]  # of the reward models, else None
+    chat_template_kwargs: dict[str, Any] | None = None
+    kind: str = "reward source"  # what messages call one
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        sources: list[Any],
-        tokenizers: Sequence[Any],
-        chat_template_kwargs: dict[str, Any] | None = None,
-        kind: str = "reward source",
-    ):
-        self.names = list(names)
-        self.sources = sources  # the trainer's own list, whose entries may be replaced as in TRL
-        self.tokenizers = list(tokenizers)
-        self.chat_template_kwargs = chat_template_kwargs or {}
-        self.kind = kind
+    def __post_init__(self):
+        self.tokenizers = list(self.tokenizers)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,33 +42,13 @@ class RewardSources:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         columns: dict[str, list],
-        timed: Callable[[str], AbstractContextManager] = nullcontext,
-        if_one_fails: str = "",
+        timed: Callable[[str], AbstractContextManager] = nullcontext,  # a context by name, in which that source runs
+        if_one_fails: str = "",  # advice, added to the message
         disable_tqdm: bool = True,
         **more: Any,
     ) -> torch.Tensor:
         """
-        Score completions.
-
-        Args:
-            prompts, completions (sequence):
-                N of each: texts, or lists of messages.
-            columns (`dict[str, list]`):
-                The dataset's columns, N values each, for reward functions.
-            timed (callable, *optional*):
-                Makes a context, by the name of a source, in which that is asked.
-            if_one_fails (`str`, *optional*):
-                What to add to the message if a source fails.
-            disable_tqdm (`bool`, *optional*, defaults to `True`):
-                Whether to show no progress bar.
-            more:
-                Further arguments of reward functions.
-
-        Returns:
-            `torch.Tensor` of shape `(N, sources)`: the scores, NaN where a source gave no finite one.
-
-        Raises:
-            [`~faults.RunError`]: if a source fails. The message names it.
+        Scores of shape `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails.
         """
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
         scores = torch.full((len(completions), len(self)), torch.nan)
@@ -110,7 +73,7 @@ class RewardSources:
         if not is_conversational({"prompt": prompt}):
             return prompt + completion
         conversation: Any = {"messages": [*prompt, *completion]}
-        return cast(Any, apply_chat_template(conversation, tokenizer, **self.chat_template_kwargs))["text"]
+        return cast(Any, apply_chat_template(conversation, tokenizer, **(self.chat_template_kwargs or {})))["text"]
 
     @torch.inference_mode()
     def _run(
@@ -129,7 +92,6 @@ class RewardSources:
 
     @contextmanager
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
-        """Name the source that fails."""
         try:
             yield
         except Exception as error:  # whatever it is, the completions are not lost

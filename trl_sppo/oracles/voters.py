@@ -25,23 +25,7 @@ CHANCE = 1e-6  # and later as many as come in a row with this probability, by th
 
 
 class Voters:
-    """
-    Reward sources and pairwise oracles, with their weights.
-
-    Args:
-        args ([`SPPOConfig`]):
-            How they are asked.
-        sources ([`RewardSources`]):
-            Reward sources.
-        weights (`list[float]`):
-            Of the reward sources.
-        oracles (`dict`):
-            Pairwise oracles by name.
-        accelerator ([`~accelerate.Accelerator`]):
-            The processes.
-        train_dataset (*optional*):
-            The prompts: how many there are bounds the time that a voter may say nothing.
-    """
+    """Reward sources and pairwise oracles, with their weights."""
 
     def __init__(
         self,
@@ -50,7 +34,7 @@ class Voters:
         weights: list[float],
         oracles: dict[str, PreferenceFunc],
         accelerator: Any,
-        train_dataset: Any = None,
+        train_dataset: Any = None,  # its size bounds how long a voter may be silent
     ):
         self.args = args
         self.sources = sources
@@ -78,7 +62,7 @@ class Voters:
         self._silence = dict(state["silence"])
 
     def describe(self) -> dict[str, Any]:
-        """What readers of the run will want to know."""
+        """What the model card and the rollout files say about the voters."""
         return {
             "reward_sources": self.sources.names,
             "preference_funcs": list(self.oracles),
@@ -86,16 +70,7 @@ class Voters:
         }
 
     def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
-        """
-        Ask the reward sources about this process's completions.
-
-        Args:
-            prompts, completions (`list`), columns (`dict[str, list]`), more:
-                See [`RewardSources.score`].
-
-        Returns:
-            `torch.Tensor` of shape `(completions of all processes, sources)`: scores, NaN where there is none.
-        """
+        """Score this process's completions. Returns all processes' scores, `(completions, sources)`."""
         scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
         scores = self.accelerator.gather(scores)
         for name, column in zip(self.sources.names, scores.T, strict=True):
@@ -105,36 +80,20 @@ class Voters:
                 logger.warning(
                     f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
                     f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
-                    "metric win_rate/unscorable goes on counting the completions that no source could score."
+                    "metric win_rate/unscorable continues to count the completions that no source could score."
                 )
         return scores
 
     def compare(
         self,
-        prompts: list,
+        prompts: list,  # of all processes, by groups, like completions and columns
         completions: list,
         columns: dict[str, list],
         group_size: int,
         log_metric: Callable[[str, float], None],
-        known: Callable[[str], torch.Tensor] | None = None,
+        known: Callable[[str], torch.Tensor] | None = None,  # by name: the matrix of earlier answers, see ask_oracle
     ) -> tuple[dict[str, Answers], dict[str, float]]:
-        """
-        Ask the pairwise oracles.
-
-        Args:
-            prompts, completions (`list`), columns (`dict[str, list]`):
-                Of all processes, by groups.
-            group_size (`int`):
-                Completions per prompt, K.
-            log_metric (callable):
-                Logs a metric of an oracle's.
-            known (callable, *optional*):
-                What the oracle of a name has said of these completions before, of shape `(groups, K, K)`. Then it is
-                not asked.
-
-        Returns:
-            [`Answers`] by oracle, the same on all processes; and metrics.
-        """
+        """Answers of the pairwise oracles by name, the same on all processes; and metrics."""
         found: dict[str, Answers] = {}
         metrics: dict[str, float] = {}
         for name, oracle in self.oracles.items():
@@ -159,26 +118,13 @@ class Voters:
                 logger.warning(
                     f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
                     f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
-                    f"preferences/{name}/lost goes on counting."
+                    f"preferences/{name}/lost continues to count them."
                 )
             found[name] = answers
         return found, metrics
 
     def check_silence(self, scores: torch.Tensor, answers: dict[str, Answers], group_size: int) -> None:
-        """
-        Count prompts of which a voter has said nothing.
-
-        Args:
-            scores (`torch.Tensor` of shape `(completions of all processes, sources)`):
-                By the reward sources.
-            answers (`dict`):
-                By the pairwise oracles.
-            group_size (`int`):
-                Completions per prompt, K.
-
-        Raises:
-            [`~faults.RunError`]: if a voter has said nothing for too long.
-        """
+        """Raise `RunError` if a voter has given no score or answer for too many prompts."""
         voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
         if len(self.sources) and not self.oracles:
             scored = ~scores[:, voting].isnan()
@@ -207,21 +153,9 @@ class Voters:
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
-        Count the prompts in a row of which a voter has said nothing.
-
-        Args:
-            voter (`str`):
-                Its key.
-            scored (`torch.Tensor` of bool, of shape `(P,)`):
-                Of which prompts of this rollout it has said something.
-            may_pass (`bool`):
-                Whether it may say nothing of some prompts, as functions do that return `None` for other tasks.
-            alone (`bool`, *optional*, defaults to `True`):
-                Whether nothing is learned while it is silent. If others vote, it is given an epoch.
-
-        Returns:
-            `int`: their number if it is too large, else 0. A voter that may pass is given the time that its kind of
-            prompts may take to come, by their share so far. Any other is given three rollouts, and none at the start.
+        The number of prompts in a row without a score or answer of a voter if it is too large, else 0. A voter that
+        may pass has as long as its kind of prompts may take to come, by their share so far; any other three rollouts,
+        and none at the start.
         """
         seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
         if scored.any() or len(scored) == 0:
@@ -243,20 +177,7 @@ class Voters:
     def panel(
         self, scores: torch.Tensor, answers: dict[str, Answers], ended: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[float]]:
-        """
-        The votes.
-
-        Args:
-            scores (`torch.Tensor` of shape `(sources, groups, K)`):
-                By the reward sources.
-            answers (`dict`):
-                By the pairwise oracles.
-            ended (`torch.Tensor` of bool, of shape `(groups, K)`):
-                Whether a completion ends with an EOS token.
-
-        Returns:
-            Preference matrices of shape `(groups, K, K)`, and their weights.
-        """
+        """The votes: preference matrices of shape `(groups, K, K)`, and their weights."""
         votes, weights = preferences_of_sources(scores, self.source_weights, ended, self.args)
         votes += [answer.preferences.to(scores.device) for answer in answers.values()]
         return votes, [*weights, *self.oracle_weights]
@@ -265,22 +186,7 @@ class Voters:
 def preferences_of_sources(
     scores: torch.Tensor, weights: Sequence[float], ended: torch.Tensor, args: SPPOConfig
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """
-    The votes of the reward sources.
-
-    Args:
-        scores (`torch.Tensor` of shape `(sources, groups, K)`):
-            Scores, NaN where a source could not score.
-        weights (sequence of `float`):
-            Weight of each source.
-        ended (`torch.Tensor` of bool, of shape `(groups, K)`):
-            Whether a completion ends with an EOS token.
-        args ([`SPPOConfig`]):
-            How to compare.
-
-    Returns:
-        Preference matrices of shape `(groups, K, K)`, and their weights.
-    """
+    """The votes of the reward sources: preference matrices of shape `(groups, K, K)`, and their weights."""
     weights = list(weights)
     if args.reward_aggregation == "sum" and len(scores) > 0:
         watching = [k for k, weight in enumerate(weights) if weight == 0]  # logged and compared, without a vote

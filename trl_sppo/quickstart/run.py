@@ -78,16 +78,14 @@ def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None
 
 
 def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     def curve(axis, name: str, **kwargs) -> None:
         points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         axis.plot(*zip(*points, strict=True), marker="o", **kwargs)
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     curve(left, "reward", color="tab:blue")
     left.set(title="Reward of the rollouts", xlabel="optimizer step", ylabel="mean score")
     curve(middle, "winner_log_ratio", color="tab:green", label="winners")
@@ -103,4 +101,3 @@ def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
     right.tick_params(axis="x", labelsize="small")
     right.set(title="Win rate against the initial policy", ylim=(0, 1), ylabel="held-out prompts, 95 % interval")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
