@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm
@@ -290,3 +291,30 @@ def test_the_command_passes_signals_on_and_ends_with_their_code(workdir, tmp_pat
     assert not Path("out/model.safetensors").exists()
     subprocess.run(command, check=True, capture_output=True, env=environment, timeout=100)
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("processes", "asked"), [(1, [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8]), (2, [0, 1, 2, 2, 4, 4, 5, 6, 6, 8])]
+)
+def test_when_processes_agree(start, monkeypatch, processes, asked):
+    """Two micro-steps in an optimizer step, four in an iteration: before and after each optimizer step, and after a
+    rollout. One process looks after each micro-step."""
+    trainer = start("run", max_steps=4)
+    steps = []
+    monkeypatch.setattr(trainer, "agree", lambda code: steps.append(trainer._step) or code)
+    callback = trainer._interruption
+    monkeypatch.setattr(
+        callback, "trainer", Proxy(trainer, accelerator=SimpleNamespace(num_processes=processes)), raising=True
+    )
+    trainer.train()
+    assert steps == asked
+
+
+class Proxy:
+    """An object with other values of some attributes."""
+
+    def __init__(self, inner, **values):
+        self.__dict__.update(values, inner=inner)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)

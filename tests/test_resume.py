@@ -217,6 +217,45 @@ def test_completions_are_not_lost_when_scoring_fails(start, tmp_path):
         assert torch.equal(weights(resumed)[name], value)
 
 
+def test_scores_are_not_lost_when_log_probabilities_fail(start, tmp_path):
+    """They lie beside the rollout's file, which is written again only when all is known."""
+    whole = start("whole", save_steps=4)
+    whole.train()
+    failing = start("failing", save_steps=4)
+    compute = failing._get_per_token_logps_and_entropies
+
+    def fails(*args, **kwargs):
+        if failing._rollout is not None and failing._step == 12:
+            raise torch.OutOfMemoryError("no room")
+        return compute(*args, **kwargs)
+
+    failing._get_per_token_logps_and_entropies = fails
+    with pytest.raises(torch.OutOfMemoryError):
+        failing.train()
+    files = failing._recorder.files
+    assert "win_rates" not in files.read(3)[0] and "win_rates" in files.with_scored(3, files.read(3))[0]
+    resumed = start("failing", save_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
+    assert resumed.calls == {"generate": 1, "score": 1}  # of iteration 4 alone
+    assert "win_rates" in files.read(3)[0]
+
+
+def test_scores_of_other_completions_are_not_taken(start, tmp_path):
+    """Those of a run with other options, which has left them beside the file that it had not completed."""
+    trainer = start("run")
+    files = trainer._recorder.files
+    trainer.train()
+    groups = files.read(0)
+    files.write_scored(0, [{**group, "scores": {"score": [9.0] * 4}} for group in groups])
+    again = start("run", temperature=0.5, save_steps=100)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert files.read(1)[0]["scores"] != {"score": [9.0] * 4}
+    files.forget_scored(0)
+    bare = [{name: group[name] for name in group if name != "win_rates"} for group in groups]
+    assert files.with_scored(0, bare) == bare
+
+
 def test_rollouts_of_other_options_are_set_aside(start, tmp_path):
     start("run", save_steps=4, max_steps=6).train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
@@ -485,15 +524,16 @@ def test_another_chat_template_is_another_run(start, tmp_path):
         )
 
 
-def test_a_checkpoint_of_an_earlier_version_says_nothing_of_its_form(start, tmp_path):
+@pytest.mark.parametrize("written", [None, 1, 3])
+def test_a_checkpoint_of_another_version(start, tmp_path, written):
+    """Its rollouts and counters have another form. Refused before anything is loaded."""
     start("run", max_steps=1).train()
     path = tmp_path / "run" / "checkpoint-1" / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["form"]
-    path.write_text(json.dumps(manifest))
-    resumed = start("run", max_steps=2)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 2
+    assert manifest.pop("format") == 2
+    path.write_text(json.dumps({**manifest, "format": written} if written else manifest))
+    with pytest.raises(ValueError, match=r"checkpoint-1 was written by another version of trl_sppo"):
+        start("run", max_steps=2, resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_the_model_alone(start, tmp_path):

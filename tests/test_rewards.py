@@ -1,9 +1,11 @@
 """Reward models: micro-batches, and what is refused before anything is loaded."""
 
+import asyncio
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from helpers import decoder, encoder, make_tokenizer
+from helpers import count_abc, decoder, encoder, make_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
 )
@@ -216,6 +218,45 @@ def test_a_reward_function_that_returns_the_wrong_number(make_trainer):
     trainer = make_trainer(reward_funcs=lambda completions, **kwargs: [1.0])
     with pytest.raises(RuntimeError, match="returned 1 scores for 8 completions"):
         trainer.train()
+
+
+@pytest.mark.parametrize("fails_later", [False, True])
+def test_the_message_names_the_one_that_fails(make_trainer, fails_later):
+    def fine(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    def broken(completions, **kwargs):
+        raise LookupError("no such word")
+
+    async def broken_later(completions, **kwargs):
+        return broken(completions)
+
+    sources = [fine, broken_later if fails_later else broken, count_abc]
+    trainer = make_trainer(reward_funcs=sources)
+    with pytest.raises(RuntimeError) as error:
+        trainer.train()
+    assert str(error.value).startswith(f"reward source {sources[1].__name__!r} failed: LookupError: no such word.")
+    assert "fine" not in str(error.value) and "count_abc" not in str(error.value)
+
+
+def test_asynchronous_sources_run_together_in_one_loop(make_trainer):
+    """Each waits for the other, and a client may keep its connections between rollouts."""
+    loops, first_is_there = [], []
+
+    async def waits(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        for _ in range(1000):
+            if first_is_there:
+                return count_abc(completions)
+            await asyncio.sleep(0.001)
+        raise TimeoutError("the other has not begun")
+
+    async def comes_second(completions, **kwargs):
+        first_is_there.append(True)
+        return [1.0] * len(completions)
+
+    make_trainer(reward_funcs=[waits, comes_second], max_steps=2).train()
+    assert len(loops) == 2 and loops[0] is loops[1]
 
 
 # ---- The other arguments of the trainer

@@ -378,3 +378,24 @@ def test_options_that_contradict_stored_rollouts(make_trainer, tmp_path):
         make_trainer(rollouts_total_limit=0)
     with pytest.raises(ValueError, match="rollouts are to be written, but save_rollouts=False"):
         make_trainer(save_rollouts=False).rollout()
+
+
+@pytest.mark.parametrize("with_logps", [False, True])
+def test_a_rollout_is_written_twice(make_trainer, monkeypatch, with_logps):
+    """Once sampled, and once all is known. Scores are written by themselves in between."""
+    from trl_sppo.rollouts import files
+
+    written = []
+
+    def record(path, groups, features):
+        written.append((path.parent.name, sorted(COLUMNS.keys() & groups[0].keys())))
+        write(path, groups, features)
+
+    write = files.write_parquet
+    monkeypatch.setattr(files, "write_parquet", record)
+    options = ITERATIONS if with_logps else {}
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1, **options).train()
+    (first, sampled), (second, scored), (third, whole) = written
+    assert (first, second, third) == ("rollouts", "000000-scored", "rollouts")
+    assert scored == ["preferences", "scores", "win_rates"] and not set(scored) & set(sampled)
+    assert set(whole) == {*sampled, *scored, *(["logps"] if with_logps else [])}

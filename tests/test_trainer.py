@@ -13,6 +13,8 @@ from helpers import COMPLETIONS, alphabet_score, count_abc, decoder, fixed_rollo
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOTrainer
 
+import trl_sppo.trainer
+from trl_sppo import SPPOConfig
 from trl_sppo.errors import RunError
 
 
@@ -89,7 +91,6 @@ def test_later_steps_of_an_iteration_are_relative_to_the_rollout_policy(fixed, t
 
 
 def test_several_optimizer_steps_per_iteration_use_every_kept_row_once(fixed, tiny_model, monkeypatch):
-    import trl_sppo.trainer
 
     trained = []
     original = trl_sppo.trainer.sppo_loss
@@ -228,7 +229,6 @@ def test_truncated_completions_can_be_masked(fixed, tiny_model, monkeypatch):
         prompt: [ids[:-1] if k == 2 else ids for k, ids in enumerate(group)] for prompt, group in COMPLETIONS.items()
     }
     monkeypatch.setattr("helpers.COMPLETIONS", cut)
-    import trl_sppo.trainer
 
     trained = []
     original = trl_sppo.trainer.sppo_loss
@@ -795,3 +795,58 @@ def test_a_reward_function_changes_only_its_own_copies(make_trainer, vandal):
     assert notes == [[]] * 8 and all(completion_ids)
     stored = load_dataset("parquet", data_dir=f"{trainer.args.output_dir}/rollouts", split="train")
     assert [row[0]["content"] for group in stored["completions"] for row in group] == texts
+
+
+# ---- What is asked of other processes, and of the arguments
+
+
+def test_kept_completions_are_counted_once_per_iteration(make_trainer, monkeypatch):
+    """Four optimizer steps of two micro-batches: each micro-batch knows the count of its own step."""
+    counts, used = [], []
+    original = trl_sppo.trainer.count_kept
+
+    def count(slices, per_step, accelerator):
+        counts.append(original(slices, per_step, accelerator))
+        return counts[-1]
+
+    monkeypatch.setattr(trl_sppo.trainer, "count_kept", count)
+    trainer = make_trainer(
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=8, max_steps=4,
+        win_rate_threshold=0.8, prompts=["ab", "fgh", "cd e", "xyz"] * 8,
+    )  # fmt: skip
+    compute = trainer._compute_loss
+
+    def use(model, inputs):
+        used.append((int(inputs["num_kept"]), int(inputs["kept"].sum())))
+        return compute(model, inputs)
+
+    monkeypatch.setattr(trainer, "_compute_loss", use)
+    trainer.train()
+    (kept,) = counts
+    assert len(kept) == 4 and len(used) == 8
+    for step in range(4):
+        (one, a), (two, b) = used[2 * step : 2 * step + 2]
+        assert one == two == int(kept[step]) == max(a + b, 1)
+
+
+def test_a_training_writes_nothing_to_its_arguments(make_trainer, tmp_path, monkeypatch):
+    """Through evaluations, checkpoints with a limit, the best model, and a resumed run."""
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1,
+        "load_best_model_at_end": True, "per_device_eval_batch_size": 4, "max_steps": 2,
+        "trainer_kwargs": {"eval_dataset": Dataset.from_dict({"prompt": ["ab"]})},
+    }  # fmt: skip
+    trainers = [make_trainer(**options), make_trainer(**{**options, "max_steps": 3})]
+    owned = {id(trainer.args) for trainer in trainers}
+    written = []
+
+    def set_it(self, name, value):
+        if id(self) in owned:
+            written.append(name)
+        object.__setattr__(self, name, value)
+
+    monkeypatch.setattr(SPPOConfig, "__setattr__", set_it)
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=True)
+    assert set(written) <= {"eval_steps", "save_steps", "logging_steps"}, "shares of steps become numbers"
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] != []

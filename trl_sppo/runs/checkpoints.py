@@ -156,7 +156,7 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         )
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{checkpoint} was written by an earlier version of trl_sppo, with its rollouts and counters in another "
+            f"{checkpoint} was written by another version of trl_sppo, with its rollouts and counters in another "
             f"form. Resume it with that version, {new_run}"
         )
     now, then = layout_of(args), manifest["layout"]
