@@ -376,3 +376,10 @@ def test_messages_before_a_model_is_loaded(make_trainer, monkeypatch, options, o
     monkeypatch.setattr("trl.GRPOTrainer.__init__", lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises((ValueError, TypeError), match=message):
         make_trainer(**{"reward_funcs": count_abc, **options}, trainer_kwargs={"preference_func": oracles})
+
+
+def test_no_reward_source_has_no_weight(make_trainer):
+    trainer = make_trainer(reward_funcs=None, reward_weights=[], trainer_kwargs={"preference_func": more_abc})
+    trainer.train()
+    assert trainer.voters.weights == [1.0] and trainer.reward_funcs == []
+    assert "reward" not in trainer.state.log_history[0]

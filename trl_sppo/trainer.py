@@ -231,6 +231,8 @@ class SPPOTrainer(ResumableTrainer):
             kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
         # TRL insists on a reward source, also where all votes are those of oracles or of stored rollouts
         without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
+        if without_source:
+            args.reward_weights = None  # it may be []
         super().__init__(
             model=model,
             reward_funcs=[_no_reward] if without_source else sources[len(judges) :],
@@ -469,6 +471,8 @@ class SPPOTrainer(ResumableTrainer):
 
     def _ask_judges(self, asked: tuple, for_functions: dict[str, Any], group_size: int) -> dict[str, torch.Tensor]:
         """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
+        if not len(self.panel.sources):
+            return {}
         scores = self.panel.sources.score(*asked, **for_functions).to(self.accelerator.device)
         columns = dict(zip(self.panel.sources.names, self.accelerator.gather(scores).T, strict=True))
         for name, column in columns.items():

@@ -71,6 +71,8 @@ class Voters:
 
     def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
         """Score this process's completions. Returns all processes' scores, `(completions, sources)`."""
+        if not len(self.sources):
+            return torch.zeros(len(completions) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
         scores = self.accelerator.gather(scores)
         for name, column in zip(self.sources.names, scores.T, strict=True):
