@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import COMPLETIONS, alphabet_score, completions_table, count_abc
+from helpers import COMPLETIONS, alphabet_score, completions_table, count_abc, more_abc
 
 from trl_sppo.objectives import select_completions
 from trl_sppo.preferences import mean_preferences, preferences_from_scores
