@@ -273,7 +273,7 @@ def test_killed_at_any_point():
     points = int(os.environ.get("TRL_SPPO_KILL_POINTS", 12))
     script = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
     command = [sys.executable, str(script), "--points", str(points)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800 + 60 * points)
     assert result.returncode == 0, result.stdout + result.stderr
     counts = Counter(json.loads(result.stdout.splitlines()[-1]))
     assert counts["killed"] == counts["same weights"] == counts["same log"] == points, result.stdout

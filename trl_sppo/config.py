@@ -50,7 +50,7 @@ _REJECTED = {
     "The log always has `num_tokens`.": "include_num_input_tokens_seen",
     "Completions are not divided between processes. Shard the model with `fsdp` or `deepspeed`.": "parallelism_config",
     "A run always saves a checkpoint on SIGTERM. See also `time_budget`.": "enable_jit_checkpoint",
-    "There is no test set. `trl-sppo evaluate` compares policies.": "do_predict",
+    "There is no test set. `trl-sppo eval` compares policies.": "do_predict",
 }
 REJECTED_OPTIONS = {name: reason for reason, names in _REJECTED.items() for name in names.split()}
 # Other ways to write the default

@@ -20,8 +20,8 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 # Columns that have prompts as texts, in datasets of many makers
 TEXTS = ("question", "problem", "query", "instruction", "input", "text")
 
-# What reward functions and pairwise oracles are called with besides the dataset's columns. TRL and `comparisons` leave
-# out some columns with these names, overwrite others, and fail on the rest
+# What reward functions and pairwise oracles are called with besides the dataset's columns. `oracles.asking` and
+# `oracles.scoring` leave out some columns with these names, overwrite others, and fail on the rest
 ARGUMENTS_OF_FUNCTIONS = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
 NOT_FOR_FUNCTIONS = {"completion", "completion_ids"}
 

@@ -58,7 +58,7 @@ class Interruption(TrainerCallback):
                 # Not by logging, which may be what was interrupted
                 os.write(
                     2,
-                    f"\ntrl-sppo: {signal.Signals(number).name}: finishing the micro-step, then a checkpoint is "
+                    f"\ntrl-sppo: {signal.Signals(number).name}: finishing the step at hand, then a checkpoint is "
                     "written. The same signal again ends the run at once.\n".encode(),
                 )
             elif time.monotonic() - first > SAME_SIGNAL:
