@@ -285,7 +285,7 @@ class SPPOTrainer(ResumableTrainer):
                 self.reward_processing_classes,
                 cast(dict, self.chat_template_kwargs),
             ),
-            self.reward_weights.tolist(),
+            self.reward_weights,
             dict(zip(told_apart(names)[len(self.reward_func_names) :], oracles, strict=True)),
             self.accelerator,
             self.train_dataset,
@@ -424,7 +424,12 @@ class SPPOTrainer(ResumableTrainer):
         asked = rollout.prompts, rollout.completions, columns_of(rows)
         for_functions = self._for_reward_functions(rollout.completion_ids)
         names = self.voters.sources.names
-        rollout.scores = scores = self.voters.score(*asked, **for_functions) if known is None else known.scores(names)
+        if known is None:
+            ids = rollout.completion_ids
+            scores = self._calculate_rewards(rows, rollout.prompts, rollout.completions, ids)
+        else:
+            scores = known.scores(names)
+        rollout.scores = scores
         by_judge = self._ask_judges(asked, for_functions, rollout.group_size) if recorder is None else {}
 
         facts = rollout.facts(self.eos_token_ids, self._tokenizer.pad_token_id).to(scores.device)
@@ -467,6 +472,7 @@ class SPPOTrainer(ResumableTrainer):
             **({} if self.environments is None else {"environments": self.environments}),
             "if_one_fails": KEPT * (self.model.training and self._recorder.recalls),
             "timed": lambda name: profiling_context(self, name),
+            "loop": getattr(self, "async_loop", None),  # TRL's, in which tools and environments run
         }
 
     def _ask_judges(self, asked: tuple, for_functions: dict[str, Any], group_size: int) -> dict[str, torch.Tensor]:
@@ -474,7 +480,9 @@ class SPPOTrainer(ResumableTrainer):
         if not len(self.panel.sources):
             return {}
         scores = self.panel.sources.score(*asked, **for_functions).to(self.accelerator.device)
-        columns = dict(zip(self.panel.sources.names, self.accelerator.gather(scores).T, strict=True))
+        scores = self.accelerator.gather(scores)
+        self.panel.sources.warn(scores)
+        columns = dict(zip(self.panel.sources.names, scores.T, strict=True))
         for name, column in columns.items():
             if not column.isnan().all():
                 self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
@@ -484,7 +492,10 @@ class SPPOTrainer(ResumableTrainer):
         if not self.voters.oracles:
             return {}, {}
         everywhere = gather_object(prompts), gather_object(completions)
-        columns = {name: gather_object(values) for name, values in columns.items()}
+        rows = gather_object(
+            [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        )
+        columns = columns_of(rows) if rows else {}
         return self.voters.compare(*everywhere, columns, group_size, self._log_metric, known)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):

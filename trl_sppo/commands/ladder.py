@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..arguments.options import fail
+from ..errors import RunError
 from ..evaluation.ladder import SAMPLED, Matrix, climb, draw, sample_checkpoints, stored_players, verdict
 from ..evaluation.matches import prompts_of
 from ..files import read_beginning, write_atomically
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         kept = run / SAMPLED
         said = f"Sampled completions are in {kept}, for `trl-sppo eval`." if kept.exists() else ""
         raise KeyboardInterrupt(f"interrupted. {said}".strip()) from None
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RunError) as error:
         fail(error)
     for judge, matrix in ladders.items():
         steps = sorted(matrix, key=int)

@@ -62,9 +62,14 @@ class Opponents(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = {name: list(steps) for name, steps in state["steps"].items()}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    @property
+    def is_resumed(self) -> bool:
+        return self._elsewhere is not None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
         # The initial policy is the first opponent. A resumed run has that, or cannot have it any more
-        if state.global_step == 0 and args.eval_strategy != IntervalStrategy.NO and not args.eval_on_start:
+        is_first = state.global_step == 0 and not self.is_resumed and not self._steps
+        if is_first and args.eval_strategy != IntervalStrategy.NO:
             self.trainer.evaluate()
 
     def resume_from(self, checkpoint: str) -> None:

@@ -176,15 +176,17 @@ def ask(oracle: PreferenceFunc, **kwargs) -> Any:
     return output
 
 
-def run_coroutines(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results of coroutines that run together, or what they raised. All run in one event loop of this process."""
+def run_coroutines(
+    coroutines: Sequence[Coroutine[Any, Any, Any]], loop: asyncio.AbstractEventLoop | None = None
+) -> list[Any]:
+    """Results of coroutines that run together, or what they raised. By default in one loop of this process."""
 
     async def together() -> list[Any]:
         return await asyncio.gather(*coroutines, return_exceptions=True)
 
     if not coroutines:
         return []
-    return asyncio.run_coroutine_threadsafe(together(), _event_loop(os.getpid())).result()
+    return asyncio.run_coroutine_threadsafe(together(), loop or _event_loop(os.getpid())).result()
 
 
 @cache

@@ -1,6 +1,7 @@
 """Reward sources: reward models and reward functions, asked for scores."""
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -8,12 +9,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from ..errors import RunError, is_of_another_process
 from .asking import own_copy, run_coroutines
 
+
+logger = logging.get_logger(__name__)
 
 # Columns of the dataset that reward functions do not get: their own arguments have these names
 NO_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}
@@ -33,6 +37,7 @@ class RewardSources:
 
     def __post_init__(self):
         self.tokenizers = list(self.tokenizers)
+        self._warned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,6 +49,7 @@ class RewardSources:
         columns: dict[str, list],
         timed: Callable[[str], AbstractContextManager] = nullcontext,  # a context by name, in which that source runs
         if_one_fails: str = "",  # advice, added to the message
+        loop: asyncio.AbstractEventLoop | None = None,  # for asynchronous functions
         disable_tqdm: bool = True,
         **more: Any,
     ) -> torch.Tensor:
@@ -53,17 +59,19 @@ class RewardSources:
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
         scores = torch.full((len(completions), len(self)), torch.nan)
         asked = {"prompts": prompts, "completions": completions, **columns, **more}
-        waiting: list[int] = []  # asynchronous ones, asked together
+        coroutines: dict[int, Coroutine] = {}  # asked together
         for i, (name, source, tokenizer) in enumerate(zip(self.names, self.sources, self.tokenizers, strict=True)):
-            with self._named(name, completions, columns, if_one_fails), timed(name):
-                if isinstance(source, nn.Module):
-                    scores[:, i] = self._run(name, source, tokenizer, prompts, completions, disable_tqdm)
-                elif is_async_callable(source):
-                    waiting.append(i)
-                else:  # with copies: each source scores what was sampled, whatever another does to its arguments
-                    scores[:, i] = _to_scores(source(**own_copy(asked)), len(completions))
-        outputs = run_coroutines([self.sources[i](**own_copy(asked)) for i in waiting])
-        for i, output in zip(waiting, outputs, strict=True):
+            with self._named(name, completions, columns, if_one_fails):
+                # With copies: each source scores what was sampled, whatever another does to its arguments
+                if is_async_callable(source) and not isinstance(source, nn.Module):
+                    coroutines[i] = _timed(source(**own_copy(asked)), timed, name)
+                    continue
+                with timed(name):
+                    if isinstance(source, nn.Module):
+                        scores[:, i] = self._run(name, source, tokenizer, prompts, completions, disable_tqdm)
+                    else:
+                        scores[:, i] = _to_scores(source(**own_copy(asked)), len(completions))
+        for i, output in zip(coroutines, run_coroutines([*coroutines.values()], loop), strict=True):
             with self._named(self.names[i], completions, columns, if_one_fails):
                 scores[:, i] = _to_scores(output, len(completions))
         return scores.masked_fill(~scores.isfinite(), torch.nan)
@@ -80,7 +88,8 @@ class RewardSources:
         self, name: str, model: nn.Module, tokenizer: Any, prompts: Sequence, completions: Sequence, disable_tqdm: bool
     ) -> torch.Tensor:
         texts = [self.text(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
-        device = next(model.parameters()).device
+        devices = (weight.device for weight in model.parameters() if weight.device.type != "meta")  # not offloaded
+        device = next(devices, torch.device("cpu"))
         scores = []
         for start in tqdm(range(0, len(texts), TEXTS), desc=name, disable=disable_tqdm):
             inputs = tokenizer(
@@ -89,6 +98,18 @@ class RewardSources:
             )  # fmt: skip
             scores.append(model(**inputs.to(device)).logits[:, 0].cpu())
         return torch.cat(scores)
+
+    def warn(self, scores: torch.Tensor) -> None:
+        """Warn once of each source without a finite score for some completions. `scores`: `(N, sources)`."""
+        for name, column in zip(self.names, scores.T, strict=True):
+            unscorable = int(column.isnan().sum())
+            if unscorable and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    f"{self.kind} {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
+                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
+                    "metric win_rate/unscorable continues to count the completions that no source could score."
+                )
 
     @contextmanager
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
@@ -113,6 +134,11 @@ def names_of(sources: Sequence[Any]) -> list[str]:
         else get_callable_name(source)
         for source in sources
     ]
+
+
+async def _timed(coroutine: Coroutine, timed: Callable[[str], AbstractContextManager], name: str) -> Any:
+    with timed(name):
+        return await coroutine
 
 
 def _to_scores(output: Any, expected: int) -> torch.Tensor:

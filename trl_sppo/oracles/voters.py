@@ -31,14 +31,14 @@ class Voters:
         self,
         args: SPPOConfig,
         sources: RewardSources,
-        weights: list[float],
+        weights: torch.Tensor,  # of the sources. Callbacks may change them
         oracles: dict[str, PreferenceFunc],
         accelerator: Any,
         train_dataset: Any = None,  # its size bounds how long a voter may be silent
     ):
         self.args = args
         self.sources = sources
-        self.source_weights = weights
+        self._source_weights = torch.as_tensor(weights)
         self.oracles = oracles
         self.oracle_weights = args.preference_weights or [1.0] * len(oracles)
         self.accelerator = accelerator
@@ -50,6 +50,10 @@ class Voters:
     @property
     def names(self) -> list[str]:
         return [*self.sources.names, *self.oracles]
+
+    @property
+    def source_weights(self) -> list[float]:
+        return self._source_weights.tolist()
 
     @property
     def weights(self) -> list[float]:
@@ -75,15 +79,7 @@ class Voters:
             return torch.zeros(len(completions) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
         scores = self.accelerator.gather(scores)
-        for name, column in zip(self.sources.names, scores.T, strict=True):
-            unscorable = int(column.isnan().sum())
-            if unscorable and name not in self._warned:
-                self._warned.add(name)
-                logger.warning(
-                    f"reward source {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
-                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
-                    "metric win_rate/unscorable continues to count the completions that no source could score."
-                )
+        self.sources.warn(scores)
         return scores
 
     def compare(

@@ -158,8 +158,8 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
         )
     if script.preference_funcs or script.reward_funcs:
         notes.append(
-            "Functions and judges are not imported here. A misspelt name in a module is found when training starts, and their "
-            "memory and time are not counted."
+            "Functions and judges are not imported here. A misspelt name in a module is found when training starts, "
+            "and their memory and time are not counted."
         )
     return wrong, notes
 

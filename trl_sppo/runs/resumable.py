@@ -283,7 +283,7 @@ class ResumableTrainer(GRPOTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        if skip_scheduler and self.state.global_step > 0:
+        if skip_scheduler and self._opponents.is_resumed:
             return {}  # that of eval_on_start, which the run has had when it began
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
