@@ -387,9 +387,10 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
     trainer.train()
     names = [name for name, _, _ in calls]
     assert names == [
-        "_generate",  # SPPOTrainer's asks for the scores too
+        "_generate",
+        "_calculate_rewards",  # SPPOTrainer._generate asks
         "_get_per_token_logps_and_entropies",  # pi_t
-        "_calculate_rewards",  # gets these scores
+        "_calculate_rewards",  # TRL asks, and gets the same scores
         "_get_per_token_logps_and_entropies",  # pi_theta
     ], changed("the order of a rollout in GRPOTrainer", "this order", "_generate_and_score_completions")
 
@@ -398,13 +399,14 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
     _, completion_ids, tool_mask, completions, _, extra_fields, *_ = generated
     assert len(completion_ids) == len(completions) == 16 and isinstance(completion_ids[0], list)
     assert tool_mask is None and extra_fields == {}
-    scores = calls[2][2]
+    scores = calls[1][2]
+    assert calls[3][2] is scores
     assert scores.shape == (16, 1), changed(
         "GRPOTrainer._calculate_rewards",
         "the shape (completions of all processes, reward sources)",
         "_calculate_rewards",
     )
-    logps, entropies, _ = calls[3][2]
+    logps, entropies, _ = calls[4][2]
     assert logps.shape == entropies.shape
 
     assert len(trainer._buffered_inputs) == 2
