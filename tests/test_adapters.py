@@ -314,9 +314,7 @@ def test_a_checkpoint_is_not_written_over_by_the_run_that_begins_from_it(make_tr
     first.train()
     checkpoint = str(tmp_path / "out" / "checkpoint-1")
     assert is_adapter(checkpoint) == (kind == "adapter")
-    with pytest.raises(
-        ValueError, match=r"checkpoint-1' is a checkpoint in output_dir=.*out', .* Give another output"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-1' is a checkpoint in output_dir=.*out', .* Set another output"):
         make_trainer(checkpoint, **options)
     make_trainer(checkpoint, output_dir=str(tmp_path / "more"))  # as our own messages say
 
