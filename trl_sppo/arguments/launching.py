@@ -95,7 +95,11 @@ def accelerate_config(file: str | None) -> Any:
     except Exception as error:  # of YAML, of JSON, or whatever else a wrong entry ends in
         if isinstance(error, (AttributeError, TypeError)):
             error = ValueError("it is not a mapping of the options of `accelerate config`")
-        how = "Correct the file" if file else "Correct or delete the file, which `accelerate config` has written"
+        how = (
+            "Correct the file, or set accelerate_config to another"
+            if file
+            else "Correct or delete the file, which `accelerate config` has written"
+        )
         file, said = file or config_args.default_config_file, str(error).rstrip(".")
         raise ValueError(
             f"the configuration of accelerate {file} cannot be read: {said}. {how}; `accelerate config --config_file "
