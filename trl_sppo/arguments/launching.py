@@ -60,7 +60,7 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     check(dict.fromkeys(names), "command line")
     try:
         found = resolve_accelerate_config_argument(found + remaining)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"accelerate_config: {error}") from error
     # accelerate would run an argument without an option as the script
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])

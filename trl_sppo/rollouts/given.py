@@ -44,7 +44,13 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             loaded = datasets.load_dataset(kind, data_files=path)
         else:
             loaded = datasets.load_dataset(path)
-    except (OSError, ValueError, DatasetGenerationError, DatasetNotFoundError) as error:
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        DatasetGenerationError,
+        DatasetNotFoundError,
+    ) as error:  # the third: of ''
         raise ValueError(
             f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. Give the folder `rollouts` of a "
             f"run's output_dir. ({error})"
