@@ -46,6 +46,10 @@ def build_trainer(argv: list[str]):
     check_activation_checkpointing(training_args)
     adopt_options(model_args)
     check_adapter(model_args)
+    try:
+        peft_config = None if is_adapter(model_args.model_name_or_path) else get_peft_config(model_args)
+    except TypeError as error:
+        raise ValueError(f"PEFT refuses the lora_ options: {error}") from error
     evaluate = training_args.eval_strategy != "no"
     train_dataset = eval_dataset = None
     if training_args.rollouts is None or evaluate:
@@ -72,7 +76,7 @@ def build_trainer(argv: list[str]):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 quantization_config=get_quantization_config(model_args),
-                peft_config=None if is_adapter(model_args.model_name_or_path) else get_peft_config(model_args),
+                peft_config=peft_config,
             )
     except (TypeError, ValueError) as error:  # of the class that transformers gives model_init_kwargs to
         if not any(f"{quote}{name}{quote}" in str(error) for name in init_kwargs for quote in "'`"):

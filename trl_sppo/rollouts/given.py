@@ -50,7 +50,7 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
         IndexError,
         DatasetGenerationError,
         DatasetNotFoundError,
-    ) as error:  # the third: of ''
+    ) as error:
         raise ValueError(
             f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. Give the folder `rollouts` of a "
             f"run's output_dir. ({error})"
