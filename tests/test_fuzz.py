@@ -225,7 +225,7 @@ outcomes: Counter[str] = Counter()
 pytestmark = pytest.mark.filterwarnings("ignore")  # a warning is not a refusal
 
 
-def cases(share: int, *strategies, fixed: int | None = None):
+def cases(share: int, *strategies, fixed: int | None = None, mixed: bool = True):
     """Check a property twice: on the same cases in each run, and on its share of fresh ones."""
     global SHARES
     SHARES += share
@@ -247,7 +247,9 @@ def cases(share: int, *strategies, fixed: int | None = None):
             outcomes.clear()
             run = given(*strategies)(holds)
             explore(run if kind == "fixed" else seed(SEED)(run))()
-            assert outcomes.total() > number // 2, outcomes  # cases are met
+            if number >= 100:  # cases are met, and where both can be, not all of them in one way
+                expected = min(outcomes["trained"], outcomes["refused"]) if mixed else outcomes["refused"]
+                assert expected > number // 20, outcomes
 
         test.__name__ = test.__qualname__ = holds.__name__
         test.__doc__ = holds.__doc__
@@ -390,7 +392,7 @@ def typos(draw):
     return typo
 
 
-@cases(120, typos(), ANY, st.booleans())
+@cases(120, typos(), ANY, st.booleans(), mixed=False)
 def test_typos(typo, value, in_recipe):
     if typo in KNOWN:
         return
@@ -433,7 +435,7 @@ def test_options_of_accelerate(name, value):
     check(write({**RECIPE, name: value}), name)
 
 
-@cases(100, st.sampled_from(CONTRADICTIONS), changes())
+@cases(100, st.sampled_from(CONTRADICTIONS), changes(), mixed=False)
 def test_contradictions(contradiction, changed):
     check(write({**RECIPE, **dict([changed]), **contradiction}), *contradiction, changed[0])
 
