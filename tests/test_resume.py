@@ -268,6 +268,7 @@ def test_rollouts_of_other_options_are_set_aside(start, tmp_path):
 # ---- Killed
 
 
+@pytest.mark.first
 def test_killed_at_any_point():
     """SIGKILL anywhere, also while checkpoints and rollouts are being written; LoRA and full, one process and two."""
     points = int(os.environ.get("TRL_SPPO_KILL_POINTS", 12))
