@@ -3,9 +3,9 @@
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
 
 from ..arguments.options import fail
+from ..errors import RunError
 from ..evaluation.files import row_of
 from ..evaluation.matches import check_sides, play_match, prompts_of, read_files, templates_of
 from ..evaluation.policies import read_prompts
@@ -17,19 +17,7 @@ from .judging import JudgeArguments, parse
 
 @dataclass
 class EvalArguments(JudgeArguments):
-    """
-    Arguments of `trl-sppo eval`, besides those of [`JudgeArguments`].
-
-    Args:
-        model_name_or_path (`str`):
-            Policy: a model, an adapter, or a file of completions.
-        opponent_name_or_path (`str`):
-            Its opponent: a model, an adapter, or a file of completions.
-        output_dir (`str`, *optional*, defaults to `"eval"`):
-            Folder for the completions and the results.
-        at_least (`float`, *optional*):
-            The exit status is 1 if the lower bound of a win rate is below this value.
-    """
+    """Options of `trl-sppo eval`. The metadata describes each."""
 
     model_name_or_path: str = field(
         default="", metadata={"help": "Policy: a model, an adapter, or a file of completions."}
@@ -48,7 +36,7 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(EvalArguments, "trl-sppo eval", argv)
         results = evaluate(args)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RunError) as error:
         fail(error)
     low = min(plain.low for plain, _ in results.values())
     if args.at_least is not None and low < args.at_least:
@@ -64,19 +52,15 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     model is loaded.
     """
     sides = {"model": args.model_name_or_path, "opponent": args.opponent_name_or_path}
-    check_sides(sides, args.output_dir, args.sampling)
-    players, num_left_out = read_files(sides)
-    if num_left_out:
-        print(f"{num_left_out} rows are left out: their prompts are in one file only.", file=sys.stderr)
+    check_sides(sides, args.output_dir, args)
+    players = read_files(sides)
     first = next(iter(players.values()), None)
     prompts = args.load_prompts() if first is None else prompts_of(first[: args.max_prompts])
     players = {side: groups[: len(prompts)] for side, groups in players.items()}
-    templates, note = templates_of(sides, cast(Any, args.chat_template_kwargs), prompts["prompt"][0])
-    if note:
-        print(note, file=sys.stderr)
+    templates = templates_of(sides, args.chat_template_kwargs, prompts["prompt"][0])
     samplings = {
         # Another seed for each side: the same policy must not be compared with the same completions
-        side: replace(args.sampling, seed=args.seed + number, chat_template_kwargs=templates[side])
+        side: replace(args, seed=args.seed + number, chat_template_kwargs=templates[side])
         for number, side in enumerate(sides)
         if side not in players
     }
@@ -90,13 +74,13 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
         panel.check_prompts(prompts["prompt"])
     folder = Path(args.output_dir)
     with alone_in(args.output_dir):
-        match = play_match(sides, players, prompts, samplings, panel, folder)
-    rows = [
-        [side, policy, str(match.num_completions[side]), f"{match.mean_length[side]:.1f} {match.unit_of_length}"]
-        for side, policy in sides.items()
-    ]
-    print(f"{as_table(['', 'policy', 'completions', 'mean length'], rows)}\n")
-    rows = [[judge, f"{a}", f"{b}", f"{a.num_prompts}"] for judge, (a, b) in match.results.items()]
+        if samplings:
+            files = " and ".join(f"--{side}_name_or_path {folder / side}.parquet" for side in samplings)
+            print(f"Completions are kept once they are sampled, also after an error: {files}", file=sys.stderr)
+        results, facts = play_match(sides, players, prompts, samplings, panel, folder)
+    rows = [[side, sides[side], f"{facts['mean_length'][side]:.1f} {facts['unit_of_length']}"] for side in sides]
+    print(f"{as_table(['', 'policy', 'mean length'], rows)}\n")
+    rows = [[judge, f"{a}", f"{b}", f"{a.num_prompts}"] for judge, (a, b) in results.items()]
     print(f"{as_table(['judge', 'win rate, 95 % interval', 'length-controlled', 'prompts'], rows)}\n")
     print(f"Saved in {folder}: win_rates.json, model.parquet, opponent.parquet.")
-    return match.results
+    return results

@@ -37,11 +37,9 @@ def row_of(group: dict[str, Any]) -> dict[str, Any]:
 
 def without_images(group: dict[str, Any]) -> dict[str, Any]:
     """A group as it is written. Images are large."""
-    kept = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
-    return {
-        **{name: value for name, value in group.items() if name != "dataset_columns"},
-        **({"dataset_columns": kept} if kept else {}),  # Parquet has no place for an empty table
-    }
+    taken = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
+    rest = {name: value for name, value in group.items() if name != "dataset_columns"}
+    return {**rest, "dataset_columns": taken} if taken else rest  # Parquet has no place for an empty table
 
 
 def with_json(group: dict[str, Any]) -> dict[str, Any]:
@@ -52,9 +50,9 @@ def with_json(group: dict[str, Any]) -> dict[str, Any]:
 def with_messages(group: dict[str, Any]) -> dict[str, Any]:
     """A group with messages again, if `with_json` has written it."""
     texts = group["completions"]
-    if not is_conversational({"prompt": group.get("prompt")}) or not all(str(text)[:3] == '[{"' for text in texts):
-        return group
-    return {**group, "completions": [json.loads(text) for text in texts]}
+    if is_conversational({"prompt": group.get("prompt")}) and all(str(text)[:3] == '[{"' for text in texts):
+        return {**group, "completions": [json.loads(text) for text in texts]}
+    return group
 
 
 class EvaluationFiles:

@@ -7,7 +7,6 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..checks.arguments import check_vllm_is_installed
 from ..oracles.panel import Panel
 from .files import EvaluationFiles, Groups
 from .matches import write_groups
@@ -25,8 +24,6 @@ def sample_checkpoints(
     run: Path, checkpoints: dict[int, Path], prompts: Dataset, sampling: Sampling, panel: Panel
 ) -> dict[int, Groups]:
     """Sample checkpoints of a run, each with a seed of its own, and write their completions into its folder."""
-    if checkpoints and sampling.use_vllm:
-        check_vllm_is_installed()
     for checkpoint in checkpoints.values():
         check_policy(str(checkpoint), sampling.trust_remote_code, sampling.use_vllm)
         read_prompts(str(checkpoint), prompts, sampling)
@@ -70,8 +67,7 @@ def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Gr
     """The evaluations of a run by step. Raises `ValueError` for an unknown evaluation set."""
     files = EvaluationFiles(str(run))
     name = which_evaluation_set(run, evaluation_set)
-    found = {step: files.read(name, step) for step in files.steps(name)}
-    return {step: groups for step, groups in found.items() if groups}
+    return {step: groups for step in files.steps(name) if (groups := files.read(name, step))}
 
 
 def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:
@@ -93,15 +89,12 @@ def verdict(matrix: Matrix) -> list[str]:
         rate = matrix[later][earlier]
         word = "beats" if rate.low > 0.5 else "loses to" if rate.high < 0.5 else "cannot be distinguished from"
         lines.append(f"step {later} {word} step {earlier}: {rate}")
-    found = circles(matrix)
-    sure = [circle for circle in found if circle[1].low > 0.5]
-    for (a, b, c), rate in sure:
-        lines.append(f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a} (weakest: {rate})")
-    if not found:
-        lines.append("no circles: the win rates are transitive")
-    elif not sure:
-        lines.append(f"{len(found)} circle(s), none beyond the noise of {found[0][1].num_prompts} prompts")
-    return lines
+    sure = [
+        f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a} (weakest: {rate})"
+        for (a, b, c), rate in circles(matrix)
+        if rate.low > 0.5
+    ]
+    return [*lines, *(sure or ["no circles beyond the noise"])]
 
 
 def draw(ladders: dict[str, Matrix]) -> Any:
