@@ -422,7 +422,7 @@ def test_check_says_what_is_continued(recipe, adapter, rewards, tmp_path, capsys
     (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {value}" for name, value in values.items()))
     check.main(["recipe.yaml"])
     said = capsys.readouterr().out
-    assert f"Continue the adapter {adapter} (LoRA, r = 2, 1,024 parameters) on {base_of(adapter)} (" in said
+    assert f"Train an adapter (LORA, continued from {adapter}, 1,024 parameters) on {base_of(adapter)} (" in said
     spoil(adapter, lambda tensors: tensors.clear())
     Path(adapter, "adapter_model.safetensors").unlink()
     with pytest.raises(SystemExit):

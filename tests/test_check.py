@@ -122,7 +122,10 @@ def test_what_looks_wrong(run, options, words):
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
         (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) does not exist here"),
         (["--dataset_name", "empty"], "dataset 'empty' (--dataset_name) has an empty file"),
-        (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
+        (
+            ["--reward_funcs", "acuracy_reward"],
+            "reward function 'acuracy_reward' (--reward_funcs) could not be imported",
+        ),
         (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
@@ -132,14 +135,13 @@ def test_what_looks_wrong(run, options, words):
         (["--resume_from_checkpoint", "missing"], "missing"),
         (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
-        (["--dataset_streaming", "true"], "dataset_streaming=True needs max_steps"),
         (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "there is none"),
         (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
         (["--dataset_name", "."], "--dataset_name"),
         (["--gpu_memory", "-1"], "gpu_memory must be positive"),
-        (["--prompt_length", "0"], "prompt_length must be at least 1"),
+        (["--prompt_length", "0"], "prompt_length must be positive"),
     ],
 )
 def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):

@@ -70,16 +70,6 @@ def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Gr
     return {step: groups for step in files.steps(name) if (groups := files.read(name, step))}
 
 
-def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:
-    """Triples in which each beats the next and the last beats the first, with the weakest of the three win rates."""
-    found = []
-    for a, b, c in permutations(matrix, 3):
-        rates = [matrix[x][y] for x, y in ((a, b), (b, c), (c, a)) if y in matrix[x] and matrix[x][y].mean > 0.5]
-        if a == min((a, b, c), key=int) and len(rates) == 3:
-            found.append(((a, b, c), min(rates, key=lambda rate: rate.mean)))
-    return found
-
-
 def verdict(matrix: Matrix) -> list[str]:
     """Describe a matrix of win rates in words."""
     steps = sorted(matrix, key=int)
@@ -89,12 +79,12 @@ def verdict(matrix: Matrix) -> list[str]:
         rate = matrix[later][earlier]
         word = "beats" if rate.low > 0.5 else "loses to" if rate.high < 0.5 else "cannot be distinguished from"
         lines.append(f"step {later} {word} step {earlier}: {rate}")
-    sure = [
-        f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a} (weakest: {rate})"
-        for (a, b, c), rate in circles(matrix)
-        if rate.low > 0.5
+    circles = [
+        f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a}"
+        for a, b, c in permutations(steps, 3)
+        if a == min(a, b, c, key=int) and all(matrix[x][y].low > 0.5 for x, y in ((a, b), (b, c), (c, a)))
     ]
-    return [*lines, *(sure or ["no circles beyond the noise"])]
+    return [*lines, *(circles or ["no circles beyond the noise"])]
 
 
 def draw(ladders: dict[str, Matrix]) -> Any:

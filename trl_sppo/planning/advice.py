@@ -14,6 +14,17 @@ from .plan import Plan
 ROOM = 0.9  # share of a GPU's memory to plan with. The rest is for the CUDA context, buffers and fragmentation
 SLOW_LORA, FAST_FULL = 1e-6, 5e-6  # learning rates: 2 and 10 times the paper's, which is for full fine-tuning
 
+# What to change if a phase needs too much memory
+CURES = {
+    "generating": "Lower vllm_gpu_memory_utilization, or without vLLM per_device_train_batch_size or "
+    "steps_per_generation.",
+    "reading prompts": "Set generation_kwargs: {prefill_chunk_size: 256}, or lower per_device_train_batch_size or "
+    "steps_per_generation.",
+    "scoring": "Lower reward_batch_size, or serve the reward model (docs/judges.md).",
+    "training": "Lower per_device_train_batch_size (and raise gradient_accumulation_steps and steps_per_generation as "
+    "much), set gradient_checkpointing: true, or train an adapter (use_peft: true).",
+}
+
 
 def kept_per_group(plan: Plan) -> int | None:
     """Completions of a group that are trained on if no two have the same score. `None` if that depends on them."""
@@ -40,21 +51,17 @@ def describe(plan: Plan) -> list[str]:
     steps = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
     prompts = batch // group
 
-    policy = str(model_args.model_name_or_path)
-    what = base_of(policy)
-    if plan.policy is not None:
-        what += f" ({plan.policy.parameters:,} parameters)"
+    policy, size, dtype = str(model_args.model_name_or_path), plan.policy, dtype_of(args, model_args)
+    what = base_of(policy) + (f" ({size.parameters:,} parameters)" if size is not None else "")
+    how = f"Train all of {what} in {dtype}"
     if model_args.use_peft:
         bits = "in 4 bit, the rest " if model_args.load_in_4bit else ""
         bits = "in 8 bit, the rest " if model_args.load_in_8bit else bits
-        trained = f", {plan.policy.adapter:,} parameters" if plan.policy is not None else ""
-        train, kind = "Train an adapter", "LoRA"
+        kind = f"LoRA, r = {model_args.lora_r}"
         if is_adapter(policy):
-            train, kind = f"Continue the adapter {policy}", kind_of(config_of(policy)).replace("LORA", "LoRA")
-        rank = f", r = {model_args.lora_r}" if kind == "LoRA" else ""
-        how = f"{train} ({kind}{rank}{trained}) on {what}, frozen {bits}in {_dtype(plan)}"
-    else:
-        how = f"Train all of {what} in {_dtype(plan)}"
+            kind = f"{kind_of(config_of(policy))}, continued from {policy}"
+        trained = f", {size.adapter:,} parameters" if size is not None else ""
+        how = f"Train an adapter ({kind}{trained}) on {what}, frozen {bits}in {dtype}"
     where = f"{place.processes} process{'es' * (place.processes > 1)}"
     lines = [f"{how}, in {where}{f' ({place.sharding})' if place.sharding else ''}."]
 
@@ -76,50 +83,43 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"Win rates in each group of {group} come from {', '.join(voters)}.")
     kept = kept_per_group(plan)
     per_step = batch * args.num_iterations // steps
-    trained = "as many as the threshold leaves" if kept is None else f"{per_step * kept // group:,}"
-    if kept != group:
-        trained += " of them trained on" + (" if no two tie" if kept is not None else "")
-    else:
-        trained = "all of them trained on"
+    trained = "all of them"
+    if kept is None:
+        trained = "as many as the threshold leaves of them"
+    elif kept != group:
+        trained = f"{per_step * kept // group:,} of them"
+    ties = " if no two tie" if kept not in (None, group) else ""
     lines.append(
-        f"Then {_count(steps, 'optimizer step')} on them, of {per_step:,} completions each, {trained}. The next "
-        "iteration plays against the resulting policy."
+        f"Then {_count(steps, 'optimizer step')} on them, of {per_step:,} completions each, {trained} trained on"
+        f"{ties}. The next iteration plays against the resulting policy."
     )
-    return [*lines, _length(plan, prompts, steps)]
-
-
-def _length(plan: Plan, prompts: int, steps: int) -> str:
-    """How long the training lasts, in epochs if the number of prompts is unknown."""
-    args = plan.args
-    if args.max_steps > 0:
-        all_steps = args.max_steps
-    elif plan.num_prompts is not None:
-        all_steps = math.ceil(plan.num_prompts // prompts * steps * args.num_train_epochs)
-    else:
-        return f"In all {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)} of the dataset."
+    all_steps = args.max_steps
+    if all_steps <= 0 and plan.num_prompts is None:
+        return [*lines, f"Epochs of the dataset: {args.num_train_epochs:g}."]
+    if all_steps <= 0:
+        all_steps = math.ceil((plan.num_prompts or 0) // prompts * steps * args.num_train_epochs)
     iterations = -(-all_steps // steps)
-    sampled = iterations * (args.generation_batch_size or 0)
-    return f"In all {_count(iterations, 'iteration')}, {_count(all_steps, 'optimizer step')}, {sampled:,} completions."
+    return [
+        *lines,
+        f"In all {_count(iterations, 'iteration')}, {_count(all_steps, 'optimizer step')}, {iterations * batch:,} "
+        "completions.",
+    ]
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
-def _dtype(plan: Plan) -> str:
-    return dtype_of(plan.args, plan.model_args)
-
-
 def advise(plan: Plan) -> tuple[list[str], list[str]]:
     """Find what looks wrong about a training, and what is worth knowing."""
-    args, model_args, script = plan.args, plan.model_args, plan.script
+    args, model_args, script, gpu = plan.args, plan.model_args, plan.script, plan.place.gpu
     wrong, notes = [], []
     if plan.rows is not None:
         value, phase = peak(plan.rows)
-        if value > ROOM * plan.place.gpu:
+        if value > ROOM * gpu:
             wrong.append(
-                f"{phase} needs {value / 1e9:.1f} GB. Plan with at most {ROOM * plan.place.gpu / 1e9:.1f} of "
-                f"{plan.place.gpu / 1e9:g} GB. {_cure(plan, phase)}"
+                f"{phase} needs {value / 1e9:.1f} GB. Plan with at most {ROOM * gpu / 1e9:.1f} of {gpu / 1e9:g} GB. "
+                f"{CURES[phase]}"
             )
     completion, longest = args.max_completion_length or 0, args.vllm_max_model_length
     if args.use_vllm and longest is not None and longest <= completion:
@@ -127,12 +127,21 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
             f"vllm_max_model_length={longest} bounds prompt and completion together, so max_completion_length="
             f"{completion} leaves no room for a prompt."
         )
-    wrong += _too_small_for_vllm(plan)
-    if not model_args.use_peft and BYTES[_dtype(plan)] == 2 and plan.place.sharding is None:
+    if args.use_vllm and args.vllm_mode == "colocate" and plan.policy is not None and not args.use_cpu:
+        text, _ = lengths(args, plan.place)
+        needed = plan.policy.parameters * 2 / args.vllm_tensor_parallel_size + text * plan.policy.cache
+        share = args.vllm_gpu_memory_utilization * gpu
+        if needed > share:
+            wrong.append(
+                f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization:g} gives vLLM {share / 1e9:.1f} GB, "
+                f"but the weights and the cache of one text of {text:,} tokens take {needed / 1e9:.1f}. Raise it."
+            )
+    dtype = dtype_of(args, model_args)
+    if not model_args.use_peft and BYTES[dtype] == 2 and plan.place.sharding is None:
         wrong.append(
-            f"dtype={_dtype(plan)!r} without an adapter: steps of learning_rate={args.learning_rate:g} are lost in "
-            "the rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard "
-            "with FSDP2 or ZeRO, which keep float32 weights."
+            f"dtype={dtype!r} without an adapter: steps of learning_rate={args.learning_rate:g} are lost in the "
+            "rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard with "
+            "FSDP2 or ZeRO, which keep float32 weights."
         )
     if model_args.use_peft and args.learning_rate < SLOW_LORA:
         notes.append(
@@ -162,36 +171,3 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
             "and their memory and time are not counted."
         )
     return wrong, notes
-
-
-def _too_small_for_vllm(plan: Plan) -> list[str]:
-    """vLLM's share of a GPU must hold the weights, and the cache of the longest text."""
-    args, policy = plan.args, plan.policy
-    if not args.use_vllm or args.vllm_mode != "colocate" or policy is None or args.use_cpu:
-        return []
-    longest, _ = lengths(args, plan.place)
-    needed = policy.parameters * 2 / args.vllm_tensor_parallel_size + longest * policy.cache
-    share = args.vllm_gpu_memory_utilization * plan.place.gpu
-    if needed <= share:
-        return []
-    return [
-        f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization:g} gives vLLM {share / 1e9:.1f} GB, but "
-        f"the weights and the cache of one text of {longest:,} tokens take {needed / 1e9:.1f}. Raise it."
-    ]
-
-
-def _cure(plan: Plan, phase: str) -> str:
-    """What to change if a phase needs too much memory."""
-    cures = {
-        "generating": "Lower vllm_gpu_memory_utilization."
-        if plan.args.use_vllm
-        else "Lower per_device_train_batch_size or steps_per_generation.",
-        "reading prompts": "Set generation_kwargs: {prefill_chunk_size: 256}, or lower per_device_train_batch_size or "
-        "steps_per_generation.",
-        "scoring": "Lower reward_batch_size, or serve the reward model (docs/judges.md).",
-        "training": "Lower per_device_train_batch_size (and raise gradient_accumulation_steps and "
-        "steps_per_generation as much)"
-        + ("." if plan.args.gradient_checkpointing else ", or set gradient_checkpointing: true."),
-    }
-    less = "" if plan.model_args.use_peft else " An adapter (use_peft: true) needs far less than full fine-tuning."
-    return cures[phase] + less
