@@ -159,7 +159,7 @@ def _look_at_models(plan: Plan) -> None:
     if config is not None:
         check_policy_weights(policy, config, args)
         attention = init_kwargs.get("attn_implementation", model_args.attn_implementation)
-        plan.policy = _size(plan, policy, config, peft_config, attention)
+        plan.policy = _size(plan, policy, config, peft_config, False, attention)
     args.model_init_kwargs = {"revision": revision, **init_kwargs}
     readers = [policy_reader(args, policy, own_tokenizer)] if tokenizer is not None else []
     rewards = []
@@ -176,7 +176,7 @@ def _look_at_models(plan: Plan) -> None:
                 check_reward_weights(model, trusted)
                 check_tokenizer(model, tokenizer, bool(plan.conversational))
                 readers += reward_readers(args, [model], [tokenizer], num_judges=are_judges)
-                size = _size(plan, model, config, None, None, True)
+                size = _size(plan, model, config, None, True)
             rewards.append(size)
     if plan.conversational is not None:
         check_prompts(readers, _datasets(plan))
