@@ -59,7 +59,7 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
         "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
         "learning_rate=5e-07 suits full fine-tuning",
-        "Nothing is evaluated",
+        "No judge evaluates the policy that it is not trained on",
         "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
         assert words in said, words
@@ -132,7 +132,6 @@ def test_what_looks_wrong(run, options, words):
         (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
         (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
         (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not what torch.utils.checkpoint takes"),
-        (["--resume_from_checkpoint", "missing"], "missing"),
         (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
         (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "there is none"),
@@ -184,7 +183,6 @@ def test_weights_are_told_where_they_differ(run, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("from somewhere import brevity, judge\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     sources = ("--reward_funcs", "my_rewards.brevity", "--preference_funcs", "my_rewards.judge")
-    assert ", my_rewards.brevity, my_rewards.judge." in run(LORA, *sources)[1]
     said = run(LORA, *sources, "--reward_weights", "1", "0")[1]
     assert " (weight 1), my_rewards.brevity (weight 0), my_rewards.judge (weight 1)." in said
 

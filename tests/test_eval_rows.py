@@ -10,8 +10,9 @@ from datasets import Dataset
 from helpers import EVAL, EVAL_PROMPTS, JUDGES, TINY, count_abc, make_tokenizer, more_abc, run_here
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
+from trl_sppo.commands import evaluate as command_evaluate
 from trl_sppo.commands.ladder import LadderArguments
-from trl_sppo.evaluation import ladder, matches, policies
+from trl_sppo.evaluation import ladder, policies
 from trl_sppo.evaluation.files import EvaluationFiles, group_of, row_of
 from trl_sppo.evaluation.play import aligned, matched, score_groups
 from trl_sppo.evaluation.policies import load_completions
@@ -241,7 +242,7 @@ def takes_no_more(prompts, completions):
 def test_a_judge_that_needs_another_column_is_refused_before_sampling(
     folder, command, judge, message, capsys, monkeypatch
 ):  # fmt: skip
-    for module in (matches, ladder):
+    for module in (command_evaluate, ladder):
         monkeypatch.setattr(module, "sample", None)
     if command == "eval":
         sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
@@ -423,7 +424,7 @@ def test_tools_of_the_training_are_missed(folder, caplog):
 @pytest.mark.parametrize("moment", ["sampling the first", "sampling the second", "judging"])
 def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):
     calls = []
-    sample = matches.sample
+    sample = command_evaluate.sample
 
     def interrupt(*args):
         calls.append(args)
@@ -431,7 +432,7 @@ def test_ctrl_c_keeps_what_was_sampled(folder, moment, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
         return sample(*args)
 
-    target = (matches, "play") if moment == "judging" else (matches, "sample")
+    target = (command_evaluate, "play") if moment == "judging" else (command_evaluate, "sample")
     monkeypatch.setattr(*target, interrupt if target[1] == "sample" else lambda *args: signal.raise_signal(2))
     Path("eval").mkdir()
     Path("eval/win_rates.json").write_text("of an earlier evaluation")
@@ -475,7 +476,7 @@ def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):
 def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):
     find_spec = policies.check_vllm_is_installed.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == "vllm" else find_spec(name))
-    for module in (matches, ladder):
+    for module in (command_evaluate, ladder):
         monkeypatch.setattr(module, "sample", None)
     Path("run/checkpoint-1").mkdir(parents=True)
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") if command == "eval" else ()
@@ -512,7 +513,7 @@ def test_prompts_that_cannot_be_read(folder, capsys, monkeypatch, rows, who, mes
     make_tokenizer().save_pretrained("judge")
     if who:
         make_tokenizer(chat_template=NO_SYSTEM).save_pretrained(who)
-    monkeypatch.setattr(matches, "sample", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(command_evaluate, "sample", lambda *args: pytest.fail("too late"))
     assert run_here(*EVAL, "--reward_model_name_or_path", "judge", *SIDES) == 2
     assert message in capsys.readouterr().err
 

@@ -102,7 +102,7 @@ def test_an_adapter_that_lacks_weights_is_refused(make_adapter, kind, position):
     del weights[name]
     save_file(weights, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
     for load in (check_policy, load_policy):
-        with pytest.raises(ValueError, match="adapter 'adapter'") as error:
+        with pytest.raises(ValueError, match=r"'adapter' is (an adapter that does not fit|of prefix)") as error:
             load("adapter")
         if kind != "prefix tuning" or load is load_policy:
             assert name.removesuffix(".weight") in str(error.value).replace(".default", "")
@@ -159,7 +159,6 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapte
         ("models/policy", "the base model 'models/policy' of adapter 'adapter' is neither"),
         ("models/gone/policy", "relative to the current directory, or base_model_name_or_path in adapter_config.json"),
         ("../policy", "the base model '../policy' of adapter 'adapter' is neither"),
-        ("adapter", "the base model 'adapter' of adapter 'adapter' is neither"),
     ],
 )  # fmt: skip
 def test_bases_that_are_not_there(make_adapter, base, message):

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from ..arguments.options import fail
 from ..errors import RunError
+from ..evaluation.files import prompts_of
 from ..evaluation.ladder import SAMPLED, Matrix, climb, draw, sample_checkpoints, stored_players, verdict
-from ..evaluation.matches import prompts_of
 from ..files import read_beginning, write_atomically
 from ..runs.checkpoints import checkpoints_of_run
 from ..tables import as_table

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+from datasets import Dataset
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from ..rollouts.files import COLUMNS, unused
+from ..rollouts.files import COLUMNS, unused, write_parquet
 from ..rows import IMAGES
 
 
@@ -53,6 +54,26 @@ def with_messages(group: dict[str, Any]) -> dict[str, Any]:
     if is_conversational({"prompt": group.get("prompt")}) and all(str(text)[:3] == '[{"' for text in texts):
         return {**group, "completions": [json.loads(text) for text in texts]}
     return group
+
+
+def write_groups(path: Path, groups: Groups) -> None:
+    """Write completions as Parquet, without images."""
+    groups = [without_images(group) for group in groups]
+    texts = [completion for group in groups for completion in group["completions"]]
+    if any("tool_calls" in message for messages in texts if isinstance(messages, list) for message in messages):
+        groups = [*map(with_json, groups)]
+    write_parquet(path, groups, None)
+
+
+def prompts_of(groups: Groups) -> Dataset:
+    """The prompts of completions, with the other columns of the dataset."""
+    return Dataset.from_list([row_of(group) for group in groups])
+
+
+def mean_length(groups: Groups) -> float:
+    """The mean length of all completions."""
+    lengths = [length for group in groups for length in group["lengths"]]
+    return sum(lengths) / len(lengths)
 
 
 class EvaluationFiles:

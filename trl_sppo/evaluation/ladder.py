@@ -8,8 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..oracles.panel import Panel
-from .files import EvaluationFiles, Groups
-from .matches import write_groups
+from .files import EvaluationFiles, Groups, write_groups
 from .play import play, play_stored, score_groups
 from .policies import Sampling, check_policy, read_prompts, sample
 from .statistics import WinRate

@@ -55,8 +55,7 @@ def describe(plan: Plan) -> list[str]:
     what = base_of(policy) + (f" ({size.parameters:,} parameters)" if size is not None else "")
     how = f"Train all of {what} in {dtype}"
     if model_args.use_peft:
-        bits = "in 4 bit, the rest " if model_args.load_in_4bit else ""
-        bits = "in 8 bit, the rest " if model_args.load_in_8bit else bits
+        bits = "".join(f"in {n} bit, the rest " for n in (4, 8) if getattr(model_args, f"load_in_{n}bit"))
         kind = f"LoRA, r = {model_args.lora_r}"
         if is_adapter(policy):
             kind = f"{kind_of(config_of(policy))}, continued from {policy}"
@@ -76,22 +75,19 @@ def describe(plan: Plan) -> list[str]:
     sources = [*(script.reward_model_name_or_path or []), *(script.reward_funcs or [])]
     oracles = script.preference_funcs or []
     weights = [*(args.reward_weights or [1.0] * len(sources)), *(args.preference_weights or [1.0] * len(oracles))]
-    voters = [*sources, *oracles]
-    if len(set(weights)) > 1:
-        voters = [f"{name} (weight {weight:g})" for name, weight in zip(voters, weights, strict=True)]
-    if voters:
+    if weights:
+        voters = (f"{name} (weight {weight:g})" for name, weight in zip([*sources, *oracles], weights, strict=True))
         lines.append(f"Win rates in each group of {group} come from {', '.join(voters)}.")
     kept = kept_per_group(plan)
     per_step = batch * args.num_iterations // steps
-    trained = "all of them"
+    trained = "all of them trained on"
     if kept is None:
-        trained = "as many as the threshold leaves of them"
+        trained = "as many as the threshold leaves of them trained on"
     elif kept != group:
-        trained = f"{per_step * kept // group:,} of them"
-    ties = " if no two tie" if kept not in (None, group) else ""
+        trained = f"{per_step * kept // group:,} of them trained on if no two tie"
     lines.append(
-        f"Then {_count(steps, 'optimizer step')} on them, of {per_step:,} completions each, {trained} trained on"
-        f"{ties}. The next iteration plays against the resulting policy."
+        f"Then {_count(steps, 'optimizer step')} on them, of {per_step:,} completions each, {trained}. The next "
+        "iteration plays against the resulting policy."
     )
     all_steps = args.max_steps
     if all_steps <= 0 and plan.num_prompts is None:
@@ -113,7 +109,7 @@ def _count(number: int, thing: str) -> str:
 def advise(plan: Plan) -> tuple[list[str], list[str]]:
     """Find what looks wrong about a training, and what is worth knowing."""
     args, model_args, script, gpu = plan.args, plan.model_args, plan.script, plan.place.gpu
-    wrong, notes = [], []
+    wrong = []
     if plan.rows is not None:
         value, phase = peak(plan.rows)
         if value > ROOM * gpu:
@@ -143,31 +139,27 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
             "rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard with "
             "FSDP2 or ZeRO, which keep float32 weights."
         )
-    if model_args.use_peft and args.learning_rate < SLOW_LORA:
-        notes.append(
+    left_out = (plan.num_prompts or 0) % ((args.generation_batch_size or 1) // (args.num_generations or 1))
+    notes = (
+        (
+            model_args.use_peft and args.learning_rate < SLOW_LORA,
             f"learning_rate={args.learning_rate:g} suits full fine-tuning. An adapter hardly moves at this rate. The "
-            "recipes with LoRA begin with 1e-5, the quickstart has 4e-4."
-        )
-    if not model_args.use_peft and args.learning_rate > FAST_FULL:
-        notes.append(f"learning_rate={args.learning_rate:g} is high without an adapter. The paper has 5e-7.")
-    if args.eval_strategy == "no":
-        notes.append(
-            "Nothing is evaluated. Set eval_strategy and a judge that the policy is not trained on "
-            "(eval_reward_funcs, eval_reward_model_name_or_path), or use `trl-sppo eval` afterwards."
-        )
-    elif not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs):
-        notes.append(
-            "Evaluations use only the oracles that the policy is trained on, which proves little. Add "
-            "eval_reward_funcs or eval_reward_model_name_or_path."
-        )
-    prompts = (args.generation_batch_size or 0) // (args.num_generations or 1)
-    if plan.num_prompts is not None and plan.num_prompts % prompts:
-        notes.append(
-            f"The last {plan.num_prompts % prompts} prompts of each epoch do not fill an iteration and are left out."
-        )
-    if script.preference_funcs or script.reward_funcs:
-        notes.append(
+            "recipes with LoRA begin with 1e-5, the quickstart has 4e-4.",
+        ),
+        (
+            not model_args.use_peft and args.learning_rate > FAST_FULL,
+            f"learning_rate={args.learning_rate:g} is high without an adapter. The paper has 5e-7.",
+        ),
+        (
+            not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs),
+            "No judge evaluates the policy that it is not trained on. Set eval_strategy and eval_reward_funcs or "
+            "eval_reward_model_name_or_path, or use `trl-sppo eval` afterwards.",
+        ),
+        (left_out, f"The last {left_out} prompts of each epoch do not fill an iteration and are left out."),
+        (
+            script.preference_funcs or script.reward_funcs,
             "Functions and judges are not imported here. A misspelt name in a module is found when training starts, "
-            "and their memory and time are not counted."
-        )
-    return wrong, notes
+            "and their memory and time are not counted.",
+        ),
+    )
+    return wrong, [words for applies, words in notes if applies]

@@ -26,8 +26,6 @@ from ..config import SPPOConfig
 from ..models.adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from ..oracles.reward_models import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
 from ..rollouts.given import is_judged, load_rollouts, prompts_of
-from ..runs.checkpoints import check_resume
-from ..runs.forms import form_of
 from ..trust import is_url
 from .memory import ModelSize, Placement, budget, size_of
 
@@ -65,10 +63,6 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
     adopt_options(model_args)
-    policy = str(model_args.model_name_or_path)
-    continued = policy if is_adapter(policy) else None
-    form = form_of(args, base_of(policy), _adapter_of(model_args), continued=continued)
-    check_resume(args, {name: form[name] for name in form if name not in ("bits", "sharding")})
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
         check_optimizer(args)
@@ -151,8 +145,10 @@ def _look_at_models(plan: Plan) -> None:
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision", model_args.model_revision)
     config, tokenizer = _files(plan, "model", policy, args.trust_remote_code, revision)
-    own_tokenizer = tokenizer if is_adapter(policy) else None
-    policy, peft_config = base_of(policy), _adapter_of(model_args)
+    own_tokenizer, peft_config = None, get_peft_config(model_args)
+    if is_adapter(policy):
+        own_tokenizer, peft_config = tokenizer, check_policy(policy)
+    policy = base_of(policy)
     quantization = get_quantization_config(model_args)
     if config is not None or quantization is not None:
         check_quantization(args, policy, quantization, on_cpu=args.use_cpu)
@@ -183,12 +179,6 @@ def _look_at_models(plan: Plan) -> None:
     sizes = [size for size in rewards if size is not None]
     if plan.policy is not None and len(sizes) == len(rewards) and not args.use_cpu:
         plan.rows = budget(args, model_args, plan.policy, sizes, plan.place)
-
-
-def _adapter_of(model_args: ModelConfig) -> Any:
-    """The configuration of the adapter that is continued or added, if any."""
-    path = str(model_args.model_name_or_path)
-    return check_policy(path) if is_adapter(path) else get_peft_config(model_args)
 
 
 def _check_sources(plan: Plan) -> None:

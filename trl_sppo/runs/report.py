@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from ..evaluation.files import Groups
+from ..evaluation.files import Groups, mean_length
 from ..evaluation.ladder import climb, draw, stored_players, verdict, which_evaluation_set
-from ..evaluation.matches import mean_length
 from ..evaluation.play import aligned
 from ..evaluation.statistics import outcomes_of_scores
 from ..files import read_beginning, write_atomically
@@ -109,14 +108,14 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 
 def win_rates(history: list[dict[str, Any]], prefix: str, opponent: str = "initial") -> dict[str, dict[str, float]]:
-    """The last win rate by judge, with its interval, and at equal length."""
+    """Of the last evaluation, the win rate by judge, with its interval, and at equal length."""
     start = f"{prefix}_win_rate_vs_{opponent}/"
-    found = {}
-    for row in history:
-        for name in [name for name in row if name.startswith(start) and f"{name}/low" in row]:
-            rates = {part: row[f"{name}/{part}"] for part in ("low", "high", "length_controlled")}
-            found[name.removeprefix(start)] = {"mean": row[name], **rates}
-    return found
+    parts = {"mean": "", "low": "/low", "high": "/high", "length_controlled": "/length_controlled"}
+    for row in reversed(history):
+        names = [name for name in row if name.startswith(start) and f"{name}/low" in row]
+        if names:
+            return {name.removeprefix(start): {part: row[name + end] for part, end in parts.items()} for name in names}
+    return {}
 
 
 def diagnose(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
