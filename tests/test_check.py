@@ -58,7 +58,7 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         "An iteration: 64 prompts x 8 completions = 512, sampled by vLLM (colocate), of at most 1,024 tokens",
         # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
         "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
-        "learning_rate=5e-07 suits full fine-tuning",
+        "learning_rate=5e-07 is unusual for an adapter",
         "No judge evaluates the policy that it is not trained on",
         "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
@@ -139,8 +139,6 @@ def test_what_looks_wrong(run, options, words):
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
         (["--dataset_name", "."], "--dataset_name"),
-        (["--gpu_memory", "-1"], "gpu_memory must be positive"),
-        (["--prompt_length", "0"], "prompt_length must be positive"),
     ],
 )
 def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):
@@ -254,7 +252,7 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
     prompts = write_prompts(tmp_path / "prompts", 200)
     said = run(LORA, "--dataset_name", prompts)[1]
     assert "In all 3 iterations, 12 optimizer steps, 1,536 completions." in said
-    assert "The last 8 prompts of each epoch do not fill an iteration" in said and "was not loaded" not in said
+    assert "was not loaded" not in said
     said = run(LORA, "--dataset_name", prompts, "--max_steps", "9")[1]
     assert "In all 3 iterations, 9 optimizer steps, 1,536 completions." in said
     # 0.6 of 12 steps are 8, rounded up as the trainer does, and the last iteration is sampled whole

@@ -11,8 +11,9 @@ from helpers import EVAL, EVAL_PROMPTS, JUDGES, TINY, count_abc, make_tokenizer,
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_sppo.commands import evaluate as command_evaluate
+from trl_sppo.commands import ladder as command_ladder
 from trl_sppo.commands.ladder import LadderArguments
-from trl_sppo.evaluation import ladder, policies
+from trl_sppo.evaluation import policies
 from trl_sppo.evaluation.files import EvaluationFiles, group_of, row_of
 from trl_sppo.evaluation.play import aligned, matched, score_groups
 from trl_sppo.evaluation.policies import load_completions
@@ -242,7 +243,7 @@ def takes_no_more(prompts, completions):
 def test_a_judge_that_needs_another_column_is_refused_before_sampling(
     folder, command, judge, message, capsys, monkeypatch
 ):  # fmt: skip
-    for module in (command_evaluate, ladder):
+    for module in (command_evaluate, command_ladder):
         monkeypatch.setattr(module, "sample", None)
     if command == "eval":
         sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
@@ -476,7 +477,7 @@ def test_ctrl_c_of_other_commands(folder, command, monkeypatch, capsys):
 def test_vllm_that_is_not_installed(folder, command, monkeypatch, capsys):
     find_spec = policies.check_vllm_is_installed.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == "vllm" else find_spec(name))
-    for module in (command_evaluate, ladder):
+    for module in (command_evaluate, command_ladder):
         monkeypatch.setattr(module, "sample", None)
     Path("run/checkpoint-1").mkdir(parents=True)
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") if command == "eval" else ()
@@ -527,7 +528,7 @@ def test_files_that_are_empty_or_torn(folder, capsys, content):
     assert (
         run_here("eval", *JUDGES, "--model_name_or_path", "file.jsonl", "--opponent_name_or_path", "file.jsonl") == 2
     )
-    assert "'file.jsonl' cannot be read as json" in capsys.readouterr().err
+    assert "completions 'file.jsonl' cannot be read" in capsys.readouterr().err
 
 
 def test_columns_with_empty_lists(folder, make_trainer):

@@ -27,9 +27,6 @@ def main(argv: list[str]) -> int:
         if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
             raise ValueError("no recipe given. Pass it first: trl-sppo check RECIPE.")
         options, rest = parser.parse_known_args(argv)
-        for name in ("gpu_memory", "prompt_length"):
-            if not getattr(options, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(options, name)}.")
         plan = read(options.recipe, rest, options.gpu_memory * 1e9, options.prompt_length)
         wrong, notes = advise(plan)
     except (ValueError, TypeError, ImportError, OSError) as error:

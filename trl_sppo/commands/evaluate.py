@@ -14,7 +14,7 @@ from ..arguments.recipes import check_output_dir
 from ..errors import RunError
 from ..evaluation.files import Groups, mean_length, prompts_of, row_of, write_groups
 from ..evaluation.play import aligned, play, play_stored, score_groups
-from ..evaluation.policies import check_policy, is_file, load_completions, read_prompts, run_of, sample
+from ..evaluation.policies import check_policy, load_completions, read_prompts, run_of, sample
 from ..evaluation.statistics import WinRate
 from ..files import write_atomically
 from ..runs.alone import alone_in
@@ -29,12 +29,8 @@ logger = logging.get_logger(__name__)
 class EvalArguments(JudgeArguments):
     """Options of `trl-sppo eval`. The metadata describes each."""
 
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Policy: a model, an adapter, or a file of completions."}
-    )
-    opponent_name_or_path: str = field(
-        default="", metadata={"help": "Its opponent: a model, an adapter, or a file of completions."}
-    )
+    model_name_or_path: str = field(default="", metadata={"help": "A model, an adapter, or a file of completions."})
+    opponent_name_or_path: str = field(default="", metadata={"help": "Its opponent, given in the same way."})
     output_dir: str = field(default="eval", metadata={"help": "Folder for the completions and the results."})
     at_least: float | None = field(
         default=None, metadata={"help": "Exit with status 1 if the lower bound of a win rate is below this value."}
@@ -73,7 +69,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
                 f"{side}_name_or_path={policy!r} lies in output_dir={args.output_dir!r}, where its files would be "
                 "overwritten. Pass another output_dir."
             )
-    players = {side: load_completions(policy) for side, policy in sides.items() if is_file(policy)}
+    players = {side: load_completions(policy) for side, policy in sides.items() if Path(policy).is_file()}
     if len(players) == 2:
         players = dict(zip(players, aligned(*players.values()), strict=True))
     first = next(iter(players.values()), None)
@@ -131,7 +127,7 @@ def _templates_of(sides: dict[str, str], given: Any, prompt: Any) -> dict[str, A
     """`chat_template_kwargs` by side: those given, or those of its training, or else of the other side's."""
     if given is not None:
         return dict.fromkeys(sides, given)
-    runs = {side: run_of(policy) for side, policy in sides.items() if not is_file(policy)}
+    runs = {side: run_of(policy) for side, policy in sides.items() if not Path(policy).is_file()}
     known = {side: run["config"].get("chat_template_kwargs") for side, run in runs.items() if run}
     found = {side: known.get(side, next(iter(known.values()), None)) for side in runs}
     texts = {side: json.dumps(value, sort_keys=True) for side, value in found.items()}

@@ -28,9 +28,7 @@ JUDGES = "reward_model_name_or_path", "reward_funcs", "preference_funcs"
 class RunArguments:
     """Options of a command on the folder of a run."""
 
-    evaluation_set: str | None = field(
-        default=None, metadata={"help": "Evaluation set of a run with several. The first by default."}
-    )
+    evaluation_set: str | None = field(default=None, metadata={"help": "Evaluation set. The first by default."})
 
 
 @dataclass
@@ -43,16 +41,12 @@ class JudgeArguments(Sampling):
     reward_trust_remote_code: list[str] | None = field(
         default=None, metadata={"help": "Reward models whose own Python code may run."}
     )
-    both_orders: bool = field(
-        default=True, metadata={"help": "Compare each pair in both orders with pairwise oracles."}
-    )
+    both_orders: bool = field(default=True, metadata={"help": "Let oracles compare each pair in both orders."})
     reward_batch_size: int = field(default=16, metadata={"help": "Completions per forward pass of a reward model."})
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset with a 'prompt' column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
-    max_prompts: int | None = field(
-        default=None, metadata={"help": "Number of prompts to use, from the start of the dataset."}
-    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Its first so many prompts. All by default."})
 
     def __post_init__(self):
         for name in JUDGES:

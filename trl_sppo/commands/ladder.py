@@ -2,18 +2,22 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from ..arguments.options import fail
 from ..errors import RunError
-from ..evaluation.files import prompts_of
-from ..evaluation.ladder import SAMPLED, Matrix, climb, draw, sample_checkpoints, stored_players, verdict
+from ..evaluation.files import prompts_of, write_groups
+from ..evaluation.ladder import Matrix, climb, draw, stored_players, verdict
+from ..evaluation.policies import check_policy, read_prompts, sample
 from ..files import read_beginning, write_atomically
 from ..runs.checkpoints import checkpoints_of_run
 from ..tables import as_table
 from .judging import JudgeArguments, RunArguments, parse_run
+
+
+SAMPLED = "ladder"  # folder in the run, for the completions of checkpoints that no evaluation sampled
 
 
 @dataclass
@@ -47,9 +51,15 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     if args.has_judges:
         prompts = prompts_of(next(iter(players.values()))) if players else args.load_prompts()
         panel = args.load_panel(prompts["prompt"][0], prompts.column_names, cast(Any, args.chat_template_kwargs))
+        for checkpoint in missing.values():
+            check_policy(str(checkpoint), args.trust_remote_code, args.use_vllm)
+            read_prompts(str(checkpoint), prompts, args)
+        panel.check_prompts(prompts["prompt"])
         if missing:
             print(f"Completions of the checkpoints of steps {list(missing)} go to {run / SAMPLED}.", file=sys.stderr)
-        players |= sample_checkpoints(run, missing, prompts, args, panel)
+        for number, (step, checkpoint) in enumerate(missing.items()):
+            players[step] = sample(str(checkpoint), prompts, replace(args, seed=args.seed + number))
+            write_groups(run / SAMPLED / f"step-{step:06d}.parquet", players[step])
     elif missing:
         print(
             f"Left out: the checkpoints of steps {list(missing)}, which no evaluation sampled. Pass a judge "

@@ -1,37 +1,17 @@
 """Ladders: the policies of a run against each other."""
 
-from dataclasses import replace
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from ..oracles.panel import Panel
-from .files import EvaluationFiles, Groups, write_groups
+from .files import EvaluationFiles, Groups
 from .play import play, play_stored, score_groups
-from .policies import Sampling, check_policy, read_prompts, sample
 from .statistics import WinRate
 
 
 # matrix[a][b]: win rate of a against b
 Matrix = dict[str, dict[str, WinRate]]
-SAMPLED = "ladder"  # folder in the run, for the completions of checkpoints that no evaluation sampled
-
-
-def sample_checkpoints(
-    run: Path, checkpoints: dict[int, Path], prompts: Dataset, sampling: Sampling, panel: Panel
-) -> dict[int, Groups]:
-    """Sample checkpoints of a run, each with a seed of its own, and write their completions into its folder."""
-    for checkpoint in checkpoints.values():
-        check_policy(str(checkpoint), sampling.trust_remote_code, sampling.use_vllm)
-        read_prompts(str(checkpoint), prompts, sampling)
-    panel.check_prompts(prompts["prompt"])
-    sampled = {}
-    for number, (step, checkpoint) in enumerate(checkpoints.items()):
-        sampled[step] = sample(str(checkpoint), prompts, replace(sampling, seed=sampling.seed + number))
-        write_groups(run / SAMPLED / f"step-{step:06d}.parquet", sampled[step])
-    return sampled
 
 
 def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, Matrix]:

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
+from ..arguments.loading import dataset_source
 from ..checks.arguments import check_vllm_is_installed
 from ..files import read_beginning
 from ..models.adapters import base_of, check_whole_model, config_of, is_adapter, load_weights, tokenizer_of
@@ -59,22 +60,11 @@ class Sampling:
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     batch_size: int = field(default=64, metadata={"help": "Completions that transformers samples at the same time."})
     use_vllm: bool = field(default=False, metadata={"help": "Let vLLM sample."})
-    vllm_gpu_memory_utilization: float = field(
-        default=0.5, metadata={"help": "Share of the GPU's memory that vLLM takes."}
-    )
+    vllm_gpu_memory_utilization: float = field(default=0.5, metadata={"help": "vLLM's share of the GPU's memory."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the policies' own Python code may run."})
     chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Further arguments of chat templates, as JSON on the command line. The default is what the policy "
-            "was trained with."
-        },
+        default=None, metadata={"help": "Arguments of chat templates, as JSON. By default those of the training."}
     )
-
-
-def is_file(policy: str) -> bool:
-    """Whether a policy is given as a file of its completions."""
-    return Path(policy).is_file()
 
 
 def run_of(policy: str) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def run_of(policy: str) -> dict[str, Any]:
 
 def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = False) -> None:
     """Raise `ValueError` if a policy cannot be loaded or sampled. No weights are loaded."""
-    if is_file(policy):
+    if Path(policy).is_file():  # of its completions
         return
     if use_vllm:
         check_vllm_is_installed()
@@ -157,12 +147,10 @@ def load_completions(path: str) -> Groups:
     `"completions"` (a list) or `"completion"` (one). Of the latter, rows are put together that are equal in all other
     columns.
     """
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
     try:
-        rows: Any = datasets.load_dataset(kind, data_files=path, split="train")
+        rows: Any = datasets.load_dataset(**dataset_source(path, option="completions"), split="train")
     except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
-        problem = error or "it is empty"
-        raise ValueError(f"{path!r} cannot be read as {kind}: {problem}. Give .parquet, .jsonl or .csv.") from error
+        raise ValueError(f"completions {path!r} cannot be read: {error or 'the file is empty'}.") from error
     columns = rows.column_names
     if "prompt" not in columns or not {"completions", "completion"} & set(columns):
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")

@@ -33,8 +33,8 @@ def kept_per_group(plan: Plan) -> int | None:
     if args.train_on == "all" and args.win_rate_threshold is None:
         return args.num_generations
     voters = len(script.reward_model_name_or_path or []) + len(script.reward_funcs or [])
-    by_rank = args.comparison == "hard" and not script.preference_funcs
-    by_rank = by_rank and (voters == 1 or args.reward_aggregation == "sum")
+    summed = voters == 1 or args.reward_aggregation == "sum"
+    by_rank = args.comparison == "hard" and not script.preference_funcs and summed
     if args.train_on != "best_and_worst" and not by_rank:
         return None
     ranks = torch.arange(args.num_generations, dtype=torch.float32).unsqueeze(0)
@@ -139,23 +139,17 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
             "rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard with "
             "FSDP2 or ZeRO, which keep float32 weights."
         )
-    left_out = (plan.num_prompts or 0) % ((args.generation_batch_size or 1) // (args.num_generations or 1))
     notes = (
         (
-            model_args.use_peft and args.learning_rate < SLOW_LORA,
-            f"learning_rate={args.learning_rate:g} suits full fine-tuning. An adapter hardly moves at this rate. The "
-            "recipes with LoRA begin with 1e-5, the quickstart has 4e-4.",
-        ),
-        (
-            not model_args.use_peft and args.learning_rate > FAST_FULL,
-            f"learning_rate={args.learning_rate:g} is high without an adapter. The paper has 5e-7.",
+            args.learning_rate < SLOW_LORA if model_args.use_peft else args.learning_rate > FAST_FULL,
+            f"learning_rate={args.learning_rate:g} is unusual {'for' if model_args.use_peft else 'without'} an "
+            "adapter. The paper has 5e-7 for full fine-tuning, recipes with LoRA begin with 1e-5.",
         ),
         (
             not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs),
             "No judge evaluates the policy that it is not trained on. Set eval_strategy and eval_reward_funcs or "
             "eval_reward_model_name_or_path, or use `trl-sppo eval` afterwards.",
         ),
-        (left_out, f"The last {left_out} prompts of each epoch do not fill an iteration and are left out."),
         (
             script.preference_funcs or script.reward_funcs,
             "Functions and judges are not imported here. A misspelt name in a module is found when training starts, "

@@ -105,17 +105,16 @@ def _first_layers(
     for buffer in model.buffers():  # some hold positions, which must be valid
         buffer.zero_()
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    linear, squared = {}, {}
+    linear: dict[int, int] = {}
+    squared: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in shared:  # weights, also those that autocast has cast, are counted elsewhere ...
-            pass
-        elif tensor.shape[-2:] == (LENGTH, LENGTH):  # ... and so is the mask, the same for all heads
-            if tensor.numel() > LENGTH**2:
-                squared[storage.data_ptr()] = storage.nbytes()
-        elif LENGTH in tensor.shape:
-            linear[storage.data_ptr()] = storage.nbytes()
+        is_square = tensor.shape[-2:] == (LENGTH, LENGTH)
+        # Weights, also those that autocast has cast, are counted elsewhere, and so is the mask, the same for all heads
+        is_counted = storage.data_ptr() in shared or (is_square and tensor.numel() == LENGTH**2)
+        if LENGTH in tensor.shape and not is_counted:
+            (squared if is_square else linear)[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     hidden = torch.zeros(1, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)

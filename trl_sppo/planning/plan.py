@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -39,7 +39,7 @@ class Plan:
     model_args: ModelConfig
     dataset_args: Any
     place: Placement
-    unknown: list[str]
+    unknown: list[str] = field(default_factory=list)
     policy: ModelSize | None = None
     rows: dict[str, float] | None = None  # the budget of memory.py
     num_prompts: int | None = None
@@ -52,14 +52,14 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
-    processes, sharding, unknown = _launch(launch)
+    processes, sharding = _launch(launch)
     script, args, model_args, dataset_args = _parse(argv, processes)
     if sharding is None and args.deepspeed:
         config = args.deepspeed if isinstance(args.deepspeed, dict) else {"zero_optimization": {"stage": 2}}
         sharding = f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
     elif sharding is None and getattr(args, "fsdp", None):
         sharding = "fsdp1"
-    plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
+    plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length))
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
     adopt_options(model_args)
@@ -73,27 +73,20 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     return plan
 
 
-def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
-    """The number of processes that training would start, how they divide the policy, and what is unknown."""
+def _launch(launch: list[str]) -> tuple[int, str | None]:
+    """The number of processes that training would start here, and how they divide the policy."""
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     file = accelerate_config(options.config_file)
-    unknown = []
-    processes = options.num_processes or getattr(file, "num_processes", None)
-    if processes is None:
-        processes = max(torch.cuda.device_count(), 1)
-        if not torch.cuda.is_available():
-            unknown.append("The number of GPUs. One process is assumed, but training starts one on each GPU.")
+    processes = options.num_processes or getattr(file, "num_processes", None) or max(torch.cuda.device_count(), 1)
     kind = str(getattr(file, "distributed_type", None))
     if kind.endswith("FSDP") or options.use_fsdp:
         version = (getattr(file, "fsdp_config", None) or {}).get("fsdp_version") or options.fsdp_version
-        return processes, f"fsdp{version or 1}", unknown
+        return processes, f"fsdp{version or 1}"
     if kind.endswith("DEEPSPEED") or options.use_deepspeed:
         settings = getattr(file, "deepspeed_config", None) or {}
         stage = options.zero_stage if options.use_deepspeed else settings.get("zero_stage")
-        if settings.get("deepspeed_config_file"):
-            unknown.append("The content of deepspeed_config_file. ZeRO-2 is assumed.")
-        return processes, f"zero{2 if stage is None else stage}", unknown
-    return processes, None, unknown
+        return processes, f"zero{2 if stage is None else stage}"
+    return processes, None
 
 
 def _parse(argv: list[str], processes: int) -> Any:

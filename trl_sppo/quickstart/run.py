@@ -53,10 +53,8 @@ def main(argv: list[str]) -> None:
     _draw(output_dir / "quickstart.png", history, results)
     write_report(output_dir)
     _show(initial, trained, results)
-    print(
-        f"\nSaved in {output_dir}: the adapter, report.html, quickstart.png, win_rates.json, and all completions in "
-        f"evaluations ({time.monotonic() - start:.0f} s in all)"
-    )
+    saved = "the adapter, report.html, quickstart.png, win_rates.json, and all completions in evaluations"
+    print(f"\nSaved in {output_dir}: {saved} ({time.monotonic() - start:.0f} s in all)")
 
 
 def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
