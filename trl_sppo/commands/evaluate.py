@@ -93,7 +93,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     with alone_in(args.output_dir):
         if samplings:
             files = " and ".join(f"--{side}_name_or_path {folder / side}.parquet" for side in samplings)
-            print(f"Completions are kept once they are sampled, also after an error: {files}", file=sys.stderr)
+            print(f"Completions are kept. To continue from them: {files}, another --output_dir", file=sys.stderr)
         for side, policy in sides.items():
             if side in samplings:
                 players[side] = sample(policy, prompts, samplings[side])
