@@ -422,7 +422,7 @@ def test_check_says_what_is_continued(recipe, adapter, rewards, tmp_path, capsys
     (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {value}" for name, value in values.items()))
     check.main(["recipe.yaml"])
     said = capsys.readouterr().out
-    assert f"Continue the adapter {adapter} (LoRA, r = 2, 1,024 parameters) on {base_of(adapter)} (" in said
+    assert f"Train an adapter (LORA, continued from {adapter}, 1,024 parameters) on {base_of(adapter)} (" in said
     spoil(adapter, lambda tensors: tensors.clear())
     Path(adapter, "adapter_model.safetensors").unlink()
     with pytest.raises(SystemExit):
@@ -616,7 +616,7 @@ def test_eval_and_check_take_a_reward_adapter(recipe, rewards, tiny_policy, rewa
     values |= {"reward_model_name_or_path": reward_adapter, "eval_strategy": "steps", "dataset_test_split": "train"}
     (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {value}" for name, value in values.items()))
     check.main(["recipe.yaml"])
-    assert f"Win rates in each group of 4 come from {reward_adapter}." in capsys.readouterr().out
+    assert f"Win rates in each group of 4 come from {reward_adapter} (weight 1)." in capsys.readouterr().out
 
 
 # ---- Nothing to train

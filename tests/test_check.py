@@ -58,8 +58,8 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         "An iteration: 64 prompts x 8 completions = 512, sampled by vLLM (colocate), of at most 1,024 tokens",
         # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
         "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
-        "learning_rate=5e-07 suits full fine-tuning",
-        "Nothing is evaluated",
+        "learning_rate=5e-07 is unusual for an adapter",
+        "No judge evaluates the policy that it is not trained on",
         "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
         assert words in said, words
@@ -122,24 +122,23 @@ def test_what_looks_wrong(run, options, words):
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
         (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) does not exist here"),
         (["--dataset_name", "empty"], "dataset 'empty' (--dataset_name) has an empty file"),
-        (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
+        (
+            ["--reward_funcs", "acuracy_reward"],
+            "reward function 'acuracy_reward' (--reward_funcs) could not be imported",
+        ),
         (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
         (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
         (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
         (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not what torch.utils.checkpoint takes"),
-        (["--resume_from_checkpoint", "missing"], "missing"),
         (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
-        (["--dataset_streaming", "true"], "dataset_streaming=True needs max_steps"),
         (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "there is none"),
         (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
         (["--dataset_name", "."], "--dataset_name"),
-        (["--gpu_memory", "-1"], "gpu_memory must be positive"),
-        (["--prompt_length", "0"], "prompt_length must be at least 1"),
     ],
 )
 def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):
@@ -182,7 +181,6 @@ def test_weights_are_told_where_they_differ(run, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("from somewhere import brevity, judge\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     sources = ("--reward_funcs", "my_rewards.brevity", "--preference_funcs", "my_rewards.judge")
-    assert ", my_rewards.brevity, my_rewards.judge." in run(LORA, *sources)[1]
     said = run(LORA, *sources, "--reward_weights", "1", "0")[1]
     assert " (weight 1), my_rewards.brevity (weight 0), my_rewards.judge (weight 1)." in said
 
@@ -254,7 +252,7 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
     prompts = write_prompts(tmp_path / "prompts", 200)
     said = run(LORA, "--dataset_name", prompts)[1]
     assert "In all 3 iterations, 12 optimizer steps, 1,536 completions." in said
-    assert "The last 8 prompts of each epoch do not fill an iteration" in said and "was not loaded" not in said
+    assert "was not loaded" not in said
     said = run(LORA, "--dataset_name", prompts, "--max_steps", "9")[1]
     assert "In all 3 iterations, 9 optimizer steps, 1,536 completions." in said
     # 0.6 of 12 steps are 8, rounded up as the trainer does, and the last iteration is sampled whole

@@ -102,7 +102,7 @@ def test_an_adapter_that_lacks_weights_is_refused(make_adapter, kind, position):
     del weights[name]
     save_file(weights, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
     for load in (check_policy, load_policy):
-        with pytest.raises(ValueError, match="adapter 'adapter'") as error:
+        with pytest.raises(ValueError, match=r"'adapter' is (an adapter that does not fit|of prefix)") as error:
             load("adapter")
         if kind != "prefix tuning" or load is load_policy:
             assert name.removesuffix(".weight") in str(error.value).replace(".default", "")
@@ -134,26 +134,20 @@ def test_an_adapter_that_lacks_biases_is_refused(make_adapter, kind):
 def test_an_adapter_of_another_base_is_refused(make_adapter):
     make_adapter(KINDS["LoRA"])
     Qwen2ForCausalLM(Qwen2Config(**{**TINY, "hidden_size": 32})).save_pretrained("base")
-    with pytest.raises(ValueError, match="do not fit its base model 'base' and its own"):
+    with pytest.raises(ValueError, match="does not fit its base model 'base'"):
         check_policy("adapter")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "prefix tuning"])
-def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapter, kind):
+def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapter, kind, monkeypatch):
+    monkeypatch.setattr("trl_sppo.evaluation.policies.check_vllm_is_installed", lambda: None)
     make_adapter(KINDS[kind])
     if kind in SERVED_BY_VLLM:
         check_policy("adapter", use_vllm=True)
     else:
         with pytest.raises(ValueError, match=r"use_vllm=True with adapter 'adapter', which has .*plain LoRA only"):
             check_policy("adapter", use_vllm=True)
-
-
-def test_ranks_of_vllm(make_adapter):
-    make_adapter(KINDS["LoRA"])
-    edit(r=513)
-    with pytest.raises(ValueError, match="r=513, of at most 512"):
-        check_policy("adapter", use_vllm=True)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +157,8 @@ def test_ranks_of_vllm(make_adapter):
          "base_model_name_or_path into its adapter_config.json"),
         ("", "does not say which model it belongs to"),
         ("models/policy", "the base model 'models/policy' of adapter 'adapter' is neither"),
-        ("models/gone/policy", "relative to the current directory: run this where the adapter was trained, or set "
-         "base_model_name_or_path in adapter/adapter_config.json"),
+        ("models/gone/policy", "relative to the current directory, or base_model_name_or_path in adapter_config.json"),
         ("../policy", "the base model '../policy' of adapter 'adapter' is neither"),
-        ("adapter", "the base of adapter 'adapter' is itself an adapter"),
     ],
 )  # fmt: skip
 def test_bases_that_are_not_there(make_adapter, base, message):

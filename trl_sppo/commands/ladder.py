@@ -2,46 +2,34 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from ..arguments.options import fail
 from ..errors import RunError
-from ..evaluation.ladder import SAMPLED, Matrix, climb, draw, sample_checkpoints, stored_players, verdict
-from ..evaluation.matches import prompts_of
+from ..evaluation.files import prompts_of, write_groups
+from ..evaluation.ladder import Matrix, climb, draw, stored_players, verdict
+from ..evaluation.policies import check_policy, read_prompts, sample
 from ..files import read_beginning, write_atomically
 from ..runs.checkpoints import checkpoints_of_run
 from ..tables import as_table
-from .judging import JudgeArguments, check_matplotlib, parse, run_and_options
+from .judging import JudgeArguments, RunArguments, parse_run
+
+
+SAMPLED = "ladder"  # folder in the run, for the completions of checkpoints that no evaluation sampled
 
 
 @dataclass
-class LadderArguments(JudgeArguments):
-    """
-    Arguments of `trl-sppo ladder`, besides those of [`JudgeArguments`].
-
-    Args:
-        evaluation_set (`str`, *optional*):
-            Evaluation set of a run with several. The first by default.
-    """
-
-    evaluation_set: str | None = field(
-        default=None, metadata={"help": "Evaluation set of a run with several. The first by default."}
-    )
+class LadderArguments(JudgeArguments, RunArguments):
+    """Options of `trl-sppo ladder`."""
 
 
 def main(argv: list[str]) -> int:
     """Run `trl-sppo ladder` and return its exit status."""
     try:
-        run, argv = run_and_options(argv, "trl-sppo ladder")
-        check_matplotlib("trl-sppo ladder")
-        args = parse(LadderArguments, "trl-sppo ladder RUN", argv, defaults=_sampling_of(run))
+        run, args = parse_run(LadderArguments, "trl-sppo ladder", argv, _sampling_of)
         ladders = climb_run(run, args)
-    except KeyboardInterrupt:
-        kept = run / SAMPLED
-        said = f"Sampled completions are in {kept}, for `trl-sppo eval`." if kept.exists() else ""
-        raise KeyboardInterrupt(f"interrupted. {said}".strip()) from None
     except (ValueError, ImportError, OSError, RunError) as error:
         fail(error)
     for judge, matrix in ladders.items():
@@ -49,11 +37,7 @@ def main(argv: list[str]) -> int:
         rows = [[a, *("-" if a == b else f"{matrix[a][b].mean:.3f}" for b in steps)] for a in steps]
         print(f"\n{judge}: win rate of the row against the column\n{as_table(['step', *steps], rows)}")
         print("\n".join(verdict(matrix)))
-    facts = {
-        judge: {a: {b: vars(rate) for b, rate in row.items()} for a, row in matrix.items()}
-        for judge, matrix in ladders.items()
-    }
-    write_atomically(run / "ladder.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(run / "ladder.json", json.dumps(ladders, default=vars, indent=2) + "\n")
     draw(ladders).savefig(run / "ladder.png", dpi=120)
     print(f"\nSaved ladder.json and ladder.png in {run}.")
     return 0
@@ -67,7 +51,15 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     if args.has_judges:
         prompts = prompts_of(next(iter(players.values()))) if players else args.load_prompts()
         panel = args.load_panel(prompts["prompt"][0], prompts.column_names, cast(Any, args.chat_template_kwargs))
-        players |= sample_checkpoints(run, missing, prompts, args.sampling, panel)
+        for checkpoint in missing.values():
+            check_policy(str(checkpoint), args.trust_remote_code, args.use_vllm)
+            read_prompts(str(checkpoint), prompts, args)
+        panel.check_prompts(prompts["prompt"])
+        if missing:
+            print(f"Completions of the checkpoints of steps {list(missing)} go to {run / SAMPLED}.", file=sys.stderr)
+        for number, (step, checkpoint) in enumerate(missing.items()):
+            players[step] = sample(str(checkpoint), prompts, replace(args, seed=args.seed + number))
+            write_groups(run / SAMPLED / f"step-{step:06d}.parquet", players[step])
     elif missing:
         print(
             f"Left out: the checkpoints of steps {list(missing)}, which no evaluation sampled. Pass a judge "
@@ -75,15 +67,10 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
             file=sys.stderr,
         )
     if len(players) < 2:
-        cure = (
-            "Save more checkpoints (save_steps, save_total_limit), or compare one with the initial policy by "
-            "`trl-sppo eval`."
-            if args.has_judges
-            else "Train with eval_strategy, or pass a judge and --dataset_name to sample the checkpoints now."
-        )
         raise ValueError(
-            f"a ladder needs two policies, and {str(run)!r} has {len(players)}: "
-            f"{'checkpoints' if args.has_judges else 'evaluations'} of steps {sorted(players)}. {cure}"
+            f"a ladder needs two policies, and {str(run)!r} has those of steps {sorted(players)}. Save more "
+            "checkpoints (save_steps, save_total_limit), and evaluate them (eval_strategy) or pass a judge and "
+            "--dataset_name to sample them now."
         )
     ladders = climb(players, panel)
     if not ladders:

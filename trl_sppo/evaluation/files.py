@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+from datasets import Dataset
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from ..rollouts.files import COLUMNS, unused
+from ..rollouts.files import COLUMNS, unused, write_parquet
 from ..rows import IMAGES
 
 
@@ -37,11 +38,9 @@ def row_of(group: dict[str, Any]) -> dict[str, Any]:
 
 def without_images(group: dict[str, Any]) -> dict[str, Any]:
     """A group as it is written. Images are large."""
-    kept = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
-    return {
-        **{name: value for name, value in group.items() if name != "dataset_columns"},
-        **({"dataset_columns": kept} if kept else {}),  # Parquet has no place for an empty table
-    }
+    taken = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
+    rest = {name: value for name, value in group.items() if name != "dataset_columns"}
+    return {**rest, "dataset_columns": taken} if taken else rest  # Parquet has no place for an empty table
 
 
 def with_json(group: dict[str, Any]) -> dict[str, Any]:
@@ -52,9 +51,29 @@ def with_json(group: dict[str, Any]) -> dict[str, Any]:
 def with_messages(group: dict[str, Any]) -> dict[str, Any]:
     """A group with messages again, if `with_json` has written it."""
     texts = group["completions"]
-    if not is_conversational({"prompt": group.get("prompt")}) or not all(str(text)[:3] == '[{"' for text in texts):
-        return group
-    return {**group, "completions": [json.loads(text) for text in texts]}
+    if is_conversational({"prompt": group.get("prompt")}) and all(str(text)[:3] == '[{"' for text in texts):
+        return {**group, "completions": [json.loads(text) for text in texts]}
+    return group
+
+
+def write_groups(path: Path, groups: Groups) -> None:
+    """Write completions as Parquet, without images."""
+    groups = [without_images(group) for group in groups]
+    texts = [completion for group in groups for completion in group["completions"]]
+    if any("tool_calls" in message for messages in texts if isinstance(messages, list) for message in messages):
+        groups = [*map(with_json, groups)]
+    write_parquet(path, groups, None)
+
+
+def prompts_of(groups: Groups) -> Dataset:
+    """The prompts of completions, with the other columns of the dataset."""
+    return Dataset.from_list([row_of(group) for group in groups])
+
+
+def mean_length(groups: Groups) -> float:
+    """The mean length of all completions."""
+    lengths = [length for group in groups for length in group["lengths"]]
+    return sum(lengths) / len(lengths)
 
 
 class EvaluationFiles:

@@ -1,41 +1,17 @@
 """Ladders: the policies of a run against each other."""
 
-from dataclasses import replace
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from ..checks.arguments import check_vllm_is_installed
 from ..oracles.panel import Panel
 from .files import EvaluationFiles, Groups
-from .matches import write_groups
 from .play import play, play_stored, score_groups
-from .policies import Sampling, check_policy, read_prompts, sample
 from .statistics import WinRate
 
 
 # matrix[a][b]: win rate of a against b
 Matrix = dict[str, dict[str, WinRate]]
-SAMPLED = "ladder"  # folder in the run, for the completions of checkpoints that no evaluation sampled
-
-
-def sample_checkpoints(
-    run: Path, checkpoints: dict[int, Path], prompts: Dataset, sampling: Sampling, panel: Panel
-) -> dict[int, Groups]:
-    """Sample checkpoints of a run, each with a seed of its own, and write their completions into its folder."""
-    if checkpoints and sampling.use_vllm:
-        check_vllm_is_installed()
-    for checkpoint in checkpoints.values():
-        check_policy(str(checkpoint), sampling.trust_remote_code, sampling.use_vllm)
-        read_prompts(str(checkpoint), prompts, sampling)
-    panel.check_prompts(prompts["prompt"])
-    sampled = {}
-    for number, (step, checkpoint) in enumerate(checkpoints.items()):
-        sampled[step] = sample(str(checkpoint), prompts, replace(sampling, seed=sampling.seed + number))
-        write_groups(run / SAMPLED / f"step-{step:06d}.parquet", sampled[step])
-    return sampled
 
 
 def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, Matrix]:
@@ -70,18 +46,7 @@ def stored_players(run: Path, evaluation_set: str | None = None) -> dict[int, Gr
     """The evaluations of a run by step. Raises `ValueError` for an unknown evaluation set."""
     files = EvaluationFiles(str(run))
     name = which_evaluation_set(run, evaluation_set)
-    found = {step: files.read(name, step) for step in files.steps(name)}
-    return {step: groups for step, groups in found.items() if groups}
-
-
-def circles(matrix: Matrix) -> list[tuple[tuple[str, str, str], WinRate]]:
-    """Triples in which each beats the next and the last beats the first, with the weakest of the three win rates."""
-    found = []
-    for a, b, c in permutations(matrix, 3):
-        rates = [matrix[x][y] for x, y in ((a, b), (b, c), (c, a)) if y in matrix[x] and matrix[x][y].mean > 0.5]
-        if a == min((a, b, c), key=int) and len(rates) == 3:
-            found.append(((a, b, c), min(rates, key=lambda rate: rate.mean)))
-    return found
+    return {step: groups for step in files.steps(name) if (groups := files.read(name, step))}
 
 
 def verdict(matrix: Matrix) -> list[str]:
@@ -93,15 +58,12 @@ def verdict(matrix: Matrix) -> list[str]:
         rate = matrix[later][earlier]
         word = "beats" if rate.low > 0.5 else "loses to" if rate.high < 0.5 else "cannot be distinguished from"
         lines.append(f"step {later} {word} step {earlier}: {rate}")
-    found = circles(matrix)
-    sure = [circle for circle in found if circle[1].low > 0.5]
-    for (a, b, c), rate in sure:
-        lines.append(f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a} (weakest: {rate})")
-    if not found:
-        lines.append("no circles: the win rates are transitive")
-    elif not sure:
-        lines.append(f"{len(found)} circle(s), none beyond the noise of {found[0][1].num_prompts} prompts")
-    return lines
+    circles = [
+        f"circle: step {a} beats {b}, {b} beats {c}, {c} beats {a}"
+        for a, b, c in permutations(steps, 3)
+        if a == min(a, b, c, key=int) and all(matrix[x][y].low > 0.5 for x, y in ((a, b), (b, c), (c, a)))
+    ]
+    return [*lines, *(circles or ["no circles beyond the noise"])]
 
 
 def draw(ladders: dict[str, Matrix]) -> Any:

@@ -4,7 +4,7 @@ import gc
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import datasets
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -25,8 +25,10 @@ from transformers import (
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
+from ..arguments.loading import dataset_source
+from ..checks.arguments import check_vllm_is_installed
 from ..files import read_beginning
-from ..models.adapters import CONFIG, base_of, check_whole_model, config_of, is_adapter, misfits, some, tokenizer_of
+from ..models.adapters import base_of, check_whole_model, config_of, is_adapter, load_weights, tokenizer_of
 from ..models.generation import end_tokens, only_requested_generation
 from ..models.weights import check_weights, whole_and_silent
 from ..rollouts.files import COLUMNS
@@ -41,31 +43,28 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapter
 # Options of an adapter that vLLM reads, or that say nothing about its forward pass. It ignores most others in silence
 VLLM_READS = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "fan_in_fan_out", "lora_dropout", "init_lora_weights", "eva_config", "peft_type", "peft_version", "task_type",
+    "fan_in_fan_out", "lora_dropout", "eva_config", "peft_version", "task_type",
     "inference_mode", "auto_mapping", "base_model_name_or_path", "runtime_config",
 }  # fmt: skip
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin an adapter that leave the base as it is
 OWN_CODE = "If you trust it, set trust_remote_code=True."
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampling:
-    """How policies are sampled."""
+    """How policies are sampled. The metadata describes each option."""
 
-    num_generations: int = 4  # completions per prompt, S
-    max_completion_length: int = 1024  # tokens
-    temperature: float = 0.8
-    seed: int = 0
-    batch_size: int = 64  # completions that transformers samples at the same time. vLLM chooses for itself
-    use_vllm: bool = False
-    vllm_gpu_memory_utilization: float = 0.5  # share of the GPU's memory
-    trust_remote_code: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-def is_file(policy: str) -> bool:
-    """Whether a policy is given as a file of its completions."""
-    return Path(policy).is_file()
+    num_generations: int = field(default=4, metadata={"help": "Completions per prompt of each policy."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Longest completion, in tokens."})
+    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    batch_size: int = field(default=64, metadata={"help": "Completions that transformers samples at the same time."})
+    use_vllm: bool = field(default=False, metadata={"help": "Let vLLM sample."})
+    vllm_gpu_memory_utilization: float = field(default=0.5, metadata={"help": "vLLM's share of the GPU's memory."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the policies' own Python code may run."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of chat templates, as JSON. By default those of the training."}
+    )
 
 
 def run_of(policy: str) -> dict[str, Any]:
@@ -76,34 +75,33 @@ def run_of(policy: str) -> dict[str, Any]:
 
 def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = False) -> None:
     """Raise `ValueError` if a policy cannot be loaded or sampled. No weights are loaded."""
-    if is_file(policy):
+    if Path(policy).is_file():  # of its completions
         return
+    if use_vllm:
+        check_vllm_is_installed()
     if run_of(policy).get("images"):
         raise ValueError(
             f"policy {policy!r} was trained on images, and policies are sampled here from texts only. Evaluate during "
             "the training (eval_strategy), or give files of completions."
         )
-    check_safetensors("policy", policy)
     check_whole_model("policy", policy)
-    if not is_adapter(policy):
-        _check_model(f"policy {policy!r}", policy, trust_remote_code, f"nor a folder with a config.json or {CONFIG}")
-        return
-    base = base_of(policy)
-    if is_adapter(base):
+    base, what = base_of(policy), f"policy {policy!r}"
+    if base != policy:
+        check_safetensors("policy", policy)
+        what = f"the base model {base!r} of adapter {policy!r}"
+    check_safetensors("policy", base)
+    try:
+        with own_code_is_refused(what, OWN_CODE):
+            AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+            check_weights(what, base, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
+    except OSError as error:
         raise ValueError(
-            f"the base of adapter {policy!r} is itself an adapter, {base!r}. Merge that one into its own base "
-            "(`merge_and_unload`), save the result, and name it as base_model_name_or_path in the adapter's "
-            f"{CONFIG}."
-        )
-    check_safetensors(f"the base of adapter {policy!r}, model", base)
-    _check_model(
-        f"the base model {base!r} of adapter {policy!r}",
-        base,
-        trust_remote_code,
-        "nor a folder with a config.json",
-        f"Its path is relative to the current directory: run this where the adapter was trained, or set "
-        f"base_model_name_or_path in {Path(policy) / CONFIG}.",
-    )
+            f"{what} is neither a file or folder here nor a model that is available on the Hugging Face hub. Check "
+            "the path, which is relative to the current directory, or base_model_name_or_path in adapter_config.json. "
+            f"({error})"
+        ) from error
+    if base == policy:
+        return
     if config_of(policy).peft_type == PeftType.PREFIX_TUNING:
         raise ValueError(
             f"adapter {policy!r} is of prefix tuning, whose prefix `generate` of PEFT and transformers leaves out: "
@@ -116,33 +114,14 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
         load_policy(policy, trust_remote_code=trust_remote_code, device_map="meta")
 
 
-def _check_model(what: str, path: str, trust_remote_code: bool, nor: str, cure: str = "Check the path.") -> None:
-    try:
-        with own_code_is_refused(what, OWN_CODE):
-            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            check_weights(what, path, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(
-            f"{what} is neither a file of completions, {nor}, nor a model that is available on the Hugging Face hub. "
-            f"{cure} ({error})"
-        ) from error
-
-
 def _check_vllm_serves(adapter: str) -> None:
     """Raise `ValueError` if vLLM would refuse an adapter, or sample from another policy than the one trained."""
-    config = config_of(adapter).to_dict()
-    defaults, kind = LoraConfig().to_dict(), getattr(config["peft_type"], "value", config["peft_type"])
-    problem = ""
-    if kind != "LORA":
-        problem = f"peft_type={kind}"
-    elif config["r"] > VLLM_RANKS[-1]:
-        problem = f"r={config['r']}, of at most {VLLM_RANKS[-1]}"
-    elif config["init_lora_weights"] not in KEEPS_BASE:
-        problem = f"init_lora_weights={config['init_lora_weights']!r}, which changes the base model"
-    else:
-        changed = [name for name in config.keys() - VLLM_READS if config[name] and config[name] != defaults.get(name)]
+    config, defaults = config_of(adapter).to_dict(), LoraConfig().to_dict()
+    changed = {name for name in config.keys() - VLLM_READS if config[name] and config[name] != defaults.get(name)}
+    if config.get("init_lora_weights") in KEEPS_BASE:
+        changed.discard("init_lora_weights")
+    if changed:
         problem = ", ".join(f"{name}={config[name]!r}" for name in sorted(changed))
-    if problem:
         raise ValueError(
             f"use_vllm=True with adapter {adapter!r}, which has {problem}: vLLM samples with plain LoRA only. Set "
             "use_vllm=False, or merge the adapter into its base (`merge_and_unload`) and save the result."
@@ -150,51 +129,28 @@ def _check_vllm_serves(adapter: str) -> None:
 
 
 def load_policy(policy: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
-    """
-    Load a policy as it was trained: an adapter by PEFT, onto the base model that its `adapter_config.json` names.
-    Raises `ValueError` if the weights of an adapter do not fit.
-    """
+    """Load a policy as it was trained. Raises `ValueError` if the weights of an adapter do not fit its base model."""
     kwargs = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
     if not is_adapter(policy):
         return AutoModelForCausalLM.from_pretrained(policy, **kwargs)
     # AutoModelForCausalLM.from_pretrained(adapter) would silently leave out parts of some adapters: DoRA's magnitudes
-    revision = config_of(policy).revision
-    model: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=revision, **kwargs)
-    options: Any = {"low_cpu_mem_usage": True, "torch_device": "cpu"} if model.device.type == "meta" else {}
-    fit = f"its base model {base_of(policy)!r} and its own {CONFIG}"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*missing adapter keys")
-            model = PeftModel.from_pretrained(model, policy, **options)
-        found = model.load_adapter(policy, "default", **options)
-    except (UserWarning, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"the weights of adapter {policy!r} do not fit {fit}: {' '.join(str(error).split())[:500]}. Save it again "
-            "with all of its weights, or give another one."
-        ) from error
-    for problem, names in zip(("lacks", "has more than"), misfits(model, policy, found), strict=True):
-        if names:
-            raise ValueError(
-                f"adapter {policy!r} {problem} the weights that {fit} ask for: {some(names)}. Save it again with all "
-                "of its weights, or give another one."
-            )
+    config = config_of(policy)
+    base: Any = AutoModelForCausalLM.from_pretrained(base_of(policy), revision=config.revision, **kwargs)
+    model = get_peft_model(base.eval(), config, low_cpu_mem_usage=base.device.type == "meta")
+    load_weights("policy", cast(PeftModel, model), policy)
     return model
 
 
 def load_completions(path: str) -> Groups:
     """
-    Read completions, and `"lengths"` and `"scores"` if there are any, from Parquet, JSON lines or CSV with the columns
-    `"prompt"` and `"completions"` (a list) or `"completion"` (one). Of the latter, rows are put together that are
-    equal in all other columns. Raises `ValueError` if groups differ in size.
+    Read completions, `"lengths"` and `"scores"` from Parquet, JSON lines or CSV with columns `"prompt"` and
+    `"completions"` (a list) or `"completion"` (one). Of the latter, rows are put together that are equal in all other
+    columns.
     """
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(Path(path).suffix, "parquet")
     try:
-        rows: Any = datasets.load_dataset(kind, data_files=path, split="train")
+        rows: Any = datasets.load_dataset(**dataset_source(path, option="completions"), split="train")
     except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
-        raise ValueError(
-            f"{path!r} cannot be read as {kind}: {error or 'it is empty'}. Completions come as .parquet, .jsonl or "
-            ".csv."
-        ) from error
+        raise ValueError(f"completions {path!r} cannot be read: {error or 'the file is empty'}.") from error
     columns = rows.column_names
     if "prompt" not in columns or not {"completions", "completion"} & set(columns):
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")
@@ -213,9 +169,9 @@ def load_completions(path: str) -> Groups:
     sizes = {len(group["completions"]) for group in groups.values()}
     if len(sizes) > 1:
         raise ValueError(
-            f"{path!r} has {sorted(sizes)} completions per prompt: give as many for each of the prompts. Rows with "
-            f"one completion each are put together if they are equal in all other columns, of {columns}: leave "
-            "out those that say something of the completion."
+            f"{path!r} has {sorted(sizes)} completions per prompt, but needs as many for each. Rows with one "
+            f"completion are put together if they are equal in all other columns, of {columns}: leave out those that "
+            "say something of the completion."
         )
     return list(groups.values())
 
@@ -224,31 +180,24 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a file as a group: separates columns of the dataset from those of the group."""
     row = dict(row)
     own: dict[str, Any] = {"completions": row.pop("completions", None) or [row.pop("completion", None)]}
-    scores, lengths = row.get("scores"), row.get("lengths")
-    if scores is None or isinstance(scores, dict):
-        row.pop("scores", None)
-        own |= {} if scores is None else {"scores": scores}
-    if lengths is None or (isinstance(lengths, list) and len(lengths) == len(own["completions"])):
-        row.pop("lengths", None)
-        own |= {} if lengths is None else {"lengths": lengths}
-    stored = row.pop("dataset_columns", None) if isinstance(row.get("dataset_columns"), dict | None) else None
+    for name, kind in (("scores", dict), ("lengths", list), ("dataset_columns", dict)):
+        if isinstance(row.get(name), kind):
+            own[name] = row.pop(name)
+        elif row.get(name) is None:
+            row.pop(name, None)
+    stored = own.pop("dataset_columns", {})
     if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # of a run: so are these names
         row = {name: value for name, value in row.items() if name not in COLUMNS}
-    return with_messages(group_of({**row, **(stored or {})}, **own))
+    return with_messages(group_of({**row, **stored}, **own))
 
 
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     """Sample completions of each of P prompts: groups with S `"completions"` and their `"lengths"` in tokens."""
-    tools = run_of(policy).get("tools")
-    if tools:
-        logger.warning(
-            f"{policy!r} was trained with tools ({', '.join(tools)}), which it does not have here: its prompts differ "
-            "from those of its training."
-        )
-    base = base_of(policy)
+    if tools := run_of(policy).get("tools"):
+        logger.warning(f"{policy!r} was trained with tools ({', '.join(tools)}), which it does not have here.")
     tokenizer, prompt_ids = read_prompts(policy, prompts, sampling)
     if sampling.use_vllm:
-        ids = _sample_with_vllm(policy, base, tokenizer, prompt_ids, sampling)
+        ids = _sample_with_vllm(policy, tokenizer, prompt_ids, sampling)
     else:
         model: Any = load_policy(policy, sampling.trust_remote_code)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -262,7 +211,10 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     return [
         group_of(
             row,
-            completions=[_as_completion(row["prompt"], text) for text in flat[p * size : (p + 1) * size]],
+            completions=[
+                [{"role": "assistant", "content": text}] if is_conversational({"prompt": row["prompt"]}) else text
+                for text in flat[p * size : (p + 1) * size]
+            ],
             lengths=[len(each) for each in ids[p]],
         )
         for p, row in enumerate(prompts)
@@ -288,7 +240,7 @@ def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any
     return tokenizer, found
 
 
-def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: Any = None) -> list[int]:
     """What the policy reads, as in TRL. Raises `ValueError` if it would need a chat template and has none."""
     if not is_conversational({"prompt": prompt}):
         return list(tokenizer(prompt)["input_ids"])
@@ -300,14 +252,8 @@ def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: dict[str,
     if prompt[-1]["role"] == "assistant":
         raise ValueError("it ends with an assistant message, after which another one would be opened.")
     messages = [without_nulls(message) for message in prompt]
-    kwargs: Any = chat_template_kwargs or {}
-    return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
-    )
-
-
-def _as_completion(prompt: Any, text: str) -> Any:
-    return [{"role": "assistant", "content": text}] if is_conversational({"prompt": prompt}) else text
+    kwargs = {"add_generation_prompt": True, "return_dict": True, **(chat_template_kwargs or {})}
+    return list(tokenizer.apply_chat_template(messages, **kwargs)["input_ids"])
 
 
 @torch.inference_mode()
@@ -345,15 +291,15 @@ def sample_ids(
 
 
 def _sample_with_vllm(
-    policy: str, base: str, tokenizer: Any, prompt_ids: Sequence[list[int]], sampling: Sampling
+    policy: str, tokenizer: Any, prompt_ids: Sequence[list[int]], sampling: Sampling
 ) -> list[list[list[int]]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    adapter = {}
+    base, adapter = base_of(policy), {}
     if policy != base:
         rank = cast(LoraConfig, config_of(policy)).r
-        adapter = {"enable_lora": True, "max_lora_rank": next(size for size in VLLM_RANKS if size >= rank)}
+        adapter = {"enable_lora": True, "max_lora_rank": next((size for size in VLLM_RANKS if size >= rank), rank)}
     try:
         recommended = GenerationConfig.from_pretrained(base)
     except OSError:  # there is no such file

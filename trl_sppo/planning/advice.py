@@ -14,6 +14,17 @@ from .plan import Plan
 ROOM = 0.9  # share of a GPU's memory to plan with. The rest is for the CUDA context, buffers and fragmentation
 SLOW_LORA, FAST_FULL = 1e-6, 5e-6  # learning rates: 2 and 10 times the paper's, which is for full fine-tuning
 
+# What to change if a phase needs too much memory
+CURES = {
+    "generating": "Lower vllm_gpu_memory_utilization, or without vLLM per_device_train_batch_size or "
+    "steps_per_generation.",
+    "reading prompts": "Set generation_kwargs: {prefill_chunk_size: 256}, or lower per_device_train_batch_size or "
+    "steps_per_generation.",
+    "scoring": "Lower reward_batch_size, or serve the reward model (docs/judges.md).",
+    "training": "Lower per_device_train_batch_size (and raise gradient_accumulation_steps and steps_per_generation as "
+    "much), set gradient_checkpointing: true, or train an adapter (use_peft: true).",
+}
+
 
 def kept_per_group(plan: Plan) -> int | None:
     """Completions of a group that are trained on if no two have the same score. `None` if that depends on them."""
@@ -22,8 +33,8 @@ def kept_per_group(plan: Plan) -> int | None:
     if args.train_on == "all" and args.win_rate_threshold is None:
         return args.num_generations
     voters = len(script.reward_model_name_or_path or []) + len(script.reward_funcs or [])
-    by_rank = args.comparison == "hard" and not script.preference_funcs
-    by_rank = by_rank and (voters == 1 or args.reward_aggregation == "sum")
+    summed = voters == 1 or args.reward_aggregation == "sum"
+    by_rank = args.comparison == "hard" and not script.preference_funcs and summed
     if args.train_on != "best_and_worst" and not by_rank:
         return None
     ranks = torch.arange(args.num_generations, dtype=torch.float32).unsqueeze(0)
@@ -40,21 +51,16 @@ def describe(plan: Plan) -> list[str]:
     steps = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
     prompts = batch // group
 
-    policy = str(model_args.model_name_or_path)
-    what = base_of(policy)
-    if plan.policy is not None:
-        what += f" ({plan.policy.parameters:,} parameters)"
+    policy, size, dtype = str(model_args.model_name_or_path), plan.policy, dtype_of(args, model_args)
+    what = base_of(policy) + (f" ({size.parameters:,} parameters)" if size is not None else "")
+    how = f"Train all of {what} in {dtype}"
     if model_args.use_peft:
-        bits = "in 4 bit, the rest " if model_args.load_in_4bit else ""
-        bits = "in 8 bit, the rest " if model_args.load_in_8bit else bits
-        trained = f", {plan.policy.adapter:,} parameters" if plan.policy is not None else ""
-        train, kind = "Train an adapter", "LoRA"
+        bits = "".join(f"in {n} bit, the rest " for n in (4, 8) if getattr(model_args, f"load_in_{n}bit"))
+        kind = f"LoRA, r = {model_args.lora_r}"
         if is_adapter(policy):
-            train, kind = f"Continue the adapter {policy}", kind_of(config_of(policy)).replace("LORA", "LoRA")
-        rank = f", r = {model_args.lora_r}" if kind == "LoRA" else ""
-        how = f"{train} ({kind}{rank}{trained}) on {what}, frozen {bits}in {_dtype(plan)}"
-    else:
-        how = f"Train all of {what} in {_dtype(plan)}"
+            kind = f"{kind_of(config_of(policy))}, continued from {policy}"
+        trained = f", {size.adapter:,} parameters" if size is not None else ""
+        how = f"Train an adapter ({kind}{trained}) on {what}, frozen {bits}in {dtype}"
     where = f"{place.processes} process{'es' * (place.processes > 1)}"
     lines = [f"{how}, in {where}{f' ({place.sharding})' if place.sharding else ''}."]
 
@@ -69,57 +75,47 @@ def describe(plan: Plan) -> list[str]:
     sources = [*(script.reward_model_name_or_path or []), *(script.reward_funcs or [])]
     oracles = script.preference_funcs or []
     weights = [*(args.reward_weights or [1.0] * len(sources)), *(args.preference_weights or [1.0] * len(oracles))]
-    voters = [*sources, *oracles]
-    if len(set(weights)) > 1:
-        voters = [f"{name} (weight {weight:g})" for name, weight in zip(voters, weights, strict=True)]
-    if voters:
+    if weights:
+        voters = (f"{name} (weight {weight:g})" for name, weight in zip([*sources, *oracles], weights, strict=True))
         lines.append(f"Win rates in each group of {group} come from {', '.join(voters)}.")
     kept = kept_per_group(plan)
     per_step = batch * args.num_iterations // steps
-    trained = "as many as the threshold leaves" if kept is None else f"{per_step * kept // group:,}"
-    if kept != group:
-        trained += " of them trained on" + (" if no two tie" if kept is not None else "")
-    else:
-        trained = "all of them trained on"
+    trained = "all of them trained on"
+    if kept is None:
+        trained = "as many as the threshold leaves of them trained on"
+    elif kept != group:
+        trained = f"{per_step * kept // group:,} of them trained on if no two tie"
     lines.append(
         f"Then {_count(steps, 'optimizer step')} on them, of {per_step:,} completions each, {trained}. The next "
         "iteration plays against the resulting policy."
     )
-    return [*lines, _length(plan, prompts, steps)]
-
-
-def _length(plan: Plan, prompts: int, steps: int) -> str:
-    """How long the training lasts, in epochs if the number of prompts is unknown."""
-    args = plan.args
-    if args.max_steps > 0:
-        all_steps = args.max_steps
-    elif plan.num_prompts is not None:
-        all_steps = math.ceil(plan.num_prompts // prompts * steps * args.num_train_epochs)
-    else:
-        return f"In all {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)} of the dataset."
+    all_steps = args.max_steps
+    if all_steps <= 0 and plan.num_prompts is None:
+        return [*lines, f"Epochs of the dataset: {args.num_train_epochs:g}."]
+    if all_steps <= 0:
+        all_steps = math.ceil((plan.num_prompts or 0) // prompts * steps * args.num_train_epochs)
     iterations = -(-all_steps // steps)
-    sampled = iterations * (args.generation_batch_size or 0)
-    return f"In all {_count(iterations, 'iteration')}, {_count(all_steps, 'optimizer step')}, {sampled:,} completions."
+    return [
+        *lines,
+        f"In all {_count(iterations, 'iteration')}, {_count(all_steps, 'optimizer step')}, {iterations * batch:,} "
+        "completions.",
+    ]
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
-def _dtype(plan: Plan) -> str:
-    return dtype_of(plan.args, plan.model_args)
-
-
 def advise(plan: Plan) -> tuple[list[str], list[str]]:
     """Find what looks wrong about a training, and what is worth knowing."""
-    args, model_args, script = plan.args, plan.model_args, plan.script
-    wrong, notes = [], []
+    args, model_args, script, gpu = plan.args, plan.model_args, plan.script, plan.place.gpu
+    wrong = []
     if plan.rows is not None:
         value, phase = peak(plan.rows)
-        if value > ROOM * plan.place.gpu:
+        if value > ROOM * gpu:
             wrong.append(
-                f"{phase} needs {value / 1e9:.1f} GB. Plan with at most {ROOM * plan.place.gpu / 1e9:.1f} of "
-                f"{plan.place.gpu / 1e9:g} GB. {_cure(plan, phase)}"
+                f"{phase} needs {value / 1e9:.1f} GB. Plan with at most {ROOM * gpu / 1e9:.1f} of {gpu / 1e9:g} GB. "
+                f"{CURES[phase]}"
             )
     completion, longest = args.max_completion_length or 0, args.vllm_max_model_length
     if args.use_vllm and longest is not None and longest <= completion:
@@ -127,71 +123,37 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
             f"vllm_max_model_length={longest} bounds prompt and completion together, so max_completion_length="
             f"{completion} leaves no room for a prompt."
         )
-    wrong += _too_small_for_vllm(plan)
-    if not model_args.use_peft and BYTES[_dtype(plan)] == 2 and plan.place.sharding is None:
+    if args.use_vllm and args.vllm_mode == "colocate" and plan.policy is not None and not args.use_cpu:
+        text, _ = lengths(args, plan.place)
+        needed = plan.policy.parameters * 2 / args.vllm_tensor_parallel_size + text * plan.policy.cache
+        share = args.vllm_gpu_memory_utilization * gpu
+        if needed > share:
+            wrong.append(
+                f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization:g} gives vLLM {share / 1e9:.1f} GB, "
+                f"but the weights and the cache of one text of {text:,} tokens take {needed / 1e9:.1f}. Raise it."
+            )
+    dtype = dtype_of(args, model_args)
+    if not model_args.use_peft and BYTES[dtype] == 2 and plan.place.sharding is None:
         wrong.append(
-            f"dtype={_dtype(plan)!r} without an adapter: steps of learning_rate={args.learning_rate:g} are lost in "
-            "the rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard "
-            "with FSDP2 or ZeRO, which keep float32 weights."
+            f"dtype={dtype!r} without an adapter: steps of learning_rate={args.learning_rate:g} are lost in the "
+            "rounding of 16-bit weights. Set dtype: float32 (bf16: true still computes in bfloat16), or shard with "
+            "FSDP2 or ZeRO, which keep float32 weights."
         )
-    if model_args.use_peft and args.learning_rate < SLOW_LORA:
-        notes.append(
-            f"learning_rate={args.learning_rate:g} suits full fine-tuning. An adapter hardly moves at this rate. The "
-            "recipes with LoRA begin with 1e-5, the quickstart has 4e-4."
-        )
-    if not model_args.use_peft and args.learning_rate > FAST_FULL:
-        notes.append(f"learning_rate={args.learning_rate:g} is high without an adapter. The paper has 5e-7.")
-    if args.eval_strategy == "no":
-        notes.append(
-            "Nothing is evaluated. Set eval_strategy and a judge that the policy is not trained on "
-            "(eval_reward_funcs, eval_reward_model_name_or_path), or use `trl-sppo eval` afterwards."
-        )
-    elif not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs):
-        notes.append(
-            "Evaluations use only the oracles that the policy is trained on, which proves little. Add "
-            "eval_reward_funcs or eval_reward_model_name_or_path."
-        )
-    prompts = (args.generation_batch_size or 0) // (args.num_generations or 1)
-    if plan.num_prompts is not None and plan.num_prompts % prompts:
-        notes.append(
-            f"The last {plan.num_prompts % prompts} prompts of each epoch do not fill an iteration and are left out."
-        )
-    if script.preference_funcs or script.reward_funcs:
-        notes.append(
+    notes = (
+        (
+            args.learning_rate < SLOW_LORA if model_args.use_peft else args.learning_rate > FAST_FULL,
+            f"learning_rate={args.learning_rate:g} is unusual {'for' if model_args.use_peft else 'without'} an "
+            "adapter. The paper has 5e-7 for full fine-tuning, recipes with LoRA begin with 1e-5.",
+        ),
+        (
+            not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs),
+            "No judge evaluates the policy that it is not trained on. Set eval_strategy and eval_reward_funcs or "
+            "eval_reward_model_name_or_path, or use `trl-sppo eval` afterwards.",
+        ),
+        (
+            script.preference_funcs or script.reward_funcs,
             "Functions and judges are not imported here. A misspelt name in a module is found when training starts, "
-            "and their memory and time are not counted."
-        )
-    return wrong, notes
-
-
-def _too_small_for_vllm(plan: Plan) -> list[str]:
-    """vLLM's share of a GPU must hold the weights, and the cache of the longest text."""
-    args, policy = plan.args, plan.policy
-    if not args.use_vllm or args.vllm_mode != "colocate" or policy is None or args.use_cpu:
-        return []
-    longest, _ = lengths(args, plan.place)
-    needed = policy.parameters * 2 / args.vllm_tensor_parallel_size + longest * policy.cache
-    share = args.vllm_gpu_memory_utilization * plan.place.gpu
-    if needed <= share:
-        return []
-    return [
-        f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization:g} gives vLLM {share / 1e9:.1f} GB, but "
-        f"the weights and the cache of one text of {longest:,} tokens take {needed / 1e9:.1f}. Raise it."
-    ]
-
-
-def _cure(plan: Plan, phase: str) -> str:
-    """What to change if a phase needs too much memory."""
-    cures = {
-        "generating": "Lower vllm_gpu_memory_utilization."
-        if plan.args.use_vllm
-        else "Lower per_device_train_batch_size or steps_per_generation.",
-        "reading prompts": "Set generation_kwargs: {prefill_chunk_size: 256}, or lower per_device_train_batch_size or "
-        "steps_per_generation.",
-        "scoring": "Lower reward_batch_size, or serve the reward model (docs/judges.md).",
-        "training": "Lower per_device_train_batch_size (and raise gradient_accumulation_steps and "
-        "steps_per_generation as much)"
-        + ("." if plan.args.gradient_checkpointing else ", or set gradient_checkpointing: true."),
-    }
-    less = "" if plan.model_args.use_peft else " An adapter (use_peft: true) needs far less than full fine-tuning."
-    return cures[phase] + less
+            "and their memory and time are not counted.",
+        ),
+    )
+    return wrong, [words for applies, words in notes if applies]

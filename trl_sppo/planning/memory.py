@@ -7,6 +7,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -60,10 +61,9 @@ def size_of(
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and name.split(".")[-1] not in ("lm_head", *HEADS)
         ]
-        parameters = _numel(model)
-        adapter = 0
+        parameters, adapter = model.num_parameters(), 0
         if peft_config is not None:
-            adapter = _numel(get_peft_model(model, peft_config), only_trained=True)
+            adapter = get_peft_model(model, peft_config).get_nb_trainable_parameters()[0]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     one, two = (_first_layers(config, peft_config, number, attention) for number in (1, 2))
@@ -97,7 +97,7 @@ def _first_layers(
     chosen = {} if attention is None or on_gpus else {"attn_implementation": attention}
     with torch.device("meta"):
         model: Any = kind.from_config(config.__class__(**values), dtype=torch.bfloat16, **chosen)
-        parameters = _numel(model)
+        parameters = model.num_parameters()
         if peft_config is not None:
             get_peft_model(model, peft_config)  # in place
     disable_dropout_in_model(model)  # as SPPOConfig does
@@ -105,17 +105,16 @@ def _first_layers(
     for buffer in model.buffers():  # some hold positions, which must be valid
         buffer.zero_()
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    linear, squared = {}, {}
+    linear: dict[int, int] = {}
+    squared: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in shared:  # weights, also those that autocast has cast, are counted elsewhere ...
-            pass
-        elif tensor.shape[-2:] == (LENGTH, LENGTH):  # ... and so is the mask, the same for all heads
-            if tensor.numel() > LENGTH**2:
-                squared[storage.data_ptr()] = storage.nbytes()
-        elif LENGTH in tensor.shape:
-            linear[storage.data_ptr()] = storage.nbytes()
+        is_square = tensor.shape[-2:] == (LENGTH, LENGTH)
+        # Weights, also those that autocast has cast, are counted elsewhere, and so is the mask, the same for all heads
+        is_counted = storage.data_ptr() in shared or (is_square and tensor.numel() == LENGTH**2)
+        if LENGTH in tensor.shape and not is_counted:
+            (squared if is_square else linear)[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     hidden = torch.zeros(1, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -125,10 +124,6 @@ def _first_layers(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(inputs_embeds=hidden, attention_mask=mask)
     return parameters, sum(linear.values()), 0 if on_gpus else sum(squared.values())
-
-
-def _numel(model: nn.Module, only_trained: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trained)
 
 
 @dataclass(frozen=True)
@@ -170,18 +165,21 @@ def _weights(
     """Weights, gradients and states of the optimizer."""
     dtype = dtype_of(args, model_args)
     rows: dict[str, float] = {}
-    if model_args.load_in_4bit or model_args.load_in_8bit:
+    is_quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    if is_quantized:
         matrix = NF4[model_args.use_bnb_nested_quant] if model_args.load_in_4bit else 1
         rows |= _quantized("policy", policy, matrix, dtype)
     elif policy.adapter:
         rows[f"policy, {_SHORT[dtype]}"] = policy.parameters * BYTES[dtype] / _shares(place)
     if policy.adapter:
         # TRL keeps the adapter of a quantized policy in bf16, and PEFT the others in float32
-        each = 2 if model_args.load_in_4bit or model_args.load_in_8bit else 4
-        rows[f"adapter, with gradient and {_optimizer(args)}"] = policy.adapter * each * (2 + _moments(args, each))
+        each = 2 if is_quantized else 4
+        optimizer, moments = _optimizer(args, each)
+        rows[f"adapter, with gradient and {optimizer}"] = policy.adapter * each * (2 + moments)
     else:
         each = 4 if place.sharding else BYTES[dtype]  # FSDP and ZeRO keep float32 weights
-        rows[f"policy, with gradient and {_optimizer(args)}"] = _trained(args, policy, place, each)
+        optimizer, moments = _optimizer(args, each)
+        rows[f"policy, with gradient and {optimizer}"] = _trained(each * moments, policy, place, each)
         if place.processes > 1 and place.sharding is None:
             rows["policy, DDP's buckets of gradients"] = policy.parameters * each
         if args.beta > 0:
@@ -215,10 +213,9 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
         share = args.vllm_gpu_memory_utilization * place.gpu
         return {"generating: vLLM" if args.vllm_enable_sleep_mode else "vLLM, which does not sleep": share}
     _, padded = lengths(args, place)
-    assert args.steps_per_generation is not None  # GRPOConfig has set it
     prompt, batch = place.prompt_length, args.per_device_eval_batch_size if evaluates else 0
     if args.rollouts is None:
-        batch = max(batch, args.per_device_train_batch_size * args.steps_per_generation)
+        batch = max(batch, args.per_device_train_batch_size * (args.steps_per_generation or 1))
     generation: Any = args.generation_kwargs or {}
     chunk = generation.get("prefill_chunk_size", prompt)
     return {
@@ -241,17 +238,11 @@ def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, plac
     pairs = batch * padded**2
     if dtype_of(args, model_args) == "float32" and not args.bf16 and not args.fp16:  # twice what was measured in bf16
         batch *= 2
-    rows: dict[str, float] = {}
+    what, inputs, layers = "all layers, mask", 0, policy.layers + 1  # one of them twice
     if args.gradient_checkpointing:
-        rows["training: inputs of all layers, one layer twice, mask"] = (
-            batch * padded * (policy.layers * policy.hidden * 2 + 2 * policy.kept)
-            + pairs * (3 + 2 * policy.kept_of_pairs)
-        )  # fmt: skip
-    else:
-        layers = policy.layers + 1  # one of them twice
-        rows["training: all layers, mask"] = batch * padded * layers * policy.kept + pairs * (
-            3 + layers * policy.kept_of_pairs
-        )
+        what, inputs, layers = "inputs of all layers, one layer twice, mask", policy.layers * policy.hidden * 2, 2
+    of_pairs = pairs * (3 + layers * policy.kept_of_pairs)
+    rows = {f"training: {what}": float(batch * padded * (inputs + layers * policy.kept) + of_pairs)}
     if model_args.load_in_4bit:
         rows["training: a matrix in bf16"] = policy.widest * 2
     if place.sharding in ("fsdp1", "fsdp2"):
@@ -280,11 +271,9 @@ def dtype_of(args: SPPOConfig, model_args: ModelConfig) -> str:
     """Name of the dtype that the policy is loaded in. `"auto"` counts as bfloat16."""
     init_kwargs: Any = args.model_init_kwargs or {}
     dtype = str(init_kwargs.get("dtype", model_args.dtype) or "float32").removeprefix("torch.")
-    if dtype == "auto":
-        return "bfloat16"
-    if dtype not in BYTES:
+    if dtype not in (*BYTES, "auto"):
         raise ValueError(f"dtype must be {' or '.join(BYTES)}, or auto, got {dtype!r}.")
-    return dtype
+    return "bfloat16" if dtype == "auto" else dtype
 
 
 def _shares(place: Placement) -> int:
@@ -292,9 +281,8 @@ def _shares(place: Placement) -> int:
     return place.processes if place.sharding in ("zero3", "fsdp1", "fsdp2") else 1
 
 
-def _trained(args: SPPOConfig, policy: ModelSize, place: Placement, each: int) -> float:
-    """Bytes of weights, gradients and moments in full fine-tuning, of `each` bytes per weight without ZeRO."""
-    moments = each * _moments(args, each)
+def _trained(moments: float, policy: ModelSize, place: Placement, each: int) -> float:
+    """Bytes of weights, gradients and `moments` in full fine-tuning, of `each` bytes per weight without ZeRO."""
     # Bytes per weight that each process has whole, and that are divided. ZeRO has bf16 weights and gradients, and a
     # copy in float32
     whole, divided = {
@@ -308,20 +296,12 @@ def _trained(args: SPPOConfig, policy: ModelSize, place: Placement, each: int) -
     return policy.parameters * (whole + divided / place.processes)
 
 
-# By the start of their names: names in the rows of the budget, and moments per parameter
+# By the start of their names: names in the rows of the budget, and moments per parameter. Others count as AdamW
 OPTIMIZERS = {"rmsprop": ("RMSprop", 1), "sgd": ("SGD", 0), "adafactor": ("Adafactor", 0), "lion": ("Lion", 1)}
 
 
-def _optimizer(args: SPPOConfig) -> str:
-    name = _name(args).removeprefix("paged_")
-    return next((words for start, (words, _) in OPTIMIZERS.items() if name.startswith(start)), "AdamW")
-
-
-def _moments(args: SPPOConfig, each: int) -> float:
-    """Moments of the optimizer, in sizes of a parameter of `each` bytes. Others than `OPTIMIZERS` count as AdamW."""
-    number = dict(OPTIMIZERS.values()).get(_optimizer(args), 2)
-    return number / each if "8bit" in _name(args) else number
-
-
-def _name(args: SPPOConfig) -> str:
-    return str(getattr(args.optim, "value", args.optim))
+def _optimizer(args: SPPOConfig, each: int) -> tuple[str, float]:
+    """Its name in the budget, and its moments in sizes of a parameter of `each` bytes."""
+    name = OptimizerNames(args.optim).value.removeprefix("paged_")
+    words, moments = next((OPTIMIZERS[start] for start in OPTIMIZERS if name.startswith(start)), ("AdamW", 2))
+    return words, moments / each if "8bit" in name else moments

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy
 
@@ -12,7 +13,7 @@ from ..evaluation.files import Groups
 from ..evaluation.ladder import stored_players
 from ..evaluation.play import play_stored
 from ..evaluation.statistics import WinRate
-from ..runs.report import write_report
+from ..runs.report import curve, write_report
 from ..tables import as_table
 from . import assets
 
@@ -32,44 +33,36 @@ def main(argv: list[str]) -> None:
     with assets.recipe("quickstart.yaml") as recipe:
         argv = ["--config", str(recipe), *argv]
         args = options.check_arguments(argv)  # before anything is prepared
-        strategy = IntervalStrategy(args.eval_strategy).value
-        if not args.save_rollouts or strategy == "no":
+        if not args.save_rollouts or args.eval_strategy == IntervalStrategy.NO:
             options.fail(
-                f"the quickstart shows the results of its evaluations, and save_rollouts={args.save_rollouts} or "
-                f"eval_strategy={strategy} leaves none. Remove this option, or use `trl-sppo train`."
+                "the quickstart shows its evaluations, which save_rollouts=False and eval_strategy='no' do not leave. "
+                "Remove this option, or use `trl-sppo train`."
             )
         print("\n1/3 Preparing models and prompts")
         assets.prepare(FOLDER)
         print("\n2/3 Training with SPPO")
         trainer = train.main(argv)
-    args = trainer.args
-    history = trainer.state.log_history
+    history, output_dir = trainer.state.log_history, Path(trainer.args.output_dir)
     del trainer
 
     print("\n3/3 The trained policy against the initial one, on held-out prompts")
-    output_dir = Path(args.output_dir)
     players = stored_players(output_dir)  # the evaluations of the training
     initial, trained = players[0], players[max(players)]
     results = {judge: plain for judge, (plain, _) in play_stored(trained, initial).items()}
-    win_rates = {judge: vars(result) for judge, result in results.items()}
-    (output_dir / "win_rates.json").write_text(json.dumps(win_rates, indent=2) + "\n")
+    (output_dir / "win_rates.json").write_text(json.dumps(results, default=vars, indent=2) + "\n")
     _draw(output_dir / "quickstart.png", history, results)
     write_report(output_dir)
     _show(initial, trained, results)
-    print(
-        f"\nSaved in {output_dir}: the adapter, report.html, quickstart.png, win_rates.json, and all completions in "
-        f"evaluations ({time.monotonic() - start:.0f} s in all)"
-    )
+    saved = "the adapter, report.html, quickstart.png, win_rates.json, and all completions in evaluations"
+    print(f"\nSaved in {output_dir}: {saved} ({time.monotonic() - start:.0f} s in all)")
 
 
 def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
-    examples = []
-    for before, after in list(zip(initial, trained, strict=True))[:EXAMPLES]:
-        cells = [
-            f"{group['completions'][0][0]['content'].strip()} ({group['scores']['reward_model'][0]:+.2f})"
-            for group in (before, after)
-        ]
-        examples.append([before["prompt"][-1]["content"], *cells])
+    def cell(group: dict[str, Any]) -> str:
+        return f"{group['completions'][0][0]['content'].strip()} ({group['scores']['reward_model'][0]:+.2f})"
+
+    pairs = list(zip(initial, trained, strict=True))[:EXAMPLES]
+    examples = [[before["prompt"][-1]["content"], cell(before), cell(after)] for before, after in pairs]
     print("\nHeld-out prompts, first completion of each policy (score of the reward model)\n")
     print(as_table(["prompt", "initial", "trained"], examples, width=118))
     print("\nWin rate of the trained policy against the initial one\n")
@@ -80,16 +73,12 @@ def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None
 def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
     from matplotlib.figure import Figure
 
-    def curve(axis, name: str, **kwargs) -> None:
-        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-        axis.plot(*zip(*points, strict=True), marker="o", **kwargs)
-
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    curve(left, "reward", color="tab:blue")
+    left.plot(*curve(history, "reward"), marker="o", color="tab:blue")
     left.set(title="Reward of the rollouts", xlabel="optimizer step", ylabel="mean score")
-    curve(middle, "winner_log_ratio", color="tab:green", label="winners")
-    curve(middle, "loser_log_ratio", color="tab:red", label="losers")
+    middle.plot(*curve(history, "winner_log_ratio"), marker="o", color="tab:green", label="winners")
+    middle.plot(*curve(history, "loser_log_ratio"), marker="o", color="tab:red", label="losers")
     middle.axhline(0, color="grey", linewidth=0.8)
     middle.set(title="Log-ratio to the rollout policy", xlabel="optimizer step", ylabel="nats per completion")
     middle.legend()

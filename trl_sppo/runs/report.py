@@ -2,15 +2,16 @@
 
 import io
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.files import Groups
+import torch
+
+from ..evaluation.files import Groups, mean_length
 from ..evaluation.ladder import climb, draw, stored_players, verdict, which_evaluation_set
-from ..evaluation.matches import mean_length
-from ..evaluation.play import aligned, play_stored
+from ..evaluation.play import aligned
+from ..evaluation.statistics import outcomes_of_scores
 from ..files import read_beginning, write_atomically
 from ..rows import to_tensor
 from .checkpoints import checkpoints_of_run
@@ -47,17 +48,6 @@ RULES = (
 )  # fmt: skip
 
 
-@dataclass
-class Diagnosis:
-    """A metric at the start and at the end of a run, whether it is healthy, and what that means."""
-
-    name: str
-    first: float
-    last: float
-    healthy: bool
-    words: str
-
-
 def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     """Write `report.html` into a run's directory. Raises `ValueError` if it has no log or no such evaluation set."""
     from jinja2 import Environment
@@ -69,31 +59,25 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     beginning = read_beginning(str(run))
     config = beginning.pop("config", {})
     ladders = climb(players) if len(players) > 1 else {}
-    first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
-    if first and last:
-        last, first = aligned(last, first)  # all that follows goes by rows
-    results = play_stored(last, first) if first and last else {}
-    last_evaluation: dict[str, Any] = next((row for row in reversed(history) if f"{prefix}_loss" in row), {})
+    steps = [min(players), max(players)] if len(players) > 1 else []
+    last, first = aligned(*(players[step] for step in reversed(steps))) if steps else ([], [])  # by rows
     # Text of models and datasets is data: it is escaped
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text()).render(
         run=run.resolve().name,
         beginning=beginning,
         config=config,
         num_steps=max((row.get("step", 0) for row in history), default=0),
-        steps=[min(players), max(players)] if first else None,
-        win_rates={
-            **_oracle_rates(last_evaluation, f"{prefix}_win_rate_vs_initial/", results),
-            **{judge: {"plain": plain, "controlled": controlled} for judge, (plain, controlled) in results.items()},
-        },
-        lengths=[mean_length(groups) for groups in (first, last)] if first and last else None,
+        steps=steps,
+        win_rates=win_rates(history, prefix),
+        lengths=[mean_length(groups) for groups in (first, last)] if steps else None,
         evaluation_set=None if name == "." else name,
         curves=_svg(draw_curves(history, prefix)),
-        win_rate_curves=_svg(figure) if (figure := draw_win_rates(history, prefix)) else None,
-        length_plot=_svg(draw_lengths(first, last)) if results and first and last else None,
+        win_rate_curves=_svg(draw_win_rates(history, prefix)) if win_rates(history, prefix) else None,
+        length_plot=_svg(draw_lengths(first, last)) if ladders else None,
         ladder=_svg(draw(ladders)) if ladders else None,
         verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
         diagnoses=diagnose(history),
-        samples=samples(first, last) if first and last else [],
+        samples=samples(first, last),
     )  # fmt: skip
     path = run / "report.html"
     write_atomically(path, page)
@@ -123,7 +107,18 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
     return [step for step, _ in points], [value for _, value in points]
 
 
-def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
+def win_rates(history: list[dict[str, Any]], prefix: str, opponent: str = "initial") -> dict[str, dict[str, float]]:
+    """Of the last evaluation, the win rate by judge, with its interval, and at equal length."""
+    start = f"{prefix}_win_rate_vs_{opponent}/"
+    parts = {"mean": "", "low": "/low", "high": "/high", "length_controlled": "/length_controlled"}
+    for row in reversed(history):
+        names = [name for name in row if name.startswith(start) and f"{name}/low" in row]
+        if names:
+            return {name.removeprefix(start): {part: row[name + end] for part, end in parts.items()} for name in names}
+    return {}
+
+
+def diagnose(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare logged metrics with their healthy bounds. Start and end are means over the first and last fifth."""
     found = []
     for name, low, high, good, bad in RULES:
@@ -133,8 +128,8 @@ def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
             continue
         part = max(1, len(values) // 5)
         first, last = sum(values[:part]) / part, sum(values[-part:]) / part
-        healthy = low <= last <= high
-        found.append(Diagnosis(name, first, last, healthy, good if healthy else bad))
+        words = good if low <= last <= high else bad
+        found.append({"name": name, "first": first, "last": last, "healthy": words == good, "words": words})
     return found
 
 
@@ -161,24 +156,12 @@ def as_text(messages: Any) -> str:
     """A prompt or a completion as readable text."""
     if isinstance(messages, str):
         return messages
-    texts = [str(message["content"]) for message in messages]
-    for i, message in enumerate(messages):
-        texts[i] += "".join(f"\n{json.dumps(call)}" for call in message.get("tool_calls") or ())
+    texts = [
+        "\n".join([str(message["content"]), *map(json.dumps, message.get("tool_calls") or ())]) for message in messages
+    ]
     if len(messages) == 1:
         return texts[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
-
-
-def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, dict[str, Any]]:
-    """Win rates under pairwise oracles, which are in the log only."""
-    rates = {}
-    for name, value in row.items():
-        judge = name.removeprefix(prefix)
-        bounds = [row.get(f"{name}/{bound}") for bound in ("low", "high")]
-        if name.startswith(prefix) and None not in bounds and judge not in results:
-            plain = {"mean": value, "low": bounds[0], "high": bounds[1]}
-            rates[judge] = {"plain": plain, "controlled": {"mean": row[f"{name}/length_controlled"]}}
-    return rates
 
 
 def _svg(figure: Any) -> str:
@@ -217,35 +200,29 @@ def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
 
 
 def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
-    """A matplotlib figure of the win rates of the evaluations on one set, `None` if there are none."""
+    """A matplotlib figure of the win rates of the evaluations on one set."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, label in zip(axes, ("initial", "previous"), strict=True):
-        start = f"{prefix}_win_rate_vs_{label}/"
-        names = {
-            name for row in history for name in row if name.startswith(start) and row.get(f"{name}/low") is not None
-        }
-        for name in sorted(names):
+    for axis, label, opponent in zip(
+        axes, ("initial", "previous"), ("the initial policy", "the evaluation before"), strict=True
+    ):
+        for judge in sorted(win_rates(history, prefix, label)):
+            name = f"{prefix}_win_rate_vs_{label}/{judge}"
             steps, values = curve(history, name)
             low, high = (curve(history, f"{name}/{bound}")[1] for bound in ("low", "high"))
-            (line,) = axis.plot(steps, values, marker="o", label=name.removeprefix(start))
+            (line,) = axis.plot(steps, values, marker="o", label=judge)
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
         axis.axhline(0.5, color="grey", linewidth=0.8)
-        opponent = "the initial policy" if label == "initial" else "the evaluation before"
         axis.set(title=f"Win rate against {opponent}", xlabel="optimizer step", ylim=(0, 1))
-        if axis.lines[:-1]:
-            axis.legend()
-    return figure if axes[0].lines[:-1] else None
+        axis.legend()
+    return figure
 
 
 def draw_lengths(first: Groups, last: Groups) -> Any:
     """A matplotlib figure: the length of each completion of the last policy, and how often it beats the first."""
-    import torch
     from matplotlib.figure import Figure
-
-    from ..evaluation.statistics import outcomes_of_scores
 
     names = [name for name in last[0].get("scores", ()) if name in first[0].get("scores", ())]
     figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
