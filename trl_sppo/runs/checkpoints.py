@@ -54,84 +54,74 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def asked_checkpoint(resume_from_checkpoint: Any) -> Path | None:
+def _checkpoints(folder: str | Path) -> tuple[dict[Path, str], dict[Path, str]]:
     """
-    The checkpoint asked for by its path, `None` if it is the last one. Raises `ValueError` if it is no checkpoint.
+    The whole checkpoints of the run that began last in a folder, and when they were written; the others, and why they
+    do not count.
     """
-    if isinstance(resume_from_checkpoint, bool) or str(resume_from_checkpoint).lower() in ("true", "false", "none"):
-        return None
-    path = Path(resume_from_checkpoint)
-    if not path.is_dir() or (_step(path) is None and not (path / MANIFEST).exists()):
-        raise ValueError(
-            f"resume_from_checkpoint must be a checkpoint's folder, with its {MANIFEST}, got "
-            f"{str(path)!r}; or `true`, for the last whole one in output_dir."
-        )
-    return path
-
-
-def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
-    """The whole checkpoints in a folder and when they were written; and the torn ones and why they are."""
+    began_at = read_beginning(str(folder)).get("began_at", "")
     whole: dict[Path, str] = {}
-    torn: dict[Path, str] = {}
-    for path in folder.glob("checkpoint-*"):
-        if path.is_dir() and _step(path) is not None:
+    others: dict[Path, str] = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        if path.is_dir() and _step(path) >= 0:
             try:
-                whole[path] = read_manifest(path)["written_at"]
+                written_at = read_manifest(path)["written_at"]
             except ValueError as error:
-                torn[path] = str(error)
-    return whole, torn
+                others[path] = f"is torn ({error})"
+                continue
+            if written_at >= began_at:
+                whole[path] = written_at
+            else:
+                others[path] = "is an earlier run's"
+    return whole, others
 
 
 def last_whole_checkpoint(folder: str) -> Path | None:
     """The whole checkpoint that was written last by the run that began last in a folder."""
-    whole, _ = _checkpoints(Path(folder))
-    began_at = read_beginning(folder).get("began_at", "")
-    whole = {path: time for path, time in whole.items() if time >= began_at}
+    whole, _ = _checkpoints(folder)
     return max(whole, key=lambda path: whole[path], default=None)
 
 
 def checkpoints_of_run(folder: str) -> dict[int, Path]:
     """By step, the whole checkpoints of the run that began last in a folder; all if no SPPOTrainer has written it."""
-    whole, why_not = _checkpoints(Path(folder))
-    beginning = read_beginning(folder)
-    if not beginning:
-        return {_number(path): path for path in (*whole, *why_not)}
-    for path, written_at in whole.items():
-        if written_at < beginning["began_at"]:
-            why_not[path] = "an earlier run has written it"
-    for path, why in why_not.items():
-        logger.warning_once(f"{path} is left out: {why}.")
-    return {_number(path): path for path in whole if path not in why_not}
+    whole, others = _checkpoints(folder)
+    if not read_beginning(folder):
+        return {_step(path): path for path in (*whole, *others)}
+    for path, why in others.items():
+        logger.warning_once(f"{path} {why} and is left out.")
+    return {_step(path): path for path in whole}
 
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     """
     Path of the checkpoint to continue from: the one asked for (`True`: the last in `output_dir`), or the last whole
-    one before it; `None` if there is none yet. Raises `ValueError` if it is torn and none is before it.
+    one before it; `None` if there is none yet. Raises `ValueError` if it is no checkpoint, or torn and the first.
     """
-    asked = asked_checkpoint(resume_from_checkpoint)
-    if asked is None:
-        _, torn = _checkpoints(Path(output_dir))
+    if str(resume_from_checkpoint).lower() == "true":
         found = last_whole_checkpoint(output_dir)
-        torn = {path: why for path, why in torn.items() if found is None or _number(path) >= _number(found)}
+        _, others = _checkpoints(output_dir)
+        passed = [path for path in others if found is None or _step(path) >= _step(found)]
     else:
+        asked = Path(resume_from_checkpoint)
+        if not asked.is_dir() or (_step(asked) < 0 and not (asked / MANIFEST).exists()):
+            raise ValueError(
+                f"resume_from_checkpoint must be a checkpoint's folder, with its {MANIFEST}, got {str(asked)!r}; or "
+                "`true`, for the last whole one in output_dir."
+            )
         try:
             read_manifest(asked)
             return str(asked)
         except ValueError as error:
-            torn = {asked: str(error)}
-        before = [path for path in _checkpoints(asked.parent)[0] if _number(path) < _number(asked)]
-        found = max(before, key=_number, default=None)
+            others, passed = {asked: f"is torn ({error})"}, [asked]
+        before = [path for path in _checkpoints(asked.parent)[0] if _step(path) < _step(asked)]
+        found = max(before, key=_step, default=None)
         if found is None:
             raise ValueError(
-                f"resume_from_checkpoint={str(asked)!r} is torn ({torn[asked]}), and there is no whole checkpoint "
-                "before it. Give another one, or leave the option out to begin anew."
+                f"resume_from_checkpoint={str(asked)!r} {others[asked]}, and there is no whole checkpoint before it. "
+                "Give another one, or leave the option out to begin anew."
             )
-    for path, why in torn.items():
-        logger.warning_once(
-            f"{path} is torn ({why}): the run ended while it was written, or it is no checkpoint of an SPPOTrainer. "
-            f"Going on from {found or 'the start'}."
-        )
+    for path in passed:
+        logger.warning_once(f"{path} {others[path]}. Going on from {found or 'the start'}.")
     if found is None:
         logger.warning_once(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
     return None if found is None else str(found)
@@ -148,45 +138,45 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
     continue from a whole checkpoint: it has no optimizer, other batches, or another policy or optimizer.
     """
     manifest = read_manifest(Path(checkpoint))
-    new_run = f"or begin a new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."
     if not manifest["can_be_resumed"]:
-        raise ValueError(
-            f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
-            f"a new run from its weights, set model_name_or_path={checkpoint!r} and another output_dir."
-        )
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{checkpoint} was written by another version of trl_sppo, with its rollouts and counters in another "
-            f"form. Resume it with that version, {new_run}"
-        )
-    now, then = layout_of(args), manifest["layout"]
-    changed = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts and "
-            f"a place in the data. Set these options back, {new_run}"
-        )
-    changed = differences(manifest.get("form", {}), form or {})  # earlier versions wrote none
-    if changed:
-        raise ValueError(
-            f"{checkpoint} belongs to a run of another kind ({'; '.join(changed)}), whose weights and optimizer it "
-            f"holds. Set these options back, {new_run}"
-        )
+        problem = "was saved with save_only_model=True, without the optimizer"
+    elif manifest.get("format") != FORMAT:
+        problem = "was written by another version of trl_sppo, with its rollouts and counters in another form"
+    else:
+        changed = differences(manifest["layout"], layout_of(args)) + differences(manifest.get("form", {}), form or {})
+        if not changed:
+            return
+        problem = f"belongs to a run with other options ({'; '.join(changed)}), whose state it holds"
+    raise ValueError(
+        f"{checkpoint} {problem}: this run cannot continue from it. Set the options, or the version, back, or begin a "
+        f"new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."
+    )
 
 
 def check_resume(args: Any, form: dict[str, Any] | None = None) -> None:
     """Raise `ValueError` if the checkpoint to resume from is missing, or belongs to a different run."""
-    resume: Any = args.resume_from_checkpoint
-    if resume and str(resume).lower() != "false":
-        checkpoint = find_checkpoint(resume, str(args.output_dir))
+    if args.resume_from_checkpoint and str(args.resume_from_checkpoint).lower() != "false":
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
         if checkpoint is not None:
             check_fits(checkpoint, args, form)
 
 
-def _step(path: Path) -> int | None:
+def how_to_go_on(output_dir: str) -> str:
+    """How to continue a run that has ended."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is not None and not read_manifest(checkpoint)["can_be_resumed"]:
+        return (
+            f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with "
+            f"model_name_or_path={str(checkpoint)!r} and another output_dir."
+        )
+    place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
+    return (
+        f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
+        "`trainer.train(resume_from_checkpoint=True)`)."
+    )
+
+
+def _step(path: Path) -> int:
+    """The optimizer step of a checkpoint, -1 if the folder is none."""
     match = re.fullmatch(rf"checkpoint-(\d+)(?:{re.escape(REPLACED)})?", path.name)
-    return int(match[1]) if match else None
-
-
-def _number(path: Path) -> int:
-    return _step(path) or 0
+    return int(match[1]) if match else -1

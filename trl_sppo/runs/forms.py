@@ -17,6 +17,12 @@ _FREE = {
 }  # fmt: skip
 # And what PEFT leaves as it is when it adds the adapter to a model. It settles the rest
 _SETTLED = {"peft_type", "r", "lora_alpha", "bias", "lora_bias", "init_lora_weights", "use_dora", "use_rslora"}
+# What only the hash is known of, if that
+_HASHED = {
+    "base_weights": "the base model",
+    "initial_adapter": "the adapter that the run began with",
+    "tokenizer": "the tokenizer or its chat template",
+}
 _BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, of so many bytes
 
 
@@ -75,32 +81,21 @@ def fingerprint(folder: str) -> str | None:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, what is known of two forms and differs."""
-    then, now = dict(then), dict(now)
+    then, now = _flat(then), _flat(now)
+    if then.get("base_weights") is not None and then["base_weights"] == now.get("base_weights"):
+        del then["base"]  # it may have been moved
     found = []
-    weights = then.pop("base_weights", None), now.pop("base_weights", None)
-    if None not in weights:
-        if weights[0] != weights[1]:
-            found.append(f"the base model was {then['base']!r}, now {now['base']!r} with other weights")
-        then.pop("base", None)  # it may have been moved
-    for name, problem in (
-        ("initial_adapter", "the adapter that the run began with was another one"),
-        ("tokenizer", "the tokenizer or its chat template was another one"),
-    ):
-        each = then.pop(name, None), now.pop(name, None)
-        if None not in each and each[0] != each[1]:
-            found.append(problem)
-    adapters = [form.pop("adapter") for form in (then, now) if "adapter" in form]
-    if len(adapters) == 2:
-        old, new = adapters
-        if (old is None) != (new is None):
-            words = ["the whole policy" if each is None else f"an adapter ({each['peft_type']})" for each in adapters]
-            found.append(f"{words[0]} was trained, now {words[1]}")
-        elif old is not None:
-            found += [
-                f"the adapter's {name} was {old[name]!r}, now {new[name]!r}"
-                for name in old.keys() & new.keys()
-                if old[name] != new[name]
-            ]
-    return found + [
-        f"{name} was {then[name]!r}, now {now[name]!r}" for name in then if then[name] != now.get(name, then[name])
-    ]
+    for name in [name for name in then if name in now and then[name] != now[name]]:
+        if name not in _HASHED:
+            found.append(f"{name} was {then[name]!r}, now {now[name]!r}")
+        elif None not in (then[name], now[name]):
+            found.append(f"{_HASHED[name]} was another one")
+    return found
+
+
+def _flat(form: dict[str, Any]) -> dict[str, Any]:
+    if "adapter" not in form:
+        return dict(form)
+    adapter = form["adapter"] or {}
+    details = {f"the adapter's {name}": value for name, value in adapter.items() if name != "peft_type"}
+    return {**form, "adapter": adapter.get("peft_type"), **details}

@@ -2,18 +2,23 @@
 
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..evaluation.files import Groups
 from ..evaluation.ladder import climb, draw, stored_players, verdict, which_evaluation_set
 from ..evaluation.matches import mean_length
-from ..evaluation.play import aligned, play_stored
+from ..evaluation.play import aligned
+from ..evaluation.statistics import outcomes_of_scores
 from ..files import read_beginning, write_atomically
 from ..rows import to_tensor
 from .checkpoints import checkpoints_of_run
+from .model_card import last_win_rates
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -64,36 +69,35 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
 
     history = read_history(run)
     players = stored_players(run, evaluation_set)
-    name = which_evaluation_set(run, evaluation_set)
-    prefix = "eval" if name == "." else f"eval_{name}"
+    found = which_evaluation_set(run, evaluation_set)
+    name, prefix = (None, "eval") if found == "." else (found, f"eval_{found}")
     beginning = read_beginning(str(run))
-    config = beginning.pop("config", {})
-    ladders = climb(players) if len(players) > 1 else {}
-    first, last = (players[min(players)], players[max(players)]) if len(players) > 1 else (None, None)
-    if first and last:
-        last, first = aligned(last, first)  # all that follows goes by rows
-    results = play_stored(last, first) if first and last else {}
-    last_evaluation: dict[str, Any] = next((row for row in reversed(history) if f"{prefix}_loss" in row), {})
+    rates = {judge: rate for (each, judge), rate in last_win_rates(history).items() if each == name}
+    several: dict[str, Any] = {}  # what needs two evaluations
+    if len(players) > 1:
+        steps = min(players), max(players)
+        ladders = climb(players)
+        last, first = aligned(players[steps[1]], players[steps[0]])  # all that follows goes by rows
+        several = {
+            "steps": steps,
+            "lengths": [mean_length(groups) for groups in (first, last)],
+            "length_plot": _svg(draw_lengths(first, last)) if ladders else None,
+            "ladder": _svg(draw(ladders)) if ladders else None,
+            "verdicts": {judge: verdict(matrix) for judge, matrix in ladders.items()},
+            "samples": samples(first, last),
+        }
     # Text of models and datasets is data: it is escaped
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text()).render(
         run=run.resolve().name,
         beginning=beginning,
-        config=config,
+        config=beginning.pop("config", {}),
         num_steps=max((row.get("step", 0) for row in history), default=0),
-        steps=[min(players), max(players)] if first else None,
-        win_rates={
-            **_oracle_rates(last_evaluation, f"{prefix}_win_rate_vs_initial/", results),
-            **{judge: {"plain": plain, "controlled": controlled} for judge, (plain, controlled) in results.items()},
-        },
-        lengths=[mean_length(groups) for groups in (first, last)] if first and last else None,
-        evaluation_set=None if name == "." else name,
+        win_rates=rates,
+        evaluation_set=name,
         curves=_svg(draw_curves(history, prefix)),
-        win_rate_curves=_svg(figure) if (figure := draw_win_rates(history, prefix)) else None,
-        length_plot=_svg(draw_lengths(first, last)) if results and first and last else None,
-        ladder=_svg(draw(ladders)) if ladders else None,
-        verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
+        win_rate_curves=_svg(draw_win_rates(history, prefix, rates)) if rates else None,
         diagnoses=diagnose(history),
-        samples=samples(first, last) if first and last else [],
+        **several,
     )  # fmt: skip
     path = run / "report.html"
     write_atomically(path, page)
@@ -169,18 +173,6 @@ def as_text(messages: Any) -> str:
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
 
 
-def _oracle_rates(row: dict[str, Any], prefix: str, results: dict) -> dict[str, dict[str, Any]]:
-    """Win rates under pairwise oracles, which are in the log only."""
-    rates = {}
-    for name, value in row.items():
-        judge = name.removeprefix(prefix)
-        bounds = [row.get(f"{name}/{bound}") for bound in ("low", "high")]
-        if name.startswith(prefix) and None not in bounds and judge not in results:
-            plain = {"mean": value, "low": bounds[0], "high": bounds[1]}
-            rates[judge] = {"plain": plain, "controlled": {"mean": row[f"{name}/length_controlled"]}}
-    return rates
-
-
 def _svg(figure: Any) -> str:
     import matplotlib
     from markupsafe import Markup
@@ -192,7 +184,7 @@ def _svg(figure: Any) -> str:
     return Markup(svg[svg.index("<svg") :])  # matplotlib has escaped the texts in it
 
 
-def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
+def draw_curves(history: list[dict[str, Any]], prefix: str) -> Any:
     """A matplotlib figure of a training's metrics."""
     from matplotlib.figure import Figure
 
@@ -216,46 +208,37 @@ def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
     return figure
 
 
-def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
-    """A matplotlib figure of the win rates of the evaluations on one set, `None` if there are none."""
+def draw_win_rates(history: list[dict[str, Any]], prefix: str, judges: Iterable[str]) -> Any:
+    """A matplotlib figure of the win rates of the evaluations on one set."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, label in zip(axes, ("initial", "previous"), strict=True):
-        start = f"{prefix}_win_rate_vs_{label}/"
-        names = {
-            name for row in history for name in row if name.startswith(start) and row.get(f"{name}/low") is not None
-        }
-        for name in sorted(names):
+    opponents = {"initial": "the initial policy", "previous": "the evaluation before"}
+    for axis, (label, opponent) in zip(figure.subplots(1, 2, sharey=True), opponents.items(), strict=True):
+        for judge in judges:
+            name = f"{prefix}_win_rate_vs_{label}/{judge}"
             steps, values = curve(history, name)
             low, high = (curve(history, f"{name}/{bound}")[1] for bound in ("low", "high"))
-            (line,) = axis.plot(steps, values, marker="o", label=name.removeprefix(start))
+            (line,) = axis.plot(steps, values, marker="o", label=judge)
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
         axis.axhline(0.5, color="grey", linewidth=0.8)
-        opponent = "the initial policy" if label == "initial" else "the evaluation before"
         axis.set(title=f"Win rate against {opponent}", xlabel="optimizer step", ylim=(0, 1))
-        if axis.lines[:-1]:
-            axis.legend()
-    return figure if axes[0].lines[:-1] else None
+        axis.legend()
+    return figure
 
 
 def draw_lengths(first: Groups, last: Groups) -> Any:
     """A matplotlib figure: the length of each completion of the last policy, and how often it beats the first."""
-    import torch
     from matplotlib.figure import Figure
-
-    from ..evaluation.statistics import outcomes_of_scores
 
     names = [name for name in last[0].get("scores", ()) if name in first[0].get("scores", ())]
     figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
-    axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
-    lengths = torch.tensor([group["lengths"] for group in last]).float()
-    theirs = torch.tensor([group["lengths"] for group in first]).float().mean(dim=1, keepdim=True)
-    for axis, name in zip(axes, names, strict=False):
-        scores = [to_tensor([group["scores"][name] for group in each]) for each in (last, first)]
+    theirs, lengths = (torch.tensor([group["lengths"] for group in each]).float() for each in (first, last))
+    longer = lengths - theirs.mean(dim=1, keepdim=True)
+    for axis, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names, strict=False):
+        scores = (to_tensor([group["scores"][name] for group in each]) for each in (last, first))
         won = outcomes_of_scores(*scores).nanmean(dim=2)
-        axis.scatter((lengths - theirs).flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)
+        axis.scatter(longer.flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)
         axis.axhline(0.5, color="grey", linewidth=0.8)
         axis.set(title=name, xlabel="tokens more than the initial policy's", ylabel="win rate of the completion")
     return figure

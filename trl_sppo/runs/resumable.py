@@ -28,8 +28,7 @@ from ..rollouts.files import installed_versions
 from ..rollouts.recorder import RolloutRecorder
 from ..rows import IMAGES
 from .alone import alone_in
-from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, write_manifest
-from .endings import how_to_go_on
+from .checkpoints import REPLACED, check_fits, find_checkpoint, how_to_go_on, layout_of, write_manifest
 from .forms import digest, form_of
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
