@@ -13,9 +13,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..rollouts.files import installed_versions, write_parquet
-from ..rows import IMAGES, key_of, to_lists
+from ..rows import IMAGES, to_lists
 from .files import NO_PROMPT, TAKEN, EvaluationFiles, Groups, group_of, with_json, without_images
-from .play import play
+from .play import matched, play
 
 
 logger = logging.get_logger(__name__)
@@ -118,16 +118,11 @@ class Opponents(TrainerCallback):
         earlier = [each for each in steps if each < step]
         metrics: dict[str, float] = {}
         results: dict[int, dict[str, float]] = {}
-        if 0 not in earlier and step > 0 and trainer.is_in_train:
-            logger.warning_once(
-                "there are no win rates against the initial policy: this training has no evaluation of it, which an "
-                "earlier version, or a run without evaluations, has left out."
-            )
-        for label, opponent in (("initial", earlier[:1]), ("previous", earlier[-1:])):
-            if opponent and (label == "previous" or opponent == [0]):
-                if opponent[0] not in results:
-                    results[opponent[0]] = self._play(groups, self._get(self._name, opponent[0]))
-                metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent[0]].items()}
+        for label, opponent in (("initial", 0), ("previous", earlier[-1] if earlier else None)):
+            if opponent in earlier:
+                if opponent not in results:
+                    results[opponent] = self._play(groups, self._get(self._name, opponent))
+                metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent].items()}
         if trainer.is_in_train:
             self._keep(groups, step, steps)
         metrics = {f"{self._prefix}_{name}": value for name, value in metrics.items()}
@@ -135,10 +130,10 @@ class Opponents(TrainerCallback):
         is_asked = isinstance(metric, DefaultMetric) and metric.startswith(f"{self._prefix}_win_rate")
         if is_asked and metric not in metrics and trainer.is_in_train and step > 0:
             logger.warning_once(
-                f"{metric!s} is not known: the judge has scored nothing, or there is no evaluation of the initial "
-                "policy. This policy is not taken for the best."
+                f"{metric!s} is not known: the judge has scored nothing, or the initial policy was not evaluated. "
+                "This policy is not taken for the best."
             )
-            metrics[str(metric)] = math.nan  # better than nothing: transformers would end the run
+            metrics[str(metric)] = math.nan  # without it transformers would end the run
         return metrics
 
     def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
@@ -167,10 +162,7 @@ class Opponents(TrainerCallback):
                 found = self.files.read(name, step) or (self._elsewhere and self._elsewhere.read(name, step))
             found = broadcast_object_list([found])[0]
             if found is None:
-                logger.warning_once(
-                    f"{self.files.path(name, step)} is missing, so there are no win rates against the policy of step "
-                    f"{step}."
-                )
+                logger.warning_once(f"{self.files.path(name, step)} is missing: no win rates against that policy.")
                 return None
             self._memory[name, step] = found
         return self._memory[name, step]
@@ -178,8 +170,7 @@ class Opponents(TrainerCallback):
     def _play(self, groups: Groups, opponents: Groups | None) -> dict[str, float]:
         if opponents is None:
             return {}
-        keys = {key_of(group["prompt"]) for group in opponents}
-        if not any(key_of(group["prompt"]) in keys for group in groups):
+        if not matched(groups, opponents)[0]:
             logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
             return {}
         voters = self.trainer.voters  # whose scores the groups have

@@ -1,6 +1,7 @@
 """The model card: how the model was trained, and how often it beats the one it started from, besides TRL's text."""
 
 import re
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,20 @@ from ..files import write_atomically
 
 
 RATE = re.compile(r"eval_(?:(?P<set>.+?)_)?win_rate_vs_initial/(?P<judge>.+)")
+PAPER = {
+    "title": "Self-Play Preference Optimization for Language Model Alignment",
+    "id": "2405.00675",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @inproceedings{wu2025selfplay,
+            title        = {{Self-Play Preference Optimization for Language Model Alignment}},
+            author       = {Yue Wu and Zhiqing Sun and Huizhuo Yuan and Kaixuan Ji and Yiming Yang and
+                            Quanquan Gu},
+            year         = 2025,
+            booktitle    = {International Conference on Learning Representations},
+            eprint       = {arXiv:2405.00675},
+        }"""),
+}
 
 
 def add_to_card(path: Path, trainer: Any) -> None:
