@@ -356,9 +356,9 @@ def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(start, tmp_p
     whole_before = []
     write = resumable.write_manifest
 
-    def record(folder, **facts):
+    def record(folder, *facts):
         whole_before.append(last_whole_checkpoint(str(tmp_path / "run")))
-        write(folder, **facts)
+        write(folder, *facts)
 
     monkeypatch.setattr(resumable, "write_manifest", record)
     start("run", save_total_limit=1, max_steps=3).train()

@@ -24,14 +24,17 @@ LAYOUT = (
 )  # fmt: skip
 
 
-def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Declare a checkpoint whole, with facts that a run which resumes from it must know. It is written last."""
+def write_manifest(checkpoint: Path, step: int, args: Any, form: dict[str, Any]) -> None:
+    """Declare a checkpoint whole, with what a run that resumes from it must know. It is written last."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
         "written_at": _now(),
         "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
-        **facts,
+        "step": step,
+        "can_be_resumed": not args.save_only_model,
+        "layout": layout_of(args),
+        "form": form,
     }
     write_atomically(checkpoint / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

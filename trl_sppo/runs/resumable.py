@@ -5,7 +5,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from ..rollouts.files import installed_versions
 from ..rollouts.recorder import RolloutRecorder
 from ..rows import IMAGES
 from .alone import alone_in
-from .checkpoints import REPLACED, check_fits, find_checkpoint, how_to_go_on, layout_of, write_manifest
+from .checkpoints import REPLACED, check_fits, find_checkpoint, how_to_go_on, write_manifest
 from .forms import digest, form_of
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
@@ -145,19 +144,17 @@ class ResumableTrainer(GRPOTrainer):
 
     def describe(self) -> dict[str, Any]:
         """Facts for readers of the run."""
+        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
+        features = [getattr(dataset, "features", None) or {} for dataset in datasets]
+        has_images = any(set(IMAGES) & set(each) or "Image(" in str(each) for each in features)
         tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
         return {
             "policy": self.policy_name,
             **({"tools": tools} if tools else {}),
-            **({"images": True} if self._has_images() else {}),
+            **({"images": True} if has_images else {}),
             "versions": installed_versions(self.args.use_vllm),
             "config": {name: value for name, value in self.args.to_dict().items() if value is not None},
         }
-
-    def _has_images(self) -> bool:
-        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
-        features = (getattr(dataset, "features", None) or {} for dataset in datasets)
-        return any(set(IMAGES) & set(each) or "Image(" in str(each) for each in features)
 
     def agree(self, code: int) -> int:
         """The largest of the numbers that the processes have."""
@@ -184,16 +181,6 @@ class ResumableTrainer(GRPOTrainer):
     @property
     def _micro_steps_per_iteration(self) -> int:
         return cast(int, self.args.steps_per_generation) * self.num_iterations
-
-    def generation_batches(self, batches: Any) -> Iterator[list[dict[str, Any]]]:
-        """Each generation batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each."""
-        for epoch in count():
-            self.state.epoch = epoch
-            batch = None
-            for batch in islice(batches, 0, None, self._micro_steps_per_iteration):
-                yield batch
-            if batch is None or self.args.max_steps <= 0:
-                break
 
     def needs_rollout(self) -> bool:
         """Whether the next micro-step begins an iteration."""
@@ -238,8 +225,7 @@ class ResumableTrainer(GRPOTrainer):
         return _EpochSampler(sampler, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # The second: a resumed run that had taken all its steps. transformers would take one more
-        done = self.state.global_step >= self.state.max_steps
+        done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
             logger.warning(
                 f"this run had taken all of its {self.state.max_steps} steps: nothing is trained. Raise max_steps or "
@@ -301,19 +287,13 @@ class ResumableTrainer(GRPOTrainer):
             if not self.args.save_only_model:
                 state = self.get_state()
                 del state["random"]  # transformers has saved it
-                torch.save(state, folder / _state_file(self.args.process_index))
+                torch.save(state, folder / f"rollouts_{self.args.process_index}.pt")
             if main and self.args.sync_ref_model and not self._is_sharded:
                 # The reference is then no longer a model that can be loaded from where the policy came from
                 torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
             self.accelerator.wait_for_everyone()
             if main:
-                write_manifest(
-                    folder,
-                    step=step,
-                    can_be_resumed=not self.args.save_only_model,
-                    layout=layout_of(self.args),
-                    form=self._form,
-                )
+                write_manifest(folder, step, self.args, self._form)
         except BaseException:
             if main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -370,14 +350,9 @@ class ResumableTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         # The last thing that transformers loads, right before the first optimizer step
         super()._load_rng_state(checkpoint)
-        path = Path(checkpoint) / _state_file(self.args.process_index)
+        path = Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
         self.set_state(torch.load(path, map_location="cpu", weights_only=True))
         if self.args.sync_ref_model:
-            if self._is_sharded:
-                raise ValueError(
-                    f"{checkpoint} lacks the reference model that sync_ref_model=True has changed, which is sharded "
-                    "(FSDP or DeepSpeed). Resumable runs need sync_ref_model=False, or whole models."
-                )
             reference = torch.load(Path(checkpoint) / REFERENCE, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference)
         if Path(checkpoint).resolve().parent == Path(str(self.args.output_dir)).resolve():
@@ -400,10 +375,6 @@ class _EpochSampler(Sampler):
             for _ in range(self.epoch()):
                 torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
         return iter(self.sampler)
-
-
-def _state_file(process_index: int) -> str:
-    return f"rollouts_{process_index}.pt"
 
 
 def _random_state() -> tuple:
