@@ -522,7 +522,9 @@ class SPPOTrainer(ResumableTrainer):
 
     def _sppo_loss(self, log_ratios: torch.Tensor, inputs: dict[str, Any], num_items: Any, weights: Any = None):
         regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
-        return sppo_loss(log_ratios, regressed, self.args.eta, inputs["baseline"], weights, num_items)
+        return sppo_loss(
+            log_ratios, regressed, eta=self.args.eta, baseline=inputs["baseline"], weights=weights, num_items=num_items
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card to `output_dir`, and how this model was trained, and its win rates with intervals."""

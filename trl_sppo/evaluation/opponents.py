@@ -12,6 +12,7 @@ from transformers import SchedulerType, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from ..errors import RunError
 from ..rollouts.files import installed_versions, write_parquet
 from ..rows import IMAGES, to_lists
 from .files import NO_PROMPT, TAKEN, EvaluationFiles, Groups, group_of, with_json, without_images
@@ -35,6 +36,17 @@ def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
     if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, "greedy"):
         args.lr_scheduler_kwargs = {"mode": "max", **cast(dict, args.lr_scheduler_kwargs or {})}
     logger.warning(f"metric_for_best_model is {args.metric_for_best_model!s}, by default the first judge's.")
+
+
+def check_metric(metric: str | None, found: dict[str, float], judges: Sequence[str]) -> None:
+    """Raise `RunError` if evaluations like this one, the first, which has no opponent yet, do not measure a metric."""
+    sets = [name.removesuffix("_loss") for name in found if name.endswith("_loss")]
+    opponents = [f"{each}_win_rate_vs_{label}" for each in sets for label in ("initial", "previous")]
+    rates = [f"{opponent}/{judge}" for opponent in opponents for judge in judges]
+    name = f"eval_{str(metric).removeprefix('eval_')}"
+    if metric is not None and name not in found and not name.startswith(tuple(rates)):
+        known = ", ".join([*rates, *sorted(found)])
+        raise RunError(f"metric_for_best_model={metric!r} is not measured. Choose one of: {known}.")
 
 
 class Opponents(TrainerCallback):
@@ -70,7 +82,8 @@ class Opponents(TrainerCallback):
         # The initial policy is the first opponent. A resumed run has that, or cannot have it any more
         is_first = state.global_step == 0 and not self.is_resumed and not self._steps
         if is_first and args.eval_strategy != IntervalStrategy.NO:
-            self.trainer.evaluate()
+            judges = [*self.trainer.panel.names, *self.trainer.voters.names]
+            check_metric(args.metric_for_best_model, self.trainer.evaluate(), judges)
 
     def resume_from(self, checkpoint: str) -> None:
         """Look for earlier evaluations beside this checkpoint too, which may be in another run's folder."""

@@ -34,12 +34,8 @@ def score_groups(panel: Panel, groups: Groups) -> None:
 
 
 def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    """
-    Win rate and length-controlled win rate by reward source, from stored `"scores"` and `"lengths"`. A source that has
-    not scored both sides is left out.
-    """
-    groups, opponents = aligned(groups, opponents)
-    return _rates(_outcomes(groups, opponents), groups, opponents)
+    """As `play`, by the reward sources alone whose `"scores"` both sides have stored."""
+    return play(groups, opponents, None)
 
 
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
@@ -77,55 +73,52 @@ def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
-    outcomes = {}
-    for name in groups[0].get("scores", ()):
-        if name in opponents[0].get("scores", ()):
-            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
-            outcomes[name] = outcomes_of_scores(*scores)
-    return outcomes
-
-
-def _rates(outcomes: dict[str, torch.Tensor], groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
-    return {
-        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
-        for name, outcome in outcomes.items()
-        if not outcome.isnan().all()
-    }
-
-
 def play(
-    groups: Groups, opponents: Groups, panel: Panel, voters: dict[str, PreferenceFunc] | None = None
+    groups: Groups, opponents: Groups, panel: Panel | None, voters: dict[str, PreferenceFunc] | None = None
 ) -> dict[str, tuple[WinRate, WinRate]]:
     """
     Win rate and length-controlled win rate by judge: reward sources that scored both sides, then oracles: `voters`,
     which are trained on, and the panel's. A judge that said nothing is left out.
     """
     groups, opponents = aligned(groups, opponents)
-    outcomes = _outcomes(groups, opponents)
+    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
+    outcomes = {}
+    for name in groups[0].get("scores", ()):
+        if name in opponents[0].get("scores", ()):
+            scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
+            outcomes[name] = outcomes_of_scores(*scores)
     size = len(groups[0]["completions"])
     total = size + len(opponents[0]["completions"])
     rows = [row_of(group) for group in groups]
-    for name, oracle in {**(voters or {}), **panel.oracles}.items():
-        answers = ask_oracle(
-            oracle,
-            [group["prompt"] for group in groups for _ in range(total)],
-            [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
-            {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
-            group_size=total,
-            first_side=size,
-            both_orders=panel.both_orders,
-            batch_size=panel.batch_size,
-            accelerator=panel.accelerator,
-            log_metric=panel.log_metric,
-            disable_tqdm=panel.disable_tqdm,
-        )
-        if answers.num_lost:
-            logger.warning(
-                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
-                f"lost, since {answers.problem}. They take no part in the win rate."
+    if panel is not None:
+        for name, oracle in {**(voters or {}), **panel.oracles}.items():
+            answers = ask_oracle(
+                oracle,
+                [group["prompt"] for group in groups for _ in range(total)],
+                [
+                    text
+                    for pair in zip(groups, opponents, strict=True)
+                    for group in pair
+                    for text in group["completions"]
+                ],
+                {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
+                group_size=total,
+                first_side=size,
+                both_orders=panel.both_orders,
+                batch_size=panel.batch_size,
+                accelerator=panel.accelerator,
+                log_metric=panel.log_metric,
+                disable_tqdm=panel.disable_tqdm,
             )
-        if answers.num_lost < answers.num_asked or not answers.num_asked:
-            outcomes[name] = answers.preferences[:, :size, size:]
-    return _rates(outcomes, groups, opponents)
+            if answers.num_lost:
+                logger.warning(
+                    f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
+                    f"lost, since {answers.problem}. They take no part in the win rate."
+                )
+            if answers.num_lost < answers.num_asked or not answers.num_asked:
+                outcomes[name] = answers.preferences[:, :size, size:]
+    return {
+        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
+        for name, outcome in outcomes.items()
+        if not outcome.isnan().all()
+    }

@@ -44,7 +44,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = dict(manifest["files"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"it has no {MANIFEST}, which is written last") from None
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read: {error}") from error
@@ -97,34 +97,23 @@ def checkpoints_of_run(folder: str) -> dict[int, Path]:
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     """
-    Path of the checkpoint to continue from: the one asked for (`True`: the last in `output_dir`), or the last whole
-    one before it; `None` if there is none yet. Raises `ValueError` if it is no checkpoint, or torn and the first.
+    Path of the checkpoint to continue from: the one asked for, which must be whole, or with `True` the last whole one
+    in `output_dir`; `None` if there is none yet.
     """
-    if str(resume_from_checkpoint).lower() == "true":
-        found = last_whole_checkpoint(output_dir)
-        _, others = _checkpoints(output_dir)
-        passed = [path for path in others if found is None or _step(path) >= _step(found)]
-    else:
-        asked = Path(resume_from_checkpoint)
-        if not asked.is_dir() or (_step(asked) < 0 and not (asked / MANIFEST).exists()):
-            raise ValueError(
-                f"resume_from_checkpoint must be a checkpoint's folder, with its {MANIFEST}, got {str(asked)!r}; or "
-                "`true`, for the last whole one in output_dir."
-            )
+    if str(resume_from_checkpoint).lower() != "true":
         try:
-            read_manifest(asked)
-            return str(asked)
+            read_manifest(Path(resume_from_checkpoint))
         except ValueError as error:
-            others, passed = {asked: f"is torn ({error})"}, [asked]
-        before = [path for path in _checkpoints(asked.parent)[0] if _step(path) < _step(asked)]
-        found = max(before, key=_step, default=None)
-        if found is None:
             raise ValueError(
-                f"resume_from_checkpoint={str(asked)!r} {others[asked]}, and there is no whole checkpoint before it. "
-                "Give another one, or leave the option out to begin anew."
-            )
-    for path in passed:
-        logger.warning_once(f"{path} {others[path]}. Going on from {found or 'the start'}.")
+                f"resume_from_checkpoint must be a checkpoint's folder, got {str(resume_from_checkpoint)!r}: {error}. "
+                "Pass another one, or `true` for the last whole one in output_dir."
+            ) from error
+        return str(resume_from_checkpoint)
+    whole, others = _checkpoints(output_dir)
+    found = max(whole, key=lambda path: whole[path], default=None)
+    for path, why in others.items():
+        if found is None or _step(path) >= _step(found):
+            logger.warning_once(f"{path} {why}. Going on from {found or 'the start'}.")
     if found is None:
         logger.warning_once(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
     return None if found is None else str(found)

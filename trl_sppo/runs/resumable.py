@@ -80,8 +80,7 @@ class ResumableTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to continue from, or `True` for the last one in `args.output_dir`, if there is one. A torn
-                one is passed over for the one before.
+                Checkpoint to continue from, or `True` for the last whole one in `args.output_dir`, if there is any.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
 
