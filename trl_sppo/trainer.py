@@ -387,9 +387,8 @@ class SPPOTrainer(ResumableTrainer):
             return
         if not targets.kept.any():
             logger.warning(
-                "no completion of this batch can be trained on. If this goes on, the reward sources cannot tell the "
-                "completions of a prompt apart, the temperature makes them equal, or mask_truncated_completions drops "
-                "all."
+                "no completion of this batch can be trained on: rewards do not tell them apart, the temperature "
+                "makes them equal, or mask_truncated_completions drops all."
             )
         recorder.scored(by_name, answers, targets)
 

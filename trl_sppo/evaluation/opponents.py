@@ -51,8 +51,8 @@ def check_metric(metric: str | None, found: dict[str, float], judges: Sequence[s
 
 class Opponents(TrainerCallback):
     """
-    Lets each evaluation of a training play against the first one and the one before, without sampling those again. For
-    each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
+    Lets each evaluation of a training play against the first one and the one before, without sampling those again. The
+    trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
     """
 
     def __init__(self, trainer: Any):

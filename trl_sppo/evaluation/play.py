@@ -49,10 +49,7 @@ def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
 
 
 def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """
-    The rows of two policies with the same prompt, one to one, in the order of the first. Of several rows of a prompt,
-    those are matched first that are equal in the columns of the dataset that both have.
-    """
+    """Rows of two policies with the same prompt, one to one, first those whose other columns are equal too."""
     waiting: dict[str, Groups] = {}
     for group in opponents:
         waiting.setdefault(key_of(group["prompt"]), []).append(group)
@@ -76,10 +73,7 @@ def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
 def play(
     groups: Groups, opponents: Groups, panel: Panel | None, voters: dict[str, PreferenceFunc] | None = None
 ) -> dict[str, tuple[WinRate, WinRate]]:
-    """
-    Win rate and length-controlled win rate by judge: reward sources that scored both sides, then oracles: `voters`,
-    which are trained on, and the panel's. A judge that said nothing is left out.
-    """
+    """Win rate and length-controlled win rate by judge: sources that scored both sides, and oracles."""
     groups, opponents = aligned(groups, opponents)
     ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
     outcomes = {}
@@ -90,33 +84,29 @@ def play(
     size = len(groups[0]["completions"])
     total = size + len(opponents[0]["completions"])
     rows = [row_of(group) for group in groups]
-    if panel is not None:
-        for name, oracle in {**(voters or {}), **panel.oracles}.items():
-            answers = ask_oracle(
-                oracle,
-                [group["prompt"] for group in groups for _ in range(total)],
-                [
-                    text
-                    for pair in zip(groups, opponents, strict=True)
-                    for group in pair
-                    for text in group["completions"]
-                ],
-                {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
-                group_size=total,
-                first_side=size,
-                both_orders=panel.both_orders,
-                batch_size=panel.batch_size,
-                accelerator=panel.accelerator,
-                log_metric=panel.log_metric,
-                disable_tqdm=panel.disable_tqdm,
+    oracles = {**(voters or {}), **panel.oracles} if panel is not None else {}
+    for name, oracle in oracles.items():
+        assert panel is not None  # for mypy
+        answers = ask_oracle(
+            oracle,
+            [group["prompt"] for group in groups for _ in range(total)],
+            [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
+            {column: [row[column] for row in rows for _ in range(total)] for column in rows[0]},
+            group_size=total,
+            first_side=size,
+            both_orders=panel.both_orders,
+            batch_size=panel.batch_size,
+            accelerator=panel.accelerator,
+            log_metric=panel.log_metric,
+            disable_tqdm=panel.disable_tqdm,
+        )
+        if answers.num_lost:
+            logger.warning(
+                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
+                f"lost, since {answers.problem}. They take no part in the win rate."
             )
-            if answers.num_lost:
-                logger.warning(
-                    f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
-                    f"lost, since {answers.problem}. They take no part in the win rate."
-                )
-            if answers.num_lost < answers.num_asked or not answers.num_asked:
-                outcomes[name] = answers.preferences[:, :size, size:]
+        if answers.num_lost < answers.num_asked or not answers.num_asked:
+            outcomes[name] = answers.preferences[:, :size, size:]
     return {
         name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
         for name, outcome in outcomes.items()

@@ -111,11 +111,9 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
 
 
 def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
-    """
-    Names of weights that an adapter lacks, and of those that its model (with the adapter "default") has no place for.
-    `found`, which `model.load_adapter` has returned, is right about missing weights of LoRA only.
-    """
+    """Weights that an adapter lacks, and those without a place in its model, of which loading has `found` some."""
     expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
+    # `found` is right about missing weights of LoRA only
     others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))
     return {*others, *(name for name in found.missing_keys if ".lora_" in name)}, set(found.unexpected_keys) - expected
 

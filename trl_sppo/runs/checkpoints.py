@@ -58,10 +58,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _checkpoints(folder: str | Path) -> tuple[dict[Path, str], dict[Path, str]]:
-    """
-    The whole checkpoints of the run that began last in a folder, and when they were written; the others, and why they
-    do not count.
-    """
+    """The whole ones of the run that began last in a folder, with their time; and why the others do not count."""
     began_at = read_beginning(str(folder)).get("began_at", "")
     whole: dict[Path, str] = {}
     others: dict[Path, str] = {}
@@ -96,10 +93,7 @@ def checkpoints_of_run(folder: str) -> dict[int, Path]:
 
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
-    """
-    Path of the checkpoint to continue from: the one asked for, which must be whole, or with `True` the last whole one
-    in `output_dir`; `None` if there is none yet.
-    """
+    """The checkpoint asked for, which must be whole, or with `True` the last whole one in `output_dir`, if any."""
     if str(resume_from_checkpoint).lower() != "true":
         try:
             read_manifest(Path(resume_from_checkpoint))
@@ -125,10 +119,7 @@ def layout_of(args: Any) -> dict[str, int]:
 
 
 def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -> None:
-    """
-    Raise `ValueError` if a run with these arguments, and this form as far as it is known ([`~forms.form_of`]), cannot
-    continue from a whole checkpoint: it has no optimizer, other batches, or another policy or optimizer.
-    """
+    """Raise `ValueError` if a run with these arguments, and this form as far as it is known, cannot continue."""
     manifest = read_manifest(Path(checkpoint))
     if not manifest["can_be_resumed"]:
         problem = "was saved with save_only_model=True, without the optimizer"

@@ -24,32 +24,20 @@ from .model_card import last_win_rates
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_SAMPLES = 500  # prompts of which the page shows the completions of both policies
 
-# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value within or beyond means
+# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value beyond them means
 RULES = (
-    ("kl_to_rollout_policy", 0.0, 0.1, "the steps within an iteration are small",
-     "the policy moves far on one rollout: lower the learning rate, or take fewer steps per iteration"),
-    ("log_ratio_to_target", 0.001, 1.0, "the policy moves towards its targets",
-     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the rate"),
-    ("win_rate/length_correlation", -0.3, 0.3, "win rates do not follow length",
-     "win rates follow length: the oracle may reward length, or brevity, instead of quality. Compare the win rates at "
-     "equal length, and add a different oracle"),
-    ("preferences/tied", 0.0, 0.2, "the oracles distinguish most completions",
-     "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
-    ("preferences/panel_disagreement", 0.05, 0.4, "the oracles agree about as much as different opinions do",
-     "near 1/2 the oracles are unrelated and their vote is noise; near 0 one oracle is enough"),
-    ("preferences/intransitive", 0.0, 0.1, "few preferences form circles",
-     "many preferences form circles, at 1/4 as many as by chance: look at the oracle's order disagreement"),
-    ("completions/duplicates", 0.0, 0.1, "the completions of a group differ",
-     "many completions of a group are the same: raise the temperature"),
-    ("completions/clipped_ratio", 0.0, 0.3, "most completions end by themselves",
-     "many completions are cut off at max_completion_length, and judged unfinished"),
-    ("win_rate/unscorable", 0.0, 0.01, "all completions are scored",
-     "a reward source gives no score for some completions: the log of the run names it"),
-    ("win_rate/groups_without_signal", 0.0, 0.2, "most groups teach something",
-     "many groups have no winner: prompts that are too easy or too hard, or ties"),
-    ("importance_weight", 0.8, 1.1, "vLLM samples from the policy that is trained",
-     "vLLM and the trainer disagree about probabilities, so little is learned"),
-)  # fmt: skip
+    ("kl_to_rollout_policy", 0.0, 0.1, "a rollout moves the policy far: lower the learning rate, or take fewer steps"),
+    ("log_ratio_to_target", 0.001, 1.0, "near 0: raise the learning rate or lower eta; above 1: the opposite"),
+    ("win_rate/length_correlation", -0.3, 0.3, "win rates follow length: see those at equal length, or add an oracle"),
+    ("preferences/tied", 0.0, 0.2, "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
+    ("preferences/panel_disagreement", 0.05, 0.4, "near 1/2 the oracles' vote is noise; near 0 one oracle is enough"),
+    ("preferences/intransitive", 0.0, 0.1, "many preferences form circles: look at the oracle's order disagreement"),
+    ("completions/duplicates", 0.0, 0.1, "many completions of a group are the same: raise the temperature"),
+    ("completions/clipped_ratio", 0.0, 0.3, "many completions are cut off at max_completion_length"),
+    ("win_rate/unscorable", 0.0, 0.01, "a reward source gives no score for some completions: the log names it"),
+    ("win_rate/groups_without_signal", 0.0, 0.2, "many groups have no winner: ties, or prompts too easy or too hard"),
+    ("importance_weight", 0.8, 1.1, "vLLM and the trainer disagree about probabilities, so little is learned"),
+)
 
 
 @dataclass
@@ -130,7 +118,7 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
     """Compare logged metrics with their healthy bounds. Start and end are means over the first and last fifth."""
     found = []
-    for name, low, high, good, bad in RULES:
+    for name, low, high, problem in RULES:
         values = curve(history, name)[1]
         # With one optimizer step per iteration the policy is measured where it sampled: all log-ratios are 0
         if not values or (name == "log_ratio_to_target" and not any(values)):
@@ -138,7 +126,7 @@ def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
         part = max(1, len(values) // 5)
         first, last = sum(values[:part]) / part, sum(values[-part:]) / part
         healthy = low <= last <= high
-        found.append(Diagnosis(name, first, last, healthy, good if healthy else bad))
+        found.append(Diagnosis(name, first, last, healthy, f"healthy ({low:g} to {high:g})" if healthy else problem))
     return found
 
 

@@ -121,8 +121,7 @@ class ResumableTrainer(GRPOTrainer):
         if checkpoint is not None:
             check_fits(checkpoint, self.args, self._form)
         # What an earlier training of this trainer has left
-        self._step, self._buffered_inputs = 0, None
-        self._last_saved_step = None
+        self._step, self._buffered_inputs, self._last_saved_step = 0, None, None
         self._metrics["train"].clear()
         self._nonfinite.forget()
         self._opponents.forget()
@@ -227,8 +226,8 @@ class ResumableTrainer(GRPOTrainer):
         done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
             logger.warning(
-                f"this run had taken all of its {self.state.max_steps} steps: nothing is trained. Raise max_steps or "
-                "num_train_epochs to go on, or give another output_dir for a new run."
+                f"this run had taken all of its {self.state.max_steps} steps. To go on, raise max_steps or "
+                "num_train_epochs."
             )
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
@@ -257,12 +256,6 @@ class ResumableTrainer(GRPOTrainer):
         if looks and not self._nonfinite.passes(norm, self):
             self._metrics["train"]["skipped_steps"] = [self._nonfinite.num_skipped]
         return norm
-
-    def micro_batches_of_step(self) -> list[dict[str, Any]]:
-        """This process's micro-batches of the optimizer step at hand."""
-        slices, steps = cast(list, self._buffered_inputs), self.args.gradient_accumulation_steps
-        first = self.state.global_step * steps % len(slices)  # which is a multiple of `steps`
-        return slices[first : first + steps]
 
     # ---- Checkpoints
 
