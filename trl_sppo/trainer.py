@@ -498,8 +498,7 @@ class SPPOTrainer(ResumableTrainer):
         num_items = inputs["num_kept"] / self.accelerator.num_processes
         loss, metrics = self._sppo_loss(per_token_log_ratios.sum(dim=1), inputs, num_items, weights)
         if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             metrics["aux_loss"] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)])
 
         tokens = mask & inputs["kept"].unsqueeze(1)
@@ -541,8 +540,7 @@ class SPPOTrainer(ResumableTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         self._opponents.begin(metric_key_prefix, dataloader.dataset)
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         cast(dict, output.metrics).update(self._opponents.finish())
         return output
 

@@ -61,12 +61,12 @@ class Opponents(TrainerCallback):
         self.files = EvaluationFiles(self.args.output_dir)
         self.forget()
 
-    def forget(self) -> None:
-        """Forget an earlier training of this trainer."""
+    def forget(self, checkpoint: str | None = None) -> None:
+        """Begin anew, or continue from a checkpoint, beside which earlier evaluations may be."""
         self._steps: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
         self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
         self._groups: Groups = []
-        self._elsewhere: EvaluationFiles | None = None
+        self._elsewhere = None if checkpoint is None else EvaluationFiles(str(Path(checkpoint).parent))
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": {name: list(steps) for name, steps in self._steps.items()}}
@@ -84,10 +84,6 @@ class Opponents(TrainerCallback):
         if is_first and args.eval_strategy != IntervalStrategy.NO:
             judges = [*self.trainer.panel.names, *self.trainer.voters.names]
             check_metric(args.metric_for_best_model, self.trainer.evaluate(), judges)
-
-    def resume_from(self, checkpoint: str) -> None:
-        """Look for earlier evaluations beside this checkpoint too, which may be in another run's folder."""
-        self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
 
     def begin(self, prefix: str, dataset: Any) -> None:
         """Begin an evaluation, whose metrics have this prefix. Processes may see some prompts of `dataset` twice."""

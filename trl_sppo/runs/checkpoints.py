@@ -94,6 +94,8 @@ def checkpoints_of_run(folder: str) -> dict[int, Path]:
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     """The checkpoint asked for, which must be whole, or with `True` the last whole one in `output_dir`, if any."""
+    if not resume_from_checkpoint or str(resume_from_checkpoint).lower() == "false":
+        return None
     if str(resume_from_checkpoint).lower() != "true":
         try:
             read_manifest(Path(resume_from_checkpoint))
@@ -138,20 +140,14 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
 
 def check_resume(args: Any, form: dict[str, Any] | None = None) -> None:
     """Raise `ValueError` if the checkpoint to resume from is missing, or belongs to a different run."""
-    if args.resume_from_checkpoint and str(args.resume_from_checkpoint).lower() != "false":
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
-        if checkpoint is not None:
-            check_fits(checkpoint, args, form)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    if checkpoint is not None:
+        check_fits(checkpoint, args, form)
 
 
 def how_to_go_on(output_dir: str) -> str:
     """How to continue a run that has ended."""
     checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is not None and not read_manifest(checkpoint)["can_be_resumed"]:
-        return (
-            f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with "
-            f"model_name_or_path={str(checkpoint)!r} and another output_dir."
-        )
     place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
     return (
         f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "

@@ -39,16 +39,12 @@ class Interruption(TrainerCallback):
         self._longest = {True: 0.0, False: 0.0}
         self._rollout = True  # whether the micro-step at hand begins with one
         self._epoch_has_ended = False
-        self._beginning: dict[str, Any] | None = None  # the state when the optimizer step at hand began
-
-    @property
-    def is_inside_a_step(self) -> bool:
-        return self._beginning is not None
+        self.beginning: dict[str, Any] | None = None  # the state when the optimizer step at hand began
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within it, signals only ask for the end. Python delivers them to the main thread alone."""
-        self.exit_code = self._signal = self._beginning = None
+        self.exit_code = self._signal = self.beginning = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -92,17 +88,17 @@ class Interruption(TrainerCallback):
         self._epoch_has_ended = False
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._beginning = self.trainer.get_state()
+        self.beginning = self.trainer.get_state()
 
     def on_substep_end(self, args, state, control, **kwargs):
         # Several processes agree by a message: inside an optimizer step only once, if it began with a rollout
         if (self._rollout or self.trainer.accelerator.num_processes == 1) and self.is_over():
             # What the optimizer step at hand has done so far changed no weight. A resumed run begins with it
-            self.trainer.set_state(self._beginning)
+            self.trainer.set_state(self.beginning)
             control.should_training_stop = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._beginning = None
+        self.beginning = None
         self._epoch_has_ended = state.epoch % 1 == 0
         if self.is_over():
             control.should_training_stop = True

@@ -27,7 +27,7 @@ MOST_SAMPLES = 500  # prompts of which the page shows the completions of both po
 # Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value beyond them means
 RULES = (
     ("kl_to_rollout_policy", 0.0, 0.1, "a rollout moves the policy far: lower the learning rate, or take fewer steps"),
-    ("log_ratio_to_target", 0.001, 1.0, "near 0: raise the learning rate or lower eta; above 1: the opposite"),
+    ("log_ratio_to_target", 0.001, 1.0, "near 0: raise the learning rate or lower eta; above 1: lower the rate"),
     ("win_rate/length_correlation", -0.3, 0.3, "win rates follow length: see those at equal length, or add an oracle"),
     ("preferences/tied", 0.0, 0.2, "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
     ("preferences/panel_disagreement", 0.05, 0.4, "near 1/2 the oracles' vote is noise; near 0 one oracle is enough"),
@@ -172,10 +172,16 @@ def _svg(figure: Any) -> str:
     return Markup(svg[svg.index("<svg") :])  # matplotlib has escaped the texts in it
 
 
-def draw_curves(history: list[dict[str, Any]], prefix: str) -> Any:
-    """A matplotlib figure of a training's metrics."""
+def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A matplotlib figure, and its axes."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_curves(history: list[dict[str, Any]], prefix: str) -> Any:
+    """A matplotlib figure of a training's metrics."""
     panels: list[tuple[str, str, dict[str, str]]] = [
         ("Reward of the rollouts", "mean score", {"reward": "training", f"{prefix}_reward": "evaluation"}),
         ("Log-ratio to the rollout policy", "nats per completion",
@@ -184,8 +190,8 @@ def draw_curves(history: list[dict[str, Any]], prefix: str) -> Any:
          {"completions/winners_mean_length": "winners", "completions/losers_mean_length": "losers"}),
         ("Entropy", "nats per token", {"entropy": "policy"}),
     ]  # fmt: skip
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axis, (title, unit, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    figure, axes = _axes(2, 2, 11, 6)
+    for axis, (title, unit, names) in zip(axes, panels, strict=True):
         for name, label in names.items():
             steps, values = curve(history, name)
             if values:
@@ -198,11 +204,9 @@ def draw_curves(history: list[dict[str, Any]], prefix: str) -> Any:
 
 def draw_win_rates(history: list[dict[str, Any]], prefix: str, judges: Iterable[str]) -> Any:
     """A matplotlib figure of the win rates of the evaluations on one set."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure, axes = _axes(1, 2, 11, 3.8)
     opponents = {"initial": "the initial policy", "previous": "the evaluation before"}
-    for axis, (label, opponent) in zip(figure.subplots(1, 2, sharey=True), opponents.items(), strict=True):
+    for axis, (label, opponent) in zip(axes, opponents.items(), strict=True):
         for judge in judges:
             name = f"{prefix}_win_rate_vs_{label}/{judge}"
             steps, values = curve(history, name)
@@ -217,13 +221,11 @@ def draw_win_rates(history: list[dict[str, Any]], prefix: str, judges: Iterable[
 
 def draw_lengths(first: Groups, last: Groups) -> Any:
     """A matplotlib figure: the length of each completion of the last policy, and how often it beats the first."""
-    from matplotlib.figure import Figure
-
     names = [name for name in last[0].get("scores", ()) if name in first[0].get("scores", ())]
-    figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
+    figure, axes = _axes(1, max(len(names), 1), 5.5 * max(len(names), 1), 3.8)
     theirs, lengths = (torch.tensor([group["lengths"] for group in each]).float() for each in (first, last))
     longer = lengths - theirs.mean(dim=1, keepdim=True)
-    for axis, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names, strict=False):
+    for axis, name in zip(axes, names, strict=False):
         scores = (to_tensor([group["scores"][name] for group in each]) for each in (last, first))
         won = outcomes_of_scores(*scores).nanmean(dim=2)
         axis.scatter(longer.flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)

@@ -124,9 +124,7 @@ class ResumableTrainer(GRPOTrainer):
         self._step, self._buffered_inputs, self._last_saved_step = 0, None, None
         self._metrics["train"].clear()
         self._nonfinite.forget()
-        self._opponents.forget()
-        if checkpoint is not None:
-            self._opponents.resume_from(checkpoint)
+        self._opponents.forget(checkpoint)
         if not self._resumed and self.args.should_save:
             mark_beginning(output_dir, **self.describe())
             if not self._recorder.given:
@@ -262,7 +260,7 @@ class ResumableTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        if self._interruption.is_inside_a_step and self.is_saved:
+        if self._interruption.beginning is not None and self.is_saved:
             return  # interrupted inside the next step, at whose beginning it was saved
         main = self.args.should_save  # one process, or one of each machine
         aside = folder.with_name(folder.name + REPLACED)
