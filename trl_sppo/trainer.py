@@ -538,9 +538,9 @@ class SPPOTrainer(ResumableTrainer):
 
     # ---- Evaluation
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._opponents.begin(metric_key_prefix, dataloader.dataset)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self._opponents.begin(kwargs.get("metric_key_prefix", "eval"), dataloader.dataset)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         cast(dict, output.metrics).update(self._opponents.finish())
         return output
 
