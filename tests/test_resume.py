@@ -23,8 +23,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trl_sppo.runs.checkpoints import find_checkpoint, last_whole_checkpoint, read_manifest
-from trl_sppo.runs.forms import differences, fingerprint
+from trl_sppo.runs.checkpoints import differences, find_checkpoint, fingerprint, last_whole_checkpoint, read_manifest
 
 
 def lora() -> LoraConfig:

@@ -33,8 +33,7 @@ from .rollouts.sample_only import make_rollouts
 from .rollouts.step_metrics import StepMetrics
 from .rollouts.targets import RolloutTargets
 from .rollouts.weight_sync import prepare_weight_sync
-from .runs.checkpoints import check_resume
-from .runs.forms import form_of
+from .runs.checkpoints import check_resume, form_of
 from .runs.model_card import PAPER, add_to_card
 from .runs.resumable import ResumableTrainer
 
@@ -387,8 +386,8 @@ class SPPOTrainer(ResumableTrainer):
             return
         if not targets.kept.any():
             logger.warning(
-                "no completion of this batch can be trained on: rewards do not tell them apart, the temperature "
-                "makes them equal, or mask_truncated_completions drops all."
+                "no completion of this batch can be trained on: nothing is learned from it. Rewards do not tell them "
+                "apart, the temperature makes them equal, or mask_truncated_completions drops all."
             )
         recorder.scored(by_name, answers, targets)
 

@@ -200,7 +200,6 @@ def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
             disable_dropout_in_model(model)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        parts = name.split(".")
-        if "default" in parts:
-            copied = parameters[".".join("ref" if part == "default" else part for part in parts)]
-            copied.data = parameter.data.clone()
+        copied = ".".join("ref" if part == "default" else part for part in name.split("."))
+        if copied != name:
+            parameters[copied].data = parameter.data.clone()

@@ -27,8 +27,7 @@ from ..config import SPPOConfig
 from ..models.adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from ..oracles.reward_models import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
 from ..rollouts.given import is_judged, load_rollouts, prompts_of
-from ..runs.checkpoints import check_resume
-from ..runs.forms import form_of
+from ..runs.checkpoints import check_resume, form_of
 from ..trust import is_url
 from .memory import ModelSize, Placement, budget, size_of
 

@@ -28,8 +28,7 @@ from ..rollouts.files import installed_versions
 from ..rollouts.recorder import RolloutRecorder
 from ..rows import IMAGES
 from .alone import alone_in
-from .checkpoints import REPLACED, check_fits, find_checkpoint, how_to_go_on, write_manifest
-from .forms import digest, form_of
+from .checkpoints import REPLACED, check_fits, digest, find_checkpoint, form_of, how_to_go_on, write_manifest
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 
@@ -273,7 +272,6 @@ class ResumableTrainer(GRPOTrainer):
         self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
-            self.args = args
             if not self.args.save_only_model:
                 state = self.get_state()
                 del state["random"]  # transformers has saved it
