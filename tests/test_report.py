@@ -83,19 +83,19 @@ def test_a_run_without_evaluations(make_trainer, tmp_path):
 
 def test_diagnoses():
     history = [{"step": i, "win_rate/length_correlation": i / 10, "preferences/tied": 0.05} for i in range(1, 11)]
-    by_name = {each.name: each for each in diagnose(history)}
+    by_name = {each["name"]: each for each in diagnose(history)}
     assert set(by_name) == {"win_rate/length_correlation", "preferences/tied"}
     correlation = by_name["win_rate/length_correlation"]
-    assert (correlation.first, correlation.last) == (pytest.approx(0.15), pytest.approx(0.95))
-    assert not correlation.healthy and "follow length" in correlation.words
-    assert by_name["preferences/tied"].healthy
+    assert (correlation["first"], correlation["last"]) == (pytest.approx(0.15), pytest.approx(0.95))
+    assert not correlation["healthy"] and "follow length" in correlation["words"]
+    assert by_name["preferences/tied"]["healthy"] and by_name["preferences/tied"]["words"] == "healthy (0 to 0.2)"
 
 
 def test_log_ratios_that_cannot_be_measured_are_not_diagnosed():
     one_step, several = ([{"step": i, "log_ratio_to_target": share * i} for i in range(3)] for share in (0.0, 1e-5))
     assert diagnose(one_step) == []
     (diagnosis,) = diagnose(several)
-    assert not diagnosis.healthy and "raise the learning rate" in diagnosis.words
+    assert not diagnosis["healthy"] and "raise the learning rate" in diagnosis["words"]
 
 
 def test_the_healthy_bounds_are_those_of_the_docs():

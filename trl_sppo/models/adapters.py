@@ -123,9 +123,6 @@ def some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-# ---- A policy
-
-
 def check_policy(path: str) -> PeftConfig:
     """The configuration of a policy's adapter. Raises `ValueError` if it cannot be trained further."""
     config = config_of(path)

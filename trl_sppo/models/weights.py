@@ -45,9 +45,8 @@ def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = ()
     takes random numbers. What is quantized, or no folder with safetensors, is not checked.
     """
     config = Path(path, "config.json")
-    if not config.is_file() or not any(config.parent.glob("*.safetensors")):
-        return
-    if "quantization_config" in json.loads(config.read_text()):
+    has_files = config.is_file() and any(config.parent.glob("*.safetensors"))
+    if not has_files or "quantization_config" in json.loads(config.read_text()):
         return
     options = {"device_map": "meta", "use_safetensors": True, "output_loading_info": True, **kwargs}
     with whole_and_silent():

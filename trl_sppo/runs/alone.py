@@ -7,12 +7,13 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 from transformers.utils import logging
+
+from ..files import _now
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +37,7 @@ def alone_in(folder: str) -> Iterator[None]:
                     f"output_dir={folder!r} is in use by {who}. Wait for its end, stop it, or give another output_dir."
                 )
             time.sleep(0.2)
-        facts = {"process": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
+        facts = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
         owner.write_text(json.dumps(facts) + "\n")
         try:
             yield

@@ -1,4 +1,4 @@
-"""Whole and torn checkpoints: a run may be killed while it writes one."""
+"""Checkpoints: whole ones and torn ones, and the runs that they fit: of the same base model, adapter and optimizer."""
 
 import hashlib
 import json
@@ -177,9 +177,6 @@ def _step(path: Path) -> int:
     """The optimizer step of a checkpoint, -1 if the folder is none."""
     match = re.fullmatch(rf"checkpoint-(\d+)(?:{re.escape(REPLACED)})?", path.name)
     return int(match[1]) if match else -1
-
-
-# ---- What a run trains: a checkpoint fits only a run with the same base model, adapter and optimizer
 
 
 def form_of(

@@ -1,5 +1,6 @@
 """Ending a run in order: on SIGTERM, on Ctrl-C, and before a time limit."""
 
+import math
 import os
 import signal
 import threading
@@ -22,18 +23,16 @@ RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 class Interruption(TrainerCallback):
     """
-    Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
-    (minutes from the start of the process) leaves room for, with a checkpoint. Several processes end together, after
-    a rollout or an optimizer step.
+    Ends training with a checkpoint after the micro-step in which SIGTERM or SIGINT has come, or the last one in a time
+    budget (minutes from the start of the process). Several processes end after a rollout or an optimizer step.
     """
 
     def __init__(self, trainer: Any, time_budget: float | None):
         self.trainer = trainer
         self.exit_code: int | None = None  # of the run, once it is to end
         self._signal: int | None = None
-        self._deadline = None
-        if time_budget is not None:
-            self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
+        seconds = math.inf if time_budget is None else 60 * time_budget * (1 - RESERVE)
+        self._deadline = psutil.Process().create_time() + seconds
         self._micro_step_began = 0.0
         # The longest time between two looks at the clock, with evaluations and checkpoints: with and without a rollout
         self._longest = {True: 0.0, False: 0.0}
@@ -114,7 +113,7 @@ class Interruption(TrainerCallback):
 
     def check_time(self) -> None:
         """End the process if its time is up."""
-        if self.trainer.agree(int(self._deadline is not None and time.time() > self._deadline)):
+        if self.trainer.agree(int(time.time() > self._deadline)):
             print("trl-sppo: the time budget is used up. The same command goes on.")
             raise SystemExit(EXIT_TIME_BUDGET)
 
@@ -126,7 +125,7 @@ class Interruption(TrainerCallback):
         now = time.time()
         self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
         self._begin_micro_step()
-        is_late = self._deadline is not None and now + self._longest[self._rollout] > self._deadline
+        is_late = now + self._longest[self._rollout] > self._deadline
         code = 128 + self._signal if self._signal is not None else EXIT_TIME_BUDGET * is_late
         self.exit_code = self.trainer.agree(code) or self.exit_code
         return self.exit_code is not None

@@ -33,9 +33,8 @@ def add_to_card(path: Path, trainer: Any) -> None:
     text = text.replace("[None](https://huggingface.co/None)", "a model in a folder")
     text = text.replace('model="None"', f'model="{path.parent.resolve().name}"')
     text = text.replace("- TRL: ", f"- TRL-SPPO: {version('trl_sppo')}\n- TRL: ", 1)
-    own = "\n\n".join([_training(trainer), _win_rates(trainer)])
     before, heading, after = text.partition("### Framework versions")
-    write_atomically(path, f"{before}{own}\n\n{heading}{after}")
+    write_atomically(path, f"{before}{_training(trainer)}\n\n{_win_rates(trainer)}\n\n{heading}{after}")
 
 
 def last_win_rates(history: list[dict[str, Any]]) -> dict[tuple[str | None, str], dict[str, Any]]:

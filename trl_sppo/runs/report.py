@@ -3,12 +3,13 @@
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment
+from markupsafe import Markup
 
 from ..evaluation.files import Groups
 from ..evaluation.ladder import climb, draw, stored_players, verdict, which_evaluation_set
@@ -40,21 +41,8 @@ RULES = (
 )
 
 
-@dataclass
-class Diagnosis:
-    """A metric at the start and at the end of a run, whether it is healthy, and what that means."""
-
-    name: str
-    first: float
-    last: float
-    healthy: bool
-    words: str
-
-
 def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     """Write `report.html` into a run's directory. Raises `ValueError` if it has no log or no such evaluation set."""
-    from jinja2 import Environment
-
     history = read_history(run)
     players = stored_players(run, evaluation_set)
     found = which_evaluation_set(run, evaluation_set)
@@ -101,10 +89,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         if written_at >= read_beginning(str(run)).get("began_at", ""):  # an earlier run's log may lie here
             states.append(last)
     if not states:
-        raise ValueError(
-            f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint. Pass the output "
-            "directory of a run that saved something."
-        )
+        raise ValueError(f"{str(run)!r} has no trainer_state.json. Pass the output directory of a run that saved one.")
     histories = [json.loads(path.read_text())["log_history"] for path in states]
     return max(histories, key=lambda history: max((row.get("step", 0) for row in history), default=0))
 
@@ -115,8 +100,8 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
     return [step for step, _ in points], [value for _, value in points]
 
 
-def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
-    """Compare logged metrics with their healthy bounds. Start and end are means over the first and last fifth."""
+def diagnose(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare logged metrics with their healthy bounds. First and last are means over the first and last fifth."""
     found = []
     for name, low, high, problem in RULES:
         values = curve(history, name)[1]
@@ -126,7 +111,8 @@ def diagnose(history: list[dict[str, Any]]) -> list[Diagnosis]:
         part = max(1, len(values) // 5)
         first, last = sum(values[:part]) / part, sum(values[-part:]) / part
         healthy = low <= last <= high
-        found.append(Diagnosis(name, first, last, healthy, f"healthy ({low:g} to {high:g})" if healthy else problem))
+        words = f"healthy ({low:g} to {high:g})" if healthy else problem
+        found.append({"name": name, "first": first, "last": last, "healthy": healthy, "words": words})
     return found
 
 
@@ -163,7 +149,6 @@ def as_text(messages: Any) -> str:
 
 def _svg(figure: Any) -> str:
     import matplotlib
-    from markupsafe import Markup
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts as texts
