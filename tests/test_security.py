@@ -306,7 +306,8 @@ def plant(checkpoint: Path, file: str) -> None:
     """Put a bomb into a checkpoint as somebody would who wants it to be used."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     torch.save(Bomb(checkpoint), checkpoint / file)
-    manifest["files"][file] = (checkpoint / file).stat().st_size
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    manifest["files"] = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -137,7 +137,7 @@ class SPPOTrainer(ResumableTrainer):
         given_rollouts: Dataset | None = None
         if args.rollouts is not None:
             if train_dataset is not None:
-                raise TypeError(f"rollouts={args.rollouts!r} bring the prompts. Leave train_dataset out.")
+                raise TypeError(f"train_dataset is given, but also rollouts={args.rollouts!r}. Leave one of them out.")
             given_rollouts = load_rollouts(args.rollouts, cast(int, args.num_generations))
             train_dataset = prompts_of(given_rollouts)
         conversational = check_trainer_arguments(

@@ -1,7 +1,5 @@
 """Rollouts without training."""
 
-from collections.abc import Iterator
-from itertools import count, islice
 from typing import Any
 
 from datasets import Dataset
@@ -29,7 +27,7 @@ def make_rollouts(trainer: Any) -> str:
     quiet = bool(args.disable_tqdm) or not trainer.is_world_process_zero()
     trainer.model.train()
     with tqdm(total=total, desc="generation batches", disable=quiet) as progress:
-        for iteration, inputs in enumerate(_generation_batches(trainer, batches, period)):
+        for iteration, inputs in enumerate(trainer.generation_batches(batches)):
             if iteration == total:
                 break
             trainer._interruption.check_time()
@@ -40,14 +38,3 @@ def make_rollouts(trainer: Any) -> str:
                 trainer._generate_and_score_completions(inputs, iteration, only_sample=True)
             progress.update()
     return str(recorder.files.folder)
-
-
-def _generation_batches(trainer: Any, batches: Any, period: int) -> Iterator[list[dict[str, Any]]]:
-    """Each generation batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each."""
-    for epoch in count():
-        trainer.state.epoch = epoch
-        batch = None
-        for batch in islice(batches, 0, None, period):
-            yield batch
-        if batch is None or trainer.args.max_steps <= 0:
-            break

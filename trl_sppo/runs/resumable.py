@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +59,8 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.adapter = adapter
+        self.policy_name: str = adapter or cast(Any, self.model).config._name_or_path  # where it came from
+        self._micro_steps_per_iteration = cast(int, self.args.steps_per_generation) * self.num_iterations
         bits = quantized_bits(self.model, self.args)
         self._form = form_of(self.args, self.model, None, self.optimizer, bits, adapter)
         template = getattr(self.processing_class, "chat_template", None)
@@ -164,18 +167,19 @@ class ResumableTrainer(GRPOTrainer):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     @property
-    def policy_name(self) -> str:
-        """Where the policy came from: the path or id of its model, or the folder of the adapter that is continued."""
-        return self.adapter or cast(Any, self.model).config._name_or_path
-
-    @property
     def is_saved(self) -> bool:
         """Whether there is a checkpoint of the optimizer steps taken so far."""
         return self._last_saved_step == self.state.global_step
 
-    @property
-    def _micro_steps_per_iteration(self) -> int:
-        return cast(int, self.args.steps_per_generation) * self.num_iterations
+    def generation_batches(self, batches: Any) -> Iterator[list[dict[str, Any]]]:
+        """Each generation batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each."""
+        for epoch in count():
+            self.state.epoch = epoch
+            batch = None
+            for batch in islice(batches, 0, None, self._micro_steps_per_iteration):
+                yield batch
+            if batch is None or self.args.max_steps <= 0:
+                break
 
     def needs_rollout(self) -> bool:
         """Whether the next micro-step begins an iteration."""
@@ -222,10 +226,7 @@ class ResumableTrainer(GRPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
-            logger.warning(
-                f"this run had taken all of its {self.state.max_steps} steps. To go on, raise max_steps or "
-                "num_train_epochs."
-            )
+            logger.warning(f"this run had taken all of its {self.state.max_steps} steps. To go on, raise max_steps.")
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
             self.model.train()  # the last lines of the log are those of a training
