@@ -123,7 +123,7 @@ def show(trained_on: str, runs: list[list[dict[str, float]]]) -> list[dict[str, 
     print("|---|" + "---|" * len(mean))
     for name in names:
         print(f"| {name} | " + " | ".join(f"{row[name]:.3f}" for row in mean) + " |")
-    for name, low, high, _, _ in RULES:
+    for name, low, high, _ in RULES:
         if name in names:
             warned = [
                 next((row["step"] for row in rows if name in row and not low <= row[name] <= high), None)

@@ -245,17 +245,17 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda a: configure(a, base_model_name_or_path="./gone"),
-            r"_path\) is an adapter of './gone', which is neither a",
+            "is an adapter of './gone', which is neither a",
         ),
         (
             lambda a: configure(a, base_model_name_or_path=None),
-            "does not say which model it belongs to. Write the mod",
+            "does not name the model it belongs to. Write base_model",
         ),
         (lambda a: configure(a, peft_type="NEW"), "adapter_config.json that PEFT cannot read: 'NEW'"),
         (lambda a: Path(a, "adapter_config.json").write_text("{"), "adapter_config.json that PEFT cannot read: "),
         (
             lambda a: configure(a, task_type="SEQ_CLS"),
-            "task_type='SEQ_CLS', but a policy's is 'CAUSAL_LM'. A reward mod",
+            "task_type='SEQ_CLS', but a policy's is 'CAUSAL_LM'. Pass a re",
         ),
         (
             lambda a: Path(a, "adapter_model.safetensors").unlink(),
@@ -565,7 +565,7 @@ def test_quantized(make_trainer, tmp_path, bits, noise):
         ),
         (
             lambda a: configure(a, base_model_name_or_path="./gone"),
-            r"_path\) is an adapter of './gone', which is neither a",
+            "is an adapter of './gone', which is neither a",
         ),
         (lambda a: Path(a, "adapter_model.safetensors").unlink(), "its adapter_model.safetensors cannot be read"),
         (

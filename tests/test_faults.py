@@ -374,14 +374,6 @@ def test_completions_without_tokens(make_trainer, monkeypatch):
     assert batches[0]["completion_ids"][batches[0]["kept"]].tolist() == [[3, 4, 1]] * 4
 
 
-def test_a_rollout_func_that_gives_no_tokens(fixed):
-    def rollout(prompts, trainer):
-        return {"prompt_ids": [[3]] * len(prompts), "completion_ids": [[]] * len(prompts), "logprobs": None}
-
-    with pytest.raises(RunError, match=r"rollout_func gave a completion without tokens. Give at least the EOS token"):
-        fixed(trainer_kwargs={"rollout_func": rollout}).train()
-
-
 # ---- Prompts
 
 

@@ -9,6 +9,7 @@ from datasets import Dataset, load_dataset
 from helpers import TINY, count_abc, more_abc
 from transformers import EarlyStoppingCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
+from trl_sppo.errors import RunError
 from trl_sppo.evaluation.files import EvaluationFiles
 from trl_sppo.evaluation.statistics import length_controlled_win_rate, outcomes_of_scores, win_rate
 
@@ -205,6 +206,21 @@ def test_a_greedy_schedule_follows_a_win_rate_upwards(make_trainer):
 def test_a_loss_is_no_metric(evaluated):
     with pytest.raises(ValueError, match="metric_for_best_model='eval_loss' says nothing about the policy"):
         evaluated(**BEST, metric_for_best_model="eval_loss")
+
+
+def test_a_metric_that_is_not_measured_ends_the_run_before_its_first_step(evaluated, monkeypatch):
+    monkeypatch.setattr("trl_sppo.trainer.SPPOTrainer.training_step", lambda *args: pytest.fail("too late"))
+    for metric in ("accuracy", "win_rate_vs_initial/nobody"):
+        known = r"eval_win_rate_vs_initial/count_abc, .*, eval_reward, "
+        with pytest.raises(
+            RunError, match=f"metric_for_best_model='{metric}' is not measured. Choose one of: {known}"
+        ):
+            evaluated(**BEST, metric_for_best_model=metric, greater_is_better=True)
+
+
+@pytest.mark.parametrize("metric", ["eval_reward", "win_rate_vs_previous/count_abc/low"])
+def test_each_metric_of_evaluations_may_say_which_policy_is_the_best(evaluated, metric):
+    evaluated(**BEST, metric_for_best_model=metric, greater_is_better=True)
 
 
 def test_several_evaluation_sets(evaluated, tmp_path):

@@ -19,7 +19,6 @@ from trl_sppo.arguments.options import parse_arguments
 from trl_sppo.judges import GeneralPreferenceJudge, LLMJudge, PairRMJudge
 from trl_sppo.oracles.reward_models import load_reward_models
 from trl_sppo.oracles.texts import break_up, special_tokens
-from trl_sppo.runs.checkpoints import write_manifest
 
 
 ROOT = Path(__file__).parents[1]
@@ -307,7 +306,9 @@ def plant(checkpoint: Path, file: str) -> None:
     """Put a bomb into a checkpoint as somebody would who wants it to be used."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     torch.save(Bomb(checkpoint), checkpoint / file)
-    write_manifest(checkpoint, **{name: manifest[name] for name in ("step", "can_be_resumed", "layout")})
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    manifest["files"] = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(

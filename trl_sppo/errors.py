@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+import traceback
 
 import torch
 from torch import distributed as dist
@@ -32,6 +34,14 @@ def explain(error: BaseException) -> str:
     if is_of_another_process(error):
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
     return text
+
+
+def report(error: BaseException, what: str, how: str) -> None:
+    """Print what has ended (and where), the error, its trace if that helps to understand it, and how to continue."""
+    cause = error.__cause__ if isinstance(error, RunError) else error
+    if cause is not None:
+        traceback.print_exception(cause)
+    print(f"trl-sppo: error: {what}: {explain(error)}\n{how}", file=sys.stderr)
 
 
 def is_of_another_process(error: BaseException) -> bool:

@@ -21,9 +21,10 @@ from .arguments.options import fail, load_preference_funcs, load_reward_funcs, p
 from .arguments.recipes import unmade  # noqa: E402
 from .checks.arguments import check_activation_checkpointing, check_optimizer  # noqa: E402
 from .checks.models import check_adapter  # noqa: E402
+from .errors import report  # noqa: E402
 from .models.adapters import adopt_options, is_adapter  # noqa: E402
 from .runs.alone import alone_in  # noqa: E402
-from .runs.endings import how_to_go_on, report  # noqa: E402
+from .runs.checkpoints import how_to_go_on  # noqa: E402
 from .trainer import SPPOTrainer  # noqa: E402
 
 

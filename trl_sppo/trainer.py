@@ -1,13 +1,11 @@
 """[`SPPOTrainer`]: SPPO on TRL's GRPO trainer. Wiring only; the formulas are in `preferences` and `objectives`."""
 
-import textwrap
 from collections import deque
-from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -29,61 +27,38 @@ from .oracles.panel import Panel, place
 from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
 from .oracles.scoring import RewardSources, names_of
 from .oracles.voters import Voters
-from .rollouts.batch import (
-    Rollout,
-    columns_of,
-    count_kept,
-    loss_mask,
-    model_inputs,
-    pin,
-    rows_to_train_on,
-    take_rows,
-    to_device,
-)
+from .rollouts.batch import Rollout, columns_of, count_kept, loss_mask, model_inputs, pin, rows_to_train_on, take_rows
 from .rollouts.given import is_judged, load_rollouts, prompts_of
 from .rollouts.sample_only import make_rollouts
 from .rollouts.step_metrics import StepMetrics
 from .rollouts.targets import RolloutTargets
 from .rollouts.weight_sync import prepare_weight_sync
-from .runs.checkpoints import check_resume
-from .runs.forms import form_of
-from .runs.model_card import add_to_card
+from .runs.checkpoints import check_resume, form_of
+from .runs.model_card import PAPER, add_to_card
 from .runs.resumable import ResumableTrainer
 
 
 logger = logging.get_logger(__name__)
-
-KEPT = " What was sampled is kept: a resumed run scores it without sampling again."
-
-NOTHING_TO_LEARN = (
-    "no completion of this batch can be trained on: nothing is learned from it. If this goes on, the reward sources "
-    "do not tell the completions of a prompt apart, or sampling makes them equal (temperature), or all are truncated "
-    "(mask_truncated_completions)."
-)
 
 
 class SPPOTrainer(ResumableTrainer):
     """
     Trainer for Self-Play Preference Optimization (SPPO), https://huggingface.co/papers/2405.00675.
 
-    The policy samples a group of completions per prompt, each completion is compared with the others of its group (by
-    the scores of a reward source, or by a pairwise oracle), and the log-ratio between the policy and the policy that
-    sampled the group is regressed to `eta * (win_rate - 1/2)`. The next generation batch is sampled by the new policy:
-    each iteration plays against the last one's.
+    The policy samples a group of completions per prompt, each is compared with the others of its group (by the scores
+    of a reward source, or by a pairwise oracle), and the log-ratio between the policy and the one that sampled is
+    regressed to `eta * (win_rate - 1/2)`. The next generation batch is sampled by the new policy.
 
-    What changes with respect to [`~trl.GRPOTrainer`]: scores become win rates, completions that are not trained on are
-    dropped before any log-probability is computed, the loss is [`sppo_loss`], and reward models score in
-    micro-batches. Everything else (generation, vLLM, PEFT, quantization, evaluation, logging) is inherited.
+    With respect to [`~trl.GRPOTrainer`], scores become win rates, the loss is [`sppo_loss`], completions that are not
+    trained on get no forward pass, and reward models score in micro-batches. Everything else is inherited.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Policy to train, as in [`~trl.GRPOTrainer`]. Also the folder of an adapter, whose training goes on. Its own
-            configuration is then used, and `peft_config` must be left out.
+            Policy to train, as in [`~trl.GRPOTrainer`], or an adapter's folder, to continue it without `peft_config`.
         reward_funcs (`str`, [`~transformers.PreTrainedModel`], callable, or a list of them):
             Reward models (sequence classifiers with one label: a path, a loaded one, or the URL of one behind a vLLM
-            server, see [`ServedRewardModel`]) or reward functions, as in [`~trl.GRPOTrainer`]. Each is an oracle of
-            its own: with several, their preferences are averaged, weighted by `args.reward_weights`. `None`, NaN and
-            infinite scores mark a completion as unscorable.
+            server, see [`ServedRewardModel`]) or reward functions, as in [`~trl.GRPOTrainer`]. The preferences of
+            several are averaged by `args.reward_weights`. `None`, NaN and infinite scores mark what is unscorable.
         args ([`SPPOConfig`], *optional*):
             Configuration. If `None`, the defaults.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -97,12 +72,11 @@ class SPPOTrainer(ResumableTrainer):
         preference_func (callable, or a list of them, *optional*):
             Pairwise oracles, besides or instead of reward sources: `preference_func(prompts, first, second, **kwargs)`
             gets lists of prompts and of two completions each, and the dataset's other columns by name, and returns
-            P(first beats second) in [0, 1] of each, `None` where it cannot say. It may be intransitive, and `async`.
-            Each votes with its weight in `args.preference_weights`. Ready ones are in [`judges`].
+            P(first beats second) in [0, 1] of each, `None` where it cannot say. It may be `async`. Each votes with its
+            weight in `args.preference_weights`. Ready ones are in [`judges`].
         eval_reward_funcs, eval_reward_processing_classes, eval_preference_func (*optional*):
-            Judges for evaluations only, given like `reward_funcs`, `reward_processing_classes` and `preference_func`:
-            nothing is trained on what they say. Each evaluation plays against the initial policy and against the one
-            before under all judges.
+            Judges, given in the same way, under which each evaluation also plays against the initial policy and the
+            one before. Nothing is trained on what they say.
         kwargs:
             Further arguments of [`~trl.GRPOTrainer`], such as `peft_config`, `quantization_config` and `callbacks`.
 
@@ -127,20 +101,7 @@ class SPPOTrainer(ResumableTrainer):
 
     _tag_names = ["trl", "sppo"]
     _name = "SPPO"
-    _paper = {
-        "title": "Self-Play Preference Optimization for Language Model Alignment",
-        "id": "2405.00675",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{wu2025selfplay,
-                title        = {{Self-Play Preference Optimization for Language Model Alignment}},
-                author       = {Yue Wu and Zhiqing Sun and Huizhuo Yuan and Kaixuan Ji and Yiming Yang and
-                                Quanquan Gu},
-                year         = 2025,
-                booktitle    = {International Conference on Learning Representations},
-                eprint       = {arXiv:2405.00675},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -163,28 +124,22 @@ class SPPOTrainer(ResumableTrainer):
         elif not isinstance(args, SPPOConfig):
             raise TypeError(f"args must be an SPPOConfig, got {type(args).__name__}.")
         adapter: str | None = None
+        peft_config = kwargs.pop("peft_config", None)
         if isinstance(model, str) and is_adapter(model):
             adapter = model.rstrip("/")
-            model, kwargs["peft_config"], processing_class = continue_adapter(
-                adapter, args, kwargs.get("peft_config"), processing_class
-            )
-        reward_funcs = without_slash(_as_list(reward_funcs))
-        preference_funcs = _as_list(preference_func)
-        has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
+            model, peft_config, processing_class = continue_adapter(adapter, args, peft_config, processing_class)
+        reward_funcs, judges = without_slash(_as_list(reward_funcs)), without_slash(_as_list(eval_reward_funcs))
         processing_classes = _as_list(reward_processing_classes) or [None] * len(reward_funcs)
-        judges = without_slash(_as_list(eval_reward_funcs))
         judges_classes = _as_list(eval_reward_processing_classes) or [None] * len(judges)
-        eval_preference_funcs = _as_list(eval_preference_func)
+        preference_funcs, eval_preference_funcs = _as_list(preference_func), _as_list(eval_preference_func)
+        has_environment = kwargs.get("environment_factory") is not None  # may bring prompts and a reward
+        quantization = kwargs.get("quantization_config")
         given_rollouts: Dataset | None = None
         if args.rollouts is not None:
             if train_dataset is not None:
-                raise TypeError(
-                    f"train_dataset is given, but also rollouts={args.rollouts!r}, which bring the prompts. Leave one "
-                    "of them out."
-                )
+                raise TypeError(f"train_dataset is given, but also rollouts={args.rollouts!r}. Leave one of them out.")
             given_rollouts = load_rollouts(args.rollouts, cast(int, args.num_generations))
             train_dataset = prompts_of(given_rollouts)
-        judged = given_rollouts is not None and is_judged(given_rollouts)
         conversational = check_trainer_arguments(
             args,
             model,
@@ -197,16 +152,15 @@ class SPPOTrainer(ResumableTrainer):
             eval_reward_processing_classes=judges_classes,
             eval_preference_funcs=eval_preference_funcs,
             adapter=adapter,
-            peft_config=kwargs.get("peft_config"),
-            quantization_config=kwargs.get("quantization_config"),
+            peft_config=peft_config,
+            quantization_config=quantization,
             needs_tokenizer=processing_class is None,
             has_environment=has_environment,
-            judged=judged,
+            judged=given_rollouts is not None and is_judged(given_rollouts),
         )
         if args.resume_from_checkpoint:
-            bits = quantized_bits(model, args, kwargs.get("quantization_config"))
-            optimizer = kwargs.get("optimizers", (None,))[0]
-            check_resume(args, form_of(args, model, kwargs.get("peft_config"), optimizer, bits, adapter))
+            bits, optimizer = quantized_bits(model, args, quantization), kwargs.get("optimizers", (None,))[0]
+            check_resume(args, form_of(args, model, peft_config, optimizer, bits, adapter))
         if args.use_vllm and args.vllm_enable_sleep_mode and args.device.type == "cpu":
             logger.warning("vllm_enable_sleep_mode=True is ignored: vLLM can free a GPU's memory, but not a CPU's.")
             args.vllm_enable_sleep_mode = False
@@ -214,6 +168,15 @@ class SPPOTrainer(ResumableTrainer):
         eval_dataset = without_empty_images("eval_dataset", eval_dataset)
         if isinstance(model, str):  # TRL would fall back to pickled weights
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
+
+        def check(sources: list, tokenizers: list) -> None:
+            """Prompts, through the templates of the policy and of reward models, of which none is loaded yet."""
+            self._readers = reward_readers(args, sources, tokenizers, len(judges))
+            if kwargs.get("rollout_func") is None:  # which renders prompts itself, and samples what it likes
+                self._readers.insert(0, policy_reader(args, model, processing_class, kwargs.get("tools")))
+            if not has_environment:
+                check_prompts(self._readers, named_datasets(train_dataset, eval_dataset))
+
         sources, tokenizers = load_reward_models(
             [*judges, *reward_funcs],
             [*judges_classes, *processing_classes],
@@ -221,34 +184,29 @@ class SPPOTrainer(ResumableTrainer):
             [name.rstrip("/") for name in args.reward_trust_remote_code or ()],
             cast(Any, args.chat_template_kwargs),
             args.reward_quantization,
-            check=lambda sources, tokenizers: self._check_prompts(
-                args, sources, tokenizers, len(judges), model=model, processing_class=processing_class,
-                datasets=named_datasets(train_dataset, eval_dataset), **kwargs,
-            ),
-        )  # fmt: skip
+            check,
+        )
         self._rollout: Rollout | None = None  # while it is being made
-        if kwargs.get("rollout_func") is not None:
-            kwargs["rollout_func"] = _checked(kwargs["rollout_func"])
         # TRL insists on a reward source, also where all votes are those of oracles or of stored rollouts
         without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
         if without_source:
             args.reward_weights = None  # it may be []
         super().__init__(
             model=model,
-            reward_funcs=[_no_reward] if without_source else sources[len(judges) :],
+            reward_funcs=[lambda **kwargs: []] if without_source else sources[len(judges) :],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=[None] if without_source else tokenizers[len(judges) :],
+            peft_config=peft_config,
             adapter=adapter,
             given_rollouts=given_rollouts,
             **kwargs,
         )
         if without_source:  # nothing is to be logged of it
-            for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
-                del cast(list, each)[0]
-            self.reward_weights = self.reward_weights[1:]
+            self.reward_funcs, self.reward_weights = self.reward_funcs[1:], self.reward_weights[1:]
+            del self.reward_func_names[0], cast(list, self.reward_processing_classes)[0]
         self.reward_funcs = in_micro_batches(self.reward_funcs, args.reward_batch_size)
         self.voters = self._make_voters(preference_funcs)
         self.panel = self._make_panel(sources[: len(judges)], tokenizers[: len(judges)], eval_preference_funcs)
@@ -264,45 +222,21 @@ class SPPOTrainer(ResumableTrainer):
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
 
-    def _check_prompts(
-        self, args: SPPOConfig, sources: list, tokenizers: list, num_judges: int, *, model, processing_class, datasets,
-        tools=None, rollout_func=None, environment_factory=None, **kwargs,
-    ) -> None:  # fmt: skip
-        """Through the templates of the policy and of reward models, of which none is loaded yet."""
-        self._readers = reward_readers(args, sources, tokenizers, num_judges)
-        if rollout_func is None:  # which renders prompts itself, and samples what it likes
-            self._readers.insert(0, policy_reader(args, model, processing_class, tools))
-        if environment_factory is None:  # environments may bring or change the prompts
-            check_prompts(self._readers, datasets)
-
     def _make_voters(self, oracles: list[PreferenceFunc]) -> Voters:
-        names = [*self.reward_func_names, *map(oracle_name, oracles)]
-        return Voters(
-            self.args,
-            RewardSources(
-                told_apart(self.reward_func_names),
-                self.reward_funcs,
-                self.reward_processing_classes,
-                cast(dict, self.chat_template_kwargs),
-            ),
-            self.reward_weights,
-            dict(zip(told_apart(names)[len(self.reward_func_names) :], oracles, strict=True)),
-            self.accelerator,
-            self.train_dataset,
-        )
+        names, template_kwargs = self.reward_func_names, cast(dict, self.chat_template_kwargs)
+        sources = RewardSources(told_apart(names), self.reward_funcs, self.reward_processing_classes, template_kwargs)
+        oracle_names = told_apart([*names, *map(oracle_name, oracles)])[len(names) :]
+        by_name = dict(zip(oracle_names, oracles, strict=True))
+        return Voters(self.args, sources, self.reward_weights, by_name, self.accelerator, self.train_dataset)
 
     def _make_panel(self, sources: list, tokenizers: list, oracles: list[PreferenceFunc]) -> Panel:
         # A judge gives way: it must not change the names of what is trained on
         voters = [*self.reward_func_names, *map(oracle_name, self.voters.oracles.values())]
         names = told_apart([*voters, *names_of(sources), *map(oracle_name, oracles)])[len(voters) :]
+        sources = in_micro_batches(place(sources, self.accelerator), self.args.reward_batch_size)
+        template_kwargs = cast(dict, self.chat_template_kwargs)
         return Panel(
-            RewardSources(
-                names[: len(sources)],
-                in_micro_batches(place(sources, self.accelerator), self.args.reward_batch_size),
-                tokenizers,
-                cast(dict, self.chat_template_kwargs),
-                kind="judge",
-            ),
+            RewardSources(names[: len(sources)], sources, tokenizers, template_kwargs, kind="judge"),
             dict(zip(names[len(sources) :], oracles, strict=True)),
             self.accelerator,
             both_orders=self.args.both_orders,
@@ -322,10 +256,9 @@ class SPPOTrainer(ResumableTrainer):
         """
         Sample and score completions of the training prompts, without training.
 
-        They are written to `args.output_dir/rollouts`, a file for each generation batch, with their log-probabilities
-        under the policy. [`SPPOConfig`]'s `rollouts` trains on them, here or elsewhere. Each prompt has its turn once,
-        or as many batches are made as `args.max_steps` optimizer steps would use. What the folder has already, by the
-        same options, is kept: an interrupted call goes on where it was.
+        They are written to `args.output_dir/rollouts`, a file for each generation batch, with log-probabilities.
+        [`SPPOConfig`]'s `rollouts` trains on them. Each prompt has its turn once, or as many batches are made as
+        `args.max_steps` optimizer steps would use. An interrupted call goes on where it was.
 
         Returns:
             `str`: the folder.
@@ -375,9 +308,8 @@ class SPPOTrainer(ResumableTrainer):
         # The table of completions shows what is regressed instead of GRPO's advantage
         table = cast(deque, self._logs["advantages"])
         shown = sppo_targets(targets.regressed, self.args.eta, targets.baseline).flatten().tolist()
-        for _ in range(min(len(table), len(shown))):
-            table.pop()
-        table.extend(shown)
+        for i, value in zip(range(1, len(table) + 1), reversed(shown), strict=False):
+            table[-i] = value
 
         del batch["advantages"]
         batch["win_rates"] = self._local(targets.regressed)
@@ -386,19 +318,16 @@ class SPPOTrainer(ResumableTrainer):
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
             batch = take_rows(batch, targets.rows)
             batch["kept"] = torch.arange(len(targets.rows), device=targets.rows.device) < targets.num_kept
-        # Between uses rollouts live in CPU memory
-        return to_device(batch, torch.device("cpu"))
+        return send_to_device(batch, "cpu")  # where rollouts live between their uses
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor | Any]:
         is_new = self.model.training and self.needs_rollout()
         inputs = super()._prepare_inputs(generation_batch)
         if is_new:
             slices, per_step = cast(list, self._buffered_inputs), self.args.gradient_accumulation_steps
-            for i, num_kept in enumerate(count_kept(slices, per_step, self.accelerator)):
-                for each in slices[i * per_step : (i + 1) * per_step]:
-                    each["num_kept"] = num_kept
+            num_kept = count_kept(slices, per_step, self.accelerator)
             for i in range(len(slices)):  # one by one, so that memory holds no iteration twice
-                slices[i] = pin(slices[i], self.accelerator.device)
+                slices[i] = pin({**slices[i], "num_kept": num_kept[i // per_step]}, self.accelerator.device)
             inputs = slices[self._step % len(slices)]
         return inputs
 
@@ -406,8 +335,8 @@ class SPPOTrainer(ResumableTrainer):
         rollout, recorder = self._rollout, self._recorder
         assert rollout is not None
         if rollout.iteration is not None:
-            resumed = self._resumed or rollout.only_sampled
-            recorder.begin(rollout.iteration, rollout.inputs, rollout.group_size, resumed)
+            is_resumed = self._resumed or rollout.only_sampled
+            recorder.begin(rollout.iteration, rollout.inputs, rollout.group_size, is_resumed)
         generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions, sampling_logps, extra_fields, *_ = generated
         rollout.prompts, rollout.completions = prompts, completions
@@ -421,24 +350,21 @@ class SPPOTrainer(ResumableTrainer):
         """From completions to targets."""
         recorder = self._recorder if rollout.iteration is not None else None
         known = recorder if recorder is not None and recorder.is_scored else None
-        asked = rollout.prompts, rollout.completions, columns_of(rows)
-        for_functions = self._for_reward_functions(rollout.completion_ids)
-        names = self.voters.sources.names
-        if known is None:
-            ids = rollout.completion_ids
-            scores = self._calculate_rewards(rows, rollout.prompts, rollout.completions, ids)
-        else:
+        names, size = self.voters.sources.names, rollout.group_size
+        if known is not None:
             scores = known.scores(names)
+        else:
+            scores = self._calculate_rewards(rows, rollout.prompts, rollout.completions, rollout.completion_ids)
         rollout.scores = scores
-        by_judge = self._ask_judges(asked, for_functions, rollout.group_size) if recorder is None else {}
+        by_judge = self._ask_judges(rollout, rows) if recorder is None else {}
 
         facts = rollout.facts(self.eos_token_ids, self._tokenizer.pad_token_id).to(scores.device)
-        lengths, ended, fingerprints = self.accelerator.gather(facts).T.view(3, -1, rollout.group_size)
+        lengths, ended, fingerprints = self.accelerator.gather(facts).T.view(3, -1, size)
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
         by_source = scores.T.reshape(scores.size(1), *lengths.shape)
-        answers, metrics = self._ask_oracles(*asked, rollout.group_size, None if known is None else known.answers)
+        answers, metrics = self._ask_oracles(rollout, rows, None if known is None else known.answers)
         if recorder is not None:
-            self.voters.check_silence(scores, answers, rollout.group_size)
+            self.voters.check_silence(scores, answers, size)
         panel, weights = self.voters.panel(by_source, answers, ended == 1)
         if not panel:  # nobody is asked: the rollouts bring their own
             panel, weights = self._recorder.given_votes(ended == 1)
@@ -459,44 +385,46 @@ class SPPOTrainer(ResumableTrainer):
             self._opponents.add(rows, rollout.completions, lengths, by_judge | by_name)
             return
         if not targets.kept.any():
-            logger.warning(NOTHING_TO_LEARN)
+            logger.warning(
+                "no completion of this batch can be trained on: nothing is learned from it. Rewards do not tell them "
+                "apart, the temperature makes them equal, or mask_truncated_completions drops all."
+            )
         recorder.scored(by_name, answers, targets)
 
     def _for_reward_functions(self, completion_ids: list) -> dict[str, Any]:
         """What TRL gives to reward functions besides prompts, completions and columns."""
+        is_kept = self.model.training and self._recorder.recalls
         return {
             "completion_ids": completion_ids,
             "trainer_state": self.state,
             "log_extra": self._log_completion_extra,
             "log_metric": self._log_metric,
             **({} if self.environments is None else {"environments": self.environments}),
-            "if_one_fails": KEPT * (self.model.training and self._recorder.recalls),
+            "if_one_fails": " A resumed run scores what was sampled, without sampling again." * is_kept,
             "timed": lambda name: profiling_context(self, name),
             "loop": getattr(self, "async_loop", None),  # TRL's, in which tools and environments run
         }
 
-    def _ask_judges(self, asked: tuple, for_functions: dict[str, Any], group_size: int) -> dict[str, torch.Tensor]:
+    def _ask_judges(self, rollout: Rollout, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
-        if not len(self.panel.sources):
+        sources = self.panel.sources
+        if not len(sources):
             return {}
-        scores = self.panel.sources.score(*asked, **for_functions).to(self.accelerator.device)
-        scores = self.accelerator.gather(scores)
-        self.panel.sources.warn(scores)
-        columns = dict(zip(self.panel.sources.names, scores.T, strict=True))
-        for name, column in columns.items():
+        asked = rollout.prompts, rollout.completions, columns_of(rows)
+        scores = sources.score(*asked, **self._for_reward_functions(rollout.completion_ids))
+        scores = self.accelerator.gather(scores.to(self.accelerator.device))
+        sources.warn(scores)
+        for name, column in zip(sources.names, scores.T, strict=True):
             if not column.isnan().all():
                 self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
-        return {name: column.reshape(-1, group_size) for name, column in columns.items()}
+        return dict(zip(sources.names, scores.T.reshape(len(sources), -1, rollout.group_size), strict=True))
 
-    def _ask_oracles(self, prompts: list, completions: list, columns: dict[str, list], group_size: int, known: Any):
+    def _ask_oracles(self, rollout: Rollout, rows: list[dict[str, Any]], known: Any):
         if not self.voters.oracles:
             return {}, {}
-        everywhere = gather_object(prompts), gather_object(completions)
-        rows = gather_object(
-            [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        )
-        columns = columns_of(rows) if rows else {}
-        return self.voters.compare(*everywhere, columns, group_size, self._log_metric, known)
+        prompts, completions = gather_object(rollout.prompts), gather_object(rollout.completions)
+        columns = columns_of(gather_object([{k: v for k, v in row.items() if k != "prompt"} for row in rows]))
+        return self.voters.compare(prompts, completions, columns, rollout.group_size, self._log_metric, known)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         known = self._recorder.completion_ids(prompt_ids) if self.model.training else None
@@ -509,10 +437,8 @@ class SPPOTrainer(ResumableTrainer):
         except Exception as error:
             if not self.use_vllm or isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
                 raise
-            raise RunError(
-                f"vLLM failed while sampling: {type(error).__name__}: {error}. docs/vllm.md lists what it needs; in "
-                "server mode see the server's own log."
-            ) from error
+            problem = f"vLLM failed while sampling: {type(error).__name__}: {error}."
+            raise RunError(f"{problem} docs/vllm.md lists what it needs; see also the server's log.") from error
         # vLLM may give no token at all, which TRL does not expect. Padding says so, and is not trained on
         if logprobs is not None:
             logprobs = [row if ids else [None] for ids, row in zip(completion_ids, logprobs, strict=True)]
@@ -521,9 +447,8 @@ class SPPOTrainer(ResumableTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         if self._rollout is not None and self._rollout.scores is not None:
             return self._rollout.scores  # `_generate` has asked, before TRL's log-probability passes
-        return self.voters.score(
-            prompts, completions, columns_of(inputs), **self._for_reward_functions(completion_ids_list)
-        )
+        more = self._for_reward_functions(completion_ids_list)
+        return self.voters.score(prompts, completions, columns_of(inputs), **more)
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's part of values over the completions of all processes."""
@@ -532,44 +457,33 @@ class SPPOTrainer(ResumableTrainer):
     # ---- Seam 2: log-probabilities
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
-        rollout = self._rollout
+        rollout, logps_of = self._rollout, super()._get_per_token_logps_and_entropies
         if rollout is None or rollout.targets is None or kwargs.get("num_images") is not None:
-            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+            return logps_of(model, input_ids, attention_mask, *args, **kwargs)
         # During a rollout: only for the rows that will be trained on, and in evaluations for none. The others are NaN,
         # which TRL's vLLM importance correction reads as "unknown", and which would not stay unnoticed in a loss.
         if not self.model.training:
             return torch.full((len(input_ids), args[0]), torch.nan, device=input_ids.device), None, None
         rows = rollout.rows_with_logps(len(input_ids))
-        outputs = super()._get_per_token_logps_and_entropies(
-            model, input_ids[rows], attention_mask[rows], *args, **kwargs
-        )
-        logps = outputs[0].new_full((len(input_ids), outputs[0].size(1)), torch.nan)
-        logps[rows] = outputs[0]
+        known, *_ = logps_of(model, input_ids[rows], attention_mask[rows], *args, **kwargs)
+        logps = known.new_full((len(input_ids), known.size(1)), torch.nan)
+        logps[rows] = known
         return logps, None, None
 
     # ---- Seam 3: the loss
 
     def _compute_loss(self, model, inputs):
-        mode = self._mode
-        if mode == "eval":
+        if self._mode == "eval":
             # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed
-            regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
             num_items = count_kept([inputs], 1, self.accelerator)[0] / self.accelerator.num_processes
-            loss, _ = sppo_loss(
-                torch.zeros_like(regressed),
-                regressed,
-                eta=self.args.eta,
-                baseline=inputs["baseline"],
-                num_items=num_items,
-            )
-            self._log_step(mode)
+            loss, _ = self._sppo_loss(torch.zeros_like(inputs["win_rates"]), inputs, num_items)
+            self._log_step()
             return loss.to(self.accelerator.device)
         several = self.accelerator.num_processes > 1
         if not several and not inputs["kept"].any():
-            self._log_step(mode)
+            self._log_step()
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
-        trim = self.pad_to_multiple_of is None
-        inputs = rows_to_train_on(inputs, self.accelerator.device, at_least_one=several, trim=trim)
+        inputs = rows_to_train_on(inputs, self.accelerator.device, several, trim=self.pad_to_multiple_of is None)
         mask = loss_mask(inputs)
         args, kwargs = model_inputs(inputs)
         per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
@@ -578,42 +492,36 @@ class SPPOTrainer(ResumableTrainer):
         # π_t sampled the batch. TRL leaves its log-probs out where the batch is used before the policy changes.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
         per_token_log_ratios = torch.where(mask, per_token_logps - old_per_token_logps, 0.0)
-        ratio = inputs.get("importance_sampling_ratio")
+        weights = inputs["importance_sampling_ratio"].squeeze(1) if "importance_sampling_ratio" in inputs else None
         # Gradients are averaged over processes and summed over micro-batches
         num_items = inputs["num_kept"] / self.accelerator.num_processes
-        loss, metrics = sppo_loss(
-            per_token_log_ratios.sum(dim=1),
-            inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan),
-            eta=self.args.eta,
-            baseline=inputs["baseline"],
-            weights=None if ratio is None else ratio.squeeze(1),
-            num_items=num_items,
-        )
+        loss, metrics = self._sppo_loss(per_token_log_ratios.sum(dim=1), inputs, num_items, weights)
         if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
             metrics["aux_loss"] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)])
 
         tokens = mask & inputs["kept"].unsqueeze(1)
         if self.beta > 0:
             # + beta KL, of the whole completion: a sum over its tokens
-            kl = kl_to_initial_policy(
-                per_token_logps[tokens],
-                old_per_token_logps[tokens],
-                inputs["ref_per_token_logps"][tokens],
-                self.args.forward_kl_share,
-            )
+            logps, old_logps = per_token_logps[tokens], old_per_token_logps[tokens]
+            ref_logps = inputs["ref_per_token_logps"][tokens]
+            kl = kl_to_initial_policy(logps, old_logps, ref_logps, self.args.forward_kl_share)
             loss = loss + self.beta * kl.sum() / num_items
             metrics["kl_to_initial_policy"] = torch.stack([kl.detach().sum(), tokens.sum()])
         kl = kl_to_rollout_policy(per_token_log_ratios.detach()[tokens])
         metrics["kl_to_rollout_policy"] = torch.stack([kl.sum(), tokens.sum()])
         metrics["entropy"] = torch.stack([entropies.detach()[tokens].sum(), tokens.sum()])
-        if ratio is not None:
-            weights = ratio.squeeze(1)[inputs["kept"]]
-            metrics["importance_weight"] = torch.stack([weights.sum(), inputs["kept"].sum()])
+        if weights is not None:
+            metrics["importance_weight"] = torch.stack([weights[inputs["kept"]].sum(), inputs["kept"].sum()])
         self._step_metrics.add(metrics)
-        self._log_step(mode)
+        self._log_step()
         return loss
+
+    def _sppo_loss(self, log_ratios: torch.Tensor, inputs: dict[str, Any], num_items: Any, weights: Any = None):
+        regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
+        return sppo_loss(
+            log_ratios, regressed, eta=self.args.eta, baseline=inputs["baseline"], weights=weights, num_items=num_items
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card to `output_dir`, and how this model was trained, and its win rates with intervals."""
@@ -621,40 +529,19 @@ class SPPOTrainer(ResumableTrainer):
         if self.is_world_process_zero():
             add_to_card(Path(str(self.args.output_dir)) / "README.md", self)
 
-    def _log_step(self, mode: str) -> None:
+    def _log_step(self) -> None:
         """Log the metrics of an optimizer step at its last micro-batch."""
-        if mode == "eval" or self.accelerator.sync_gradients:
-            for name, value in self._step_metrics.finish(mode).items():
-                self._metrics[mode][name].append(value)
+        if self._mode == "eval" or self.accelerator.sync_gradients:
+            for name, value in self._step_metrics.finish(self._mode).items():
+                self._metrics[self._mode][name].append(value)
 
     # ---- Evaluation
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._opponents.begin(metric_key_prefix, dataloader.dataset)
-        kwargs["metric_key_prefix"] = metric_key_prefix
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self._opponents.begin(kwargs.get("metric_key_prefix", "eval"), dataloader.dataset)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         cast(dict, output.metrics).update(self._opponents.finish())
         return output
-
-
-def _no_reward(completions: list, **kwargs) -> list[float | None]:
-    return [None] * len(completions)
-
-
-def _checked(rollout_func: Any) -> Any:
-    """A `rollout_func` whose answer TRL can read."""
-
-    @wraps(rollout_func)
-    def checked(prompts: list, trainer: SPPOTrainer) -> dict[str, Any]:
-        output = rollout_func(prompts, trainer)
-        if not all(output.get("completion_ids", ())):
-            raise RunError(
-                "rollout_func gave a completion without tokens. Give at least the EOS token, which ends an empty "
-                "completion."
-            )
-        return output
-
-    return checked
 
 
 def _as_list(value) -> list:

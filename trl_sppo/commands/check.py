@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
         if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
             raise ValueError("no recipe given. Pass it first: trl-sppo check RECIPE.")
         options, rest = parser.parse_known_args(argv)
+        if not (options.gpu_memory > 0 and options.prompt_length > 0):
+            raise ValueError("gpu_memory (in GB) and prompt_length (in tokens) must be positive.")
         plan = read(options.recipe, rest, options.gpu_memory * 1e9, options.prompt_length)
         wrong, notes = advise(plan)
     except (ValueError, TypeError, ImportError, OSError) as error:

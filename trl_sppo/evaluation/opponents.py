@@ -12,10 +12,11 @@ from transformers import SchedulerType, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from ..errors import RunError
 from ..rollouts.files import installed_versions, write_parquet
-from ..rows import IMAGES, key_of, to_lists
+from ..rows import IMAGES, to_lists
 from .files import NO_PROMPT, TAKEN, EvaluationFiles, Groups, group_of, with_json, without_images
-from .play import play
+from .play import matched, play
 
 
 logger = logging.get_logger(__name__)
@@ -37,10 +38,21 @@ def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
     logger.warning(f"metric_for_best_model is {args.metric_for_best_model!s}, by default the first judge's.")
 
 
+def check_metric(metric: str | None, found: dict[str, float], judges: Sequence[str]) -> None:
+    """Raise `RunError` if evaluations like this one, the first, which has no opponent yet, do not measure a metric."""
+    sets = [name.removesuffix("_loss") for name in found if name.endswith("_loss")]
+    opponents = [f"{each}_win_rate_vs_{label}" for each in sets for label in ("initial", "previous")]
+    rates = [f"{opponent}/{judge}" for opponent in opponents for judge in judges]
+    name = f"eval_{str(metric).removeprefix('eval_')}"
+    if metric is not None and name not in found and not name.startswith(tuple(rates)):
+        known = ", ".join([*rates, *sorted(found)])
+        raise RunError(f"metric_for_best_model={metric!r} is not measured. Choose one of: {known}.")
+
+
 class Opponents(TrainerCallback):
     """
-    Lets each evaluation of a training play against the first one and the one before, without sampling those again. For
-    each evaluation the trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
+    Lets each evaluation of a training play against the first one and the one before, without sampling those again. The
+    trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
     """
 
     def __init__(self, trainer: Any):
@@ -49,12 +61,12 @@ class Opponents(TrainerCallback):
         self.files = EvaluationFiles(self.args.output_dir)
         self.forget()
 
-    def forget(self) -> None:
-        """Forget an earlier training of this trainer."""
+    def forget(self, checkpoint: str | None = None) -> None:
+        """Begin anew, or continue from a checkpoint, beside which earlier evaluations may be."""
         self._steps: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
         self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
         self._groups: Groups = []
-        self._elsewhere: EvaluationFiles | None = None
+        self._elsewhere = None if checkpoint is None else EvaluationFiles(str(Path(checkpoint).parent))
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": {name: list(steps) for name, steps in self._steps.items()}}
@@ -70,11 +82,8 @@ class Opponents(TrainerCallback):
         # The initial policy is the first opponent. A resumed run has that, or cannot have it any more
         is_first = state.global_step == 0 and not self.is_resumed and not self._steps
         if is_first and args.eval_strategy != IntervalStrategy.NO:
-            self.trainer.evaluate()
-
-    def resume_from(self, checkpoint: str) -> None:
-        """Look for earlier evaluations beside this checkpoint too, which may be in another run's folder."""
-        self._elsewhere = EvaluationFiles(str(Path(checkpoint).parent))
+            judges = [*self.trainer.panel.names, *self.trainer.voters.names]
+            check_metric(args.metric_for_best_model, self.trainer.evaluate(), judges)
 
     def begin(self, prefix: str, dataset: Any) -> None:
         """Begin an evaluation, whose metrics have this prefix. Processes may see some prompts of `dataset` twice."""
@@ -118,16 +127,11 @@ class Opponents(TrainerCallback):
         earlier = [each for each in steps if each < step]
         metrics: dict[str, float] = {}
         results: dict[int, dict[str, float]] = {}
-        if 0 not in earlier and step > 0 and trainer.is_in_train:
-            logger.warning_once(
-                "there are no win rates against the initial policy: this training has no evaluation of it, which an "
-                "earlier version, or a run without evaluations, has left out."
-            )
-        for label, opponent in (("initial", earlier[:1]), ("previous", earlier[-1:])):
-            if opponent and (label == "previous" or opponent == [0]):
-                if opponent[0] not in results:
-                    results[opponent[0]] = self._play(groups, self._get(self._name, opponent[0]))
-                metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent[0]].items()}
+        for label, opponent in (("initial", 0), ("previous", earlier[-1] if earlier else None)):
+            if opponent in earlier:
+                if opponent not in results:
+                    results[opponent] = self._play(groups, self._get(self._name, opponent))
+                metrics |= {f"win_rate_vs_{label}/{name}": value for name, value in results[opponent].items()}
         if trainer.is_in_train:
             self._keep(groups, step, steps)
         metrics = {f"{self._prefix}_{name}": value for name, value in metrics.items()}
@@ -135,10 +139,10 @@ class Opponents(TrainerCallback):
         is_asked = isinstance(metric, DefaultMetric) and metric.startswith(f"{self._prefix}_win_rate")
         if is_asked and metric not in metrics and trainer.is_in_train and step > 0:
             logger.warning_once(
-                f"{metric!s} is not known: the judge has scored nothing, or there is no evaluation of the initial "
-                "policy. This policy is not taken for the best."
+                f"{metric!s} is not known: the judge has scored nothing, or the initial policy was not evaluated. "
+                "This policy is not taken for the best."
             )
-            metrics[str(metric)] = math.nan  # better than nothing: transformers would end the run
+            metrics[str(metric)] = math.nan  # without it transformers would end the run
         return metrics
 
     def _keep(self, groups: Groups, step: int, steps: list[int]) -> None:
@@ -167,10 +171,7 @@ class Opponents(TrainerCallback):
                 found = self.files.read(name, step) or (self._elsewhere and self._elsewhere.read(name, step))
             found = broadcast_object_list([found])[0]
             if found is None:
-                logger.warning_once(
-                    f"{self.files.path(name, step)} is missing, so there are no win rates against the policy of step "
-                    f"{step}."
-                )
+                logger.warning_once(f"{self.files.path(name, step)} is missing: no win rates against that policy.")
                 return None
             self._memory[name, step] = found
         return self._memory[name, step]
@@ -178,8 +179,7 @@ class Opponents(TrainerCallback):
     def _play(self, groups: Groups, opponents: Groups | None) -> dict[str, float]:
         if opponents is None:
             return {}
-        keys = {key_of(group["prompt"]) for group in opponents}
-        if not any(key_of(group["prompt"]) in keys for group in groups):
+        if not matched(groups, opponents)[0]:
             logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
             return {}
         voters = self.trainer.voters  # whose scores the groups have

@@ -34,12 +34,8 @@ def score_groups(panel: Panel, groups: Groups) -> None:
 
 
 def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    """
-    Win rate and length-controlled win rate by reward source, from stored `"scores"` and `"lengths"`. A source that has
-    not scored both sides is left out.
-    """
-    groups, opponents = aligned(groups, opponents)
-    return _rates(_outcomes(groups, opponents), groups, opponents)
+    """As `play`, by the reward sources alone whose `"scores"` both sides have stored."""
+    return play(groups, opponents, None)
 
 
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
@@ -53,10 +49,7 @@ def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
 
 
 def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """
-    The rows of two policies with the same prompt, one to one, in the order of the first. Of several rows of a prompt,
-    those are matched first that are equal in the columns of the dataset that both have.
-    """
+    """Rows of two policies with the same prompt, one to one, first those whose other columns are equal too."""
     waiting: dict[str, Groups] = {}
     for group in opponents:
         waiting.setdefault(key_of(group["prompt"]), []).append(group)
@@ -77,37 +70,23 @@ def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _outcomes(groups: Groups, opponents: Groups) -> dict[str, torch.Tensor]:
+def play(
+    groups: Groups, opponents: Groups, panel: Panel | None, voters: dict[str, PreferenceFunc] | None = None
+) -> dict[str, tuple[WinRate, WinRate]]:
+    """Win rate and length-controlled win rate by judge: sources that scored both sides, and oracles."""
+    groups, opponents = aligned(groups, opponents)
+    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
     outcomes = {}
     for name in groups[0].get("scores", ()):
         if name in opponents[0].get("scores", ()):
             scores = (to_tensor([group["scores"][name] for group in each]) for each in (groups, opponents))
             outcomes[name] = outcomes_of_scores(*scores)
-    return outcomes
-
-
-def _rates(outcomes: dict[str, torch.Tensor], groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    ours, theirs = (torch.tensor([group["lengths"] for group in each]).float() for each in (groups, opponents))
-    return {
-        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
-        for name, outcome in outcomes.items()
-        if not outcome.isnan().all()
-    }
-
-
-def play(
-    groups: Groups, opponents: Groups, panel: Panel, voters: dict[str, PreferenceFunc] | None = None
-) -> dict[str, tuple[WinRate, WinRate]]:
-    """
-    Win rate and length-controlled win rate by judge: reward sources that scored both sides, then oracles: `voters`,
-    which are trained on, and the panel's. A judge that said nothing is left out.
-    """
-    groups, opponents = aligned(groups, opponents)
-    outcomes = _outcomes(groups, opponents)
     size = len(groups[0]["completions"])
     total = size + len(opponents[0]["completions"])
     rows = [row_of(group) for group in groups]
-    for name, oracle in {**(voters or {}), **panel.oracles}.items():
+    oracles = {**(voters or {}), **panel.oracles} if panel is not None else {}
+    for name, oracle in oracles.items():
+        assert panel is not None  # for mypy
         answers = ask_oracle(
             oracle,
             [group["prompt"] for group in groups for _ in range(total)],
@@ -128,4 +107,8 @@ def play(
             )
         if answers.num_lost < answers.num_asked or not answers.num_asked:
             outcomes[name] = answers.preferences[:, :size, size:]
-    return _rates(outcomes, groups, opponents)
+    return {
+        name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
+        for name, outcome in outcomes.items()
+        if not outcome.isnan().all()
+    }

@@ -34,9 +34,8 @@ def check_whole_model(what: str, path: str) -> None:
     """Raise `ValueError` if there is an adapter beside a whole model: transformers would load that, on its base."""
     if Path(path, CONFIG).is_file() and Path(path, "config.json").is_file():
         raise ValueError(
-            f"{what} {path!r} has a config.json of a whole model, and also an {CONFIG}: transformers would load that "
-            f"adapter on its base model, and not the weights beside it. Move {CONFIG} and {WEIGHTS}, or the whole "
-            "model, to a folder of its own."
+            f"{what} {path!r} has a config.json of a whole model, and also an {CONFIG}, of which transformers would "
+            f"load the latter. Move {CONFIG} and {WEIGHTS}, or the whole model, to a folder of its own."
         )
 
 
@@ -48,8 +47,7 @@ def config_of(path: str) -> PeftConfig:
         raise ValueError(f"adapter {path!r} has an {CONFIG} that PEFT cannot read: {error}.") from error
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"adapter {path!r} does not say which model it belongs to. Write the model's folder or id as "
-            f"base_model_name_or_path into its {CONFIG}."
+            f"adapter {path!r} does not name the model it belongs to. Write base_model_name_or_path into its {CONFIG}."
         )
     return config
 
@@ -71,16 +69,13 @@ def tokenizer_of(path: str) -> str:
 
 def not_found(what: str, path: str, error: Exception) -> ValueError:
     """The error for a model, or the base model of an adapter, that is nowhere."""
-    base, option = base_of(path), f"--{what.replace(' ', '_')}_name_or_path"
-    if base == path:
-        return ValueError(
-            f"{what} {path!r} is neither a folder with a config.json nor a model that can be had from the Hugging "
-            f"Face hub. Check the path ({option}). ({error})"
-        )
+    base = base_of(path)
+    adapter, place = "", f"--{what.replace(' ', '_')}_name_or_path"
+    if base != path:
+        adapter, place = f"an adapter of {base!r}, which is ", f"base_model_name_or_path in {path}/{CONFIG}"
     return ValueError(
-        f"{what} {path!r} ({option}) is an adapter of {base!r}, which is neither a folder with a config.json nor a "
-        "model that can be had from the Hugging Face hub. Start from the folder that this path begins in, or correct "
-        f"base_model_name_or_path in {path}/{CONFIG}. ({error})"
+        f"{what} {path!r} is {adapter}neither a folder with a config.json nor a model that can be had from the "
+        f"Hugging Face hub. Check {place}. ({error})"
     )
 
 
@@ -89,44 +84,36 @@ def weights_of(what: str, path: str) -> dict[str, tuple[list[int], str]]:
     check_safetensors(what, path)
     try:
         with safe_open(Path(path, WEIGHTS), framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {
-                name.removeprefix("base_model.model."): (values.get_shape(), values.get_dtype())
-                for name, values in slices.items()
-            }
+            slices = {name.removeprefix("base_model.model."): file.get_slice(name) for name in file.keys()}
+            return {name: (values.get_shape(), values.get_dtype()) for name, values in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{what} {path!r} is an adapter, but its {WEIGHTS} cannot be read: {error}.") from error
 
 
 def load_weights(what: str, model: PeftModel, path: str) -> None:
     """Load an adapter's weights into a model made by its configuration. Raises `ValueError` if they do not fit."""
-    problem = None
+    options: dict[str, Any] = {"is_trainable": model.training, "torch_device": "cpu", "autocast_adapter_dtype": False}
     try:
-        found = model.load_adapter(
-            path, "default", is_trainable=model.training, torch_device="cpu", autocast_adapter_dtype=False
+        missing, unknown = misfits(model, path, model.load_adapter(path, "default", **options))
+        if not missing and not unknown:
+            return
+        problem = (
+            f"{WEIGHTS} lacks {some(missing)}" if missing else f"{WEIGHTS} has {some(unknown)}, which has no place"
         )
-        missing, unknown = misfits(model, path, found)
-        if missing:
-            problem = f"{WEIGHTS} lacks {some(missing)}"
-        elif unknown:
-            problem = f"{WEIGHTS} has {some(unknown)}, for which that model has no place"
     except KeyError as error:  # of a module that is saved whole
         problem = f"{WEIGHTS} lacks {error.args[0]}"
     except RuntimeError as error:  # other shapes
         problem = " ".join(str(error).split())
-    if problem is not None:
-        raise ValueError(
-            f"{what} {path!r} is an adapter that does not fit its base model {base_of(path)!r}: {problem}. Correct "
-            f"base_model_name_or_path in its {CONFIG}, or give another adapter."
-        )
+    raise ValueError(
+        f"{what} {path!r} is an adapter that does not fit its base model {base_of(path)!r}: {problem}. Correct "
+        f"base_model_name_or_path in its {CONFIG}, or give another adapter."
+    )
 
 
 def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
-    """
-    Names of weights that an adapter lacks, and of those that its model (with the adapter "default") has no place for.
-    `found`, which `model.load_adapter` has returned, is right about missing weights of LoRA only.
-    """
+    """Weights that an adapter lacks, and those without a place in its model, of which loading has `found` some."""
     expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
+    # `found` is right about missing weights of LoRA only
     others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))
     return {*others, *(name for name in found.missing_keys if ".lora_" in name)}, set(found.unexpected_keys) - expected
 
@@ -136,17 +123,14 @@ def some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-# ---- A policy
-
-
 def check_policy(path: str) -> PeftConfig:
     """The configuration of a policy's adapter. Raises `ValueError` if it cannot be trained further."""
     config = config_of(path)
     weights_of("model", path)
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
-            f"model {path!r} is an adapter with task_type={config.task_type!r}, but a policy's is 'CAUSAL_LM'. A "
-            "reward model's adapter is given in reward_funcs (--reward_model_name_or_path)."
+            f"model {path!r} is an adapter with task_type={config.task_type!r}, but a policy's is 'CAUSAL_LM'. Pass a "
+            "reward model's adapter in reward_funcs."
         )
     config.inference_mode = False  # as it is saved, PEFT would freeze it
     return config
@@ -157,14 +141,12 @@ def continue_adapter(
 ) -> tuple[str, PeftConfig, Any]:
     """
     What TRL needs to build the policy of an adapter, which `load_weights` completes: base model, configuration, and
-    the tokenizer saved with it, or else `processing_class`. The base model's revision goes into `args`. Raises
-    `ValueError` if the adapter cannot be continued, or `peft_config` is given.
+    the tokenizer saved with it, or else `processing_class`. The base model's revision goes into `args`.
     """
     if peft_config is not None:
         raise ValueError(
             f"model={path!r} is an adapter, which has a configuration of its own, but peft_config is given too. Leave "
-            "out peft_config to continue this adapter. For a new adapter on top of it, merge this one first "
-            "(docs/reliability.md)."
+            "peft_config out, or merge this adapter first (docs/reliability.md)."
         )
     config = check_policy(path)
     kwargs: Any = args.model_init_kwargs or {}
@@ -189,8 +171,7 @@ def adopt_options(args: ModelConfig) -> None:
         if asked != getattr(defaults, option) and asked != "all-linear" and _plain(asked) != _plain(given):
             raise ValueError(
                 f"{option}={asked!r}, but model_name_or_path={path!r} is an adapter ({kind_of(config)}) with "
-                f"{name}={given!r}, and is continued as it is. Leave out {option}; for another adapter, merge this "
-                "one first (docs/reliability.md)."
+                f"{name}={given!r}. Leave out {option}, or merge this adapter first (docs/reliability.md)."
             )
         if hasattr(config, name):
             setattr(args, option, given)
@@ -203,9 +184,8 @@ def _plain(value: Any) -> Any:
 
 def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
     """
-    Keep a frozen copy of the adapter, named "ref". TRL switches to it for the log-probabilities of the initial policy.
-    TRL has made the copy if the policy was given as a model, but without some weights: those of IA3, say, and of LoRA
-    on embeddings.
+    Keep a frozen copy of the adapter, named "ref", which TRL takes for the initial policy. TRL's own copy, of a policy
+    that was given as a model, lacks some weights: those of IA3, say, and of LoRA on embeddings.
     """
     if "ref" not in model.peft_config:
         config = copy.deepcopy(model.peft_config["default"])
@@ -217,7 +197,6 @@ def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
             disable_dropout_in_model(model)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        parts = name.split(".")
-        if "default" in parts:
-            copied = parameters[".".join("ref" if part == "default" else part for part in parts)]
-            copied.data = parameter.data.clone()
+        copied = ".".join("ref" if part == "default" else part for part in name.split("."))
+        if copied != name:
+            parameters[copied].data = parameter.data.clone()

@@ -10,18 +10,14 @@ from transformers import GenerationConfig
 @contextmanager
 def only_requested_generation(model: Any) -> Iterator[None]:
     """
-    Ignore what a checkpoint's `generation_config.json` recommends, such as `min_p`, except for its special tokens.
-
-    transformers fills options that are not set with the checkpoint's, so completions would come from another
-    distribution than the policy whose log-probabilities are trained. vLLM ignores these recommendations in TRL. The
-    model's configuration is restored afterwards, for saving.
+    Ignore what a checkpoint's `generation_config.json` recommends, such as `min_p`, except for its special tokens:
+    completions would not come from the policy that is trained. As vLLM does in TRL. Restored afterwards, for saving.
     """
     config = vars(model.generation_config)  # in place: wrappers of the model share the object
     recommended = dict(config)
     names = "eos_token_id", "bos_token_id", "pad_token_id"
-    neutral = GenerationConfig(**{name: recommended.get(name) for name in names})
     config.clear()
-    config.update(vars(neutral))
+    config.update(vars(GenerationConfig(**{name: recommended.get(name) for name in names})))
     try:
         yield
     finally:

@@ -41,22 +41,19 @@ def whole_and_silent() -> Iterator[None]:
 
 def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = (), **kwargs: Any) -> None:
     """
-    Raise `ValueError` if a checkpoint lacks weights of its model, for which transformers takes random numbers. Weights
-    that an adapter brings are in `brought`; only names and shapes are read. What is quantized, or no folder with
-    safetensors, is not checked.
+    Raise `ValueError` if a checkpoint lacks weights of its model that no adapter has `brought`, for which transformers
+    takes random numbers. What is quantized, or no folder with safetensors, is not checked.
     """
     config = Path(path, "config.json")
-    if not any(config.parent.glob("*.safetensors")) or not config.is_file():
+    has_files = config.is_file() and any(config.parent.glob("*.safetensors"))
+    if not has_files or "quantization_config" in json.loads(config.read_text()):
         return
-    if "quantization_config" in json.loads(config.read_text()):
-        return
+    options = {"device_map": "meta", "use_safetensors": True, "output_loading_info": True, **kwargs}
     with whole_and_silent():
-        model, info = kind.from_pretrained(
-            path, device_map="meta", use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        model, info = kind.from_pretrained(path, **options)
     missing = set(info["missing_keys"]) - set(brought)
     if missing:
         raise ValueError(
-            f"{what} {path!r} lacks the weights {some(missing)} of a {type(model).__name__}, for which "
-            "random numbers would be taken. Save the model again with all of its weights, or give another checkpoint."
+            f"{what} {path!r} lacks the weights {some(missing)} of a {type(model).__name__}, for which random numbers "
+            "would be taken. Save it again with all of its weights, or give another checkpoint."
         )

@@ -26,6 +26,7 @@ from ..config import SPPOConfig
 from ..models.adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
 from ..oracles.reward_models import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
 from ..rollouts.given import is_judged, load_rollouts, prompts_of
+from ..runs.checkpoints import check_resume, form_of
 from ..trust import is_url
 from .memory import ModelSize, Placement, budget, size_of
 
@@ -52,7 +53,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
-    processes, sharding = _launch(launch)
+    processes, is_known, sharding = _launch(launch)
     script, args, model_args, dataset_args = _parse(argv, processes)
     if sharding is None and args.deepspeed:
         config = args.deepspeed if isinstance(args.deepspeed, dict) else {"zero_optimization": {"stage": 2}}
@@ -60,9 +61,14 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     elif sharding is None and getattr(args, "fsdp", None):
         sharding = "fsdp1"
     plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length))
+    if not is_known and not torch.cuda.is_available():
+        plan.unknown.append("The number of GPUs. One process is assumed, but training starts one on each GPU.")
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
     adopt_options(model_args)
+    name = str(model_args.model_name_or_path)
+    form = form_of(args, base_of(name), _adapter_of(model_args), continued=name if is_adapter(name) else None)
+    check_resume(args, {name: form[name] for name in form if name not in ("bits", "sharding")})
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
         check_optimizer(args)
@@ -73,20 +79,21 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     return plan
 
 
-def _launch(launch: list[str]) -> tuple[int, str | None]:
-    """The number of processes that training would start here, and how they divide the policy."""
+def _launch(launch: list[str]) -> tuple[int, bool, str | None]:
+    """The number of processes that training would start here, whether it is given, and how they divide the policy."""
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     file = accelerate_config(options.config_file)
-    processes = options.num_processes or getattr(file, "num_processes", None) or max(torch.cuda.device_count(), 1)
+    given = options.num_processes or getattr(file, "num_processes", None)
+    processes, is_known = given or max(torch.cuda.device_count(), 1), given is not None
     kind = str(getattr(file, "distributed_type", None))
     if kind.endswith("FSDP") or options.use_fsdp:
         version = (getattr(file, "fsdp_config", None) or {}).get("fsdp_version") or options.fsdp_version
-        return processes, f"fsdp{version or 1}"
+        return processes, is_known, f"fsdp{version or 1}"
     if kind.endswith("DEEPSPEED") or options.use_deepspeed:
         settings = getattr(file, "deepspeed_config", None) or {}
         stage = options.zero_stage if options.use_deepspeed else settings.get("zero_stage")
-        return processes, f"zero{2 if stage is None else stage}"
-    return processes, None
+        return processes, is_known, f"zero{2 if stage is None else stage}"
+    return processes, is_known, None
 
 
 def _parse(argv: list[str], processes: int) -> Any:
@@ -123,6 +130,8 @@ def _look_at_data(plan: Plan) -> None:
         return
     plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, args.eval_strategy != "no")
     plan.conversational = check_datasets(args, plan.train_dataset, plan.eval_dataset)
+    if script.dataset_streaming and args.max_steps <= 0:
+        raise ValueError("dataset_streaming=True needs max_steps. A stream has no length, so an epoch has no end.")
     if not script.dataset_streaming:
         plan.num_prompts = len(plan.train_dataset)
 
@@ -138,10 +147,8 @@ def _look_at_models(plan: Plan) -> None:
     init_kwargs: Any = args.model_init_kwargs or {}
     revision = init_kwargs.get("revision", model_args.model_revision)
     config, tokenizer = _files(plan, "model", policy, args.trust_remote_code, revision)
-    own_tokenizer, peft_config = None, get_peft_config(model_args)
-    if is_adapter(policy):
-        own_tokenizer, peft_config = tokenizer, check_policy(policy)
-    policy = base_of(policy)
+    own_tokenizer = tokenizer if is_adapter(policy) else None
+    policy, peft_config = base_of(policy), _adapter_of(model_args)
     quantization = get_quantization_config(model_args)
     if config is not None or quantization is not None:
         check_quantization(args, policy, quantization, on_cpu=args.use_cpu)
@@ -172,6 +179,12 @@ def _look_at_models(plan: Plan) -> None:
     sizes = [size for size in rewards if size is not None]
     if plan.policy is not None and len(sizes) == len(rewards) and not args.use_cpu:
         plan.rows = budget(args, model_args, plan.policy, sizes, plan.place)
+
+
+def _adapter_of(model_args: ModelConfig) -> Any:
+    """The configuration of the adapter that is continued or added, if any."""
+    path = str(model_args.model_name_or_path)
+    return check_policy(path) if is_adapter(path) else get_peft_config(model_args)
 
 
 def _check_sources(plan: Plan) -> None:

@@ -304,7 +304,7 @@ class RolloutRecorder:
     def _save_random_state(self, scored: bool) -> None:
         # Before the file: where that is, the random states of all processes are whole
         if self.recalls:
-            self.trainer.save_random_state(self.files.state(self._iteration, scored))
+            self.trainer._save_rng_state(str(self.files.state(self._iteration, scored)))
             self.accelerator.wait_for_everyone()
 
     def _write(self) -> None:

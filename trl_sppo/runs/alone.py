@@ -1,23 +1,20 @@
 """One run at a time in an output directory."""
 
+import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 from transformers.utils import logging
 
+from ..files import _now
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -34,14 +31,13 @@ def alone_in(folder: str) -> Iterator[None]:
     with open(owner.with_name(LOCK), "a") as lock:
         deadline = time.monotonic() + ORPHANS
         while not _is_locked_now(lock, folder):
-            problem, is_dead = _who_holds(owner)
+            who, is_dead = _who_holds(owner)
             if not is_dead or time.monotonic() > deadline:
                 raise ValueError(
-                    f"output_dir={folder!r} is in use by {problem}. Two runs would mix up their files: wait for its "
-                    "end, stop it, or give another output_dir."
+                    f"output_dir={folder!r} is in use by {who}. Wait for its end, stop it, or give another output_dir."
                 )
             time.sleep(0.2)
-        facts = {"process": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
+        facts = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
         owner.write_text(json.dumps(facts) + "\n")
         try:
             yield
@@ -52,8 +48,6 @@ def alone_in(folder: str) -> Iterator[None]:
 def _is_locked_now(lock: Any, folder: str) -> bool:
     """Take the lock. `False` if another process has it; where there are no locks, `True` with a warning."""
     try:
-        if fcntl is None:
-            raise OSError("this system has no flock")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -66,10 +60,7 @@ def _who_holds(owner: Path) -> tuple[str, bool]:
     """The process in words, and whether it is dead, as far as can be seen from here."""
     try:
         facts = json.loads(owner.read_text())
-        process, host, since = facts["process"], facts["host"], facts["since"]
-    except (OSError, ValueError, LookupError, TypeError):  # it begins, or ends, right now
+    except (OSError, ValueError):  # it begins, or ends, right now
         return "another process", False
-    who = f"process {process} on {host}, which began at {since}"
-    if host == socket.gethostname() and not psutil.pid_exists(process):
-        return f"{who} and is not seen from here: its children, or it is in another container", True
-    return who, False
+    who = f"process {facts['process']} on {facts['host']}, which began at {facts['since']}"
+    return who, facts["host"] == socket.gethostname() and not psutil.pid_exists(facts["process"])

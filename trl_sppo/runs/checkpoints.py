@@ -1,14 +1,17 @@
-"""Whole and torn checkpoints: a run may be killed while it writes one."""
+"""Checkpoints: whole ones and torn ones, and the runs that they fit: of the same base model, adapter and optimizer."""
 
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..files import _now, read_beginning, write_atomically
-from .forms import differences
 
 
 logger = logging.get_logger(__name__)
@@ -23,15 +26,33 @@ LAYOUT = (
     "num_iterations",
 )  # fmt: skip
 
+# Of an adapter's configuration: what may differ between a checkpoint and the run that resumes it
+_FREE = {
+    "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
+    "lora_dropout",
+}  # fmt: skip
+# And what PEFT leaves as it is when it adds the adapter to a model. It settles the rest
+_SETTLED = {"peft_type", "r", "lora_alpha", "bias", "lora_bias", "init_lora_weights", "use_dora", "use_rslora"}
+# What only the hash is known of, if that
+_HASHED = {
+    "base_weights": "the base model",
+    "initial_adapter": "the adapter that the run began with",
+    "tokenizer": "the tokenizer or its chat template",
+}
+_BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, of so many bytes
 
-def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Declare a checkpoint whole, with facts that a run which resumes from it must know. It is written last."""
+
+def write_manifest(checkpoint: Path, step: int, args: Any, form: dict[str, Any]) -> None:
+    """Declare a checkpoint whole, with what a run that resumes from it must know. It is written last."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
         "written_at": _now(),
         "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
-        **facts,
+        "step": step,
+        "can_be_resumed": not args.save_only_model,
+        "layout": layout_of(args),
+        "form": form,
     }
     write_atomically(checkpoint / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
@@ -41,7 +62,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = dict(manifest["files"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"it has no {MANIFEST}, which is written last") from None
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read: {error}") from error
@@ -54,84 +75,59 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def asked_checkpoint(resume_from_checkpoint: Any) -> Path | None:
-    """
-    The checkpoint asked for by its path, `None` if it is the last one. Raises `ValueError` if it is no checkpoint.
-    """
-    if isinstance(resume_from_checkpoint, bool) or str(resume_from_checkpoint).lower() in ("true", "false", "none"):
-        return None
-    path = Path(resume_from_checkpoint)
-    if not path.is_dir() or (_step(path) is None and not (path / MANIFEST).exists()):
-        raise ValueError(
-            f"resume_from_checkpoint must be a checkpoint's folder, with its {MANIFEST}, got "
-            f"{str(path)!r}; or `true`, for the last whole one in output_dir."
-        )
-    return path
-
-
-def _checkpoints(folder: Path) -> tuple[dict[Path, str], dict[Path, str]]:
-    """The whole checkpoints in a folder and when they were written; and the torn ones and why they are."""
+def _checkpoints(folder: str | Path) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The whole ones of the run that began last in a folder, with their time; and why the others do not count."""
+    began_at = read_beginning(str(folder)).get("began_at", "")
     whole: dict[Path, str] = {}
-    torn: dict[Path, str] = {}
-    for path in folder.glob("checkpoint-*"):
-        if path.is_dir() and _step(path) is not None:
+    others: dict[Path, str] = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        if path.is_dir() and _step(path) >= 0:
             try:
-                whole[path] = read_manifest(path)["written_at"]
+                written_at = read_manifest(path)["written_at"]
             except ValueError as error:
-                torn[path] = str(error)
-    return whole, torn
+                others[path] = f"is torn ({error})"
+                continue
+            if written_at >= began_at:
+                whole[path] = written_at
+            else:
+                others[path] = "is an earlier run's"
+    return whole, others
 
 
 def last_whole_checkpoint(folder: str) -> Path | None:
     """The whole checkpoint that was written last by the run that began last in a folder."""
-    whole, _ = _checkpoints(Path(folder))
-    began_at = read_beginning(folder).get("began_at", "")
-    whole = {path: time for path, time in whole.items() if time >= began_at}
+    whole, _ = _checkpoints(folder)
     return max(whole, key=lambda path: whole[path], default=None)
 
 
 def checkpoints_of_run(folder: str) -> dict[int, Path]:
     """By step, the whole checkpoints of the run that began last in a folder; all if no SPPOTrainer has written it."""
-    whole, why_not = _checkpoints(Path(folder))
-    beginning = read_beginning(folder)
-    if not beginning:
-        return {_number(path): path for path in (*whole, *why_not)}
-    for path, written_at in whole.items():
-        if written_at < beginning["began_at"]:
-            why_not[path] = "an earlier run has written it"
-    for path, why in why_not.items():
-        logger.warning_once(f"{path} is left out: {why}.")
-    return {_number(path): path for path in whole if path not in why_not}
+    whole, others = _checkpoints(folder)
+    if not read_beginning(folder):
+        return {_step(path): path for path in (*whole, *others)}
+    for path, why in others.items():
+        logger.warning_once(f"{path} {why} and is left out.")
+    return {_step(path): path for path in whole}
 
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
-    """
-    Path of the checkpoint to continue from: the one asked for (`True`: the last in `output_dir`), or the last whole
-    one before it; `None` if there is none yet. Raises `ValueError` if it is torn and none is before it.
-    """
-    asked = asked_checkpoint(resume_from_checkpoint)
-    if asked is None:
-        _, torn = _checkpoints(Path(output_dir))
-        found = last_whole_checkpoint(output_dir)
-        torn = {path: why for path, why in torn.items() if found is None or _number(path) >= _number(found)}
-    else:
+    """The checkpoint asked for, which must be whole, or with `True` the last whole one in `output_dir`, if any."""
+    if not resume_from_checkpoint or str(resume_from_checkpoint).lower() == "false":
+        return None
+    if str(resume_from_checkpoint).lower() != "true":
         try:
-            read_manifest(asked)
-            return str(asked)
+            read_manifest(Path(resume_from_checkpoint))
         except ValueError as error:
-            torn = {asked: str(error)}
-        before = [path for path in _checkpoints(asked.parent)[0] if _number(path) < _number(asked)]
-        found = max(before, key=_number, default=None)
-        if found is None:
             raise ValueError(
-                f"resume_from_checkpoint={str(asked)!r} is torn ({torn[asked]}), and there is no whole checkpoint "
-                "before it. Give another one, or leave the option out to begin anew."
-            )
-    for path, why in torn.items():
-        logger.warning_once(
-            f"{path} is torn ({why}): the run ended while it was written, or it is no checkpoint of an SPPOTrainer. "
-            f"Going on from {found or 'the start'}."
-        )
+                f"resume_from_checkpoint must be a checkpoint's folder, got {str(resume_from_checkpoint)!r}: {error}. "
+                "Pass another one, or `true` for the last whole one in output_dir."
+            ) from error
+        return str(resume_from_checkpoint)
+    whole, others = _checkpoints(output_dir)
+    found = max(whole, key=lambda path: whole[path], default=None)
+    for path, why in others.items():
+        if found is None or _step(path) >= _step(found):
+            logger.warning_once(f"{path} {why}. Going on from {found or 'the start'}.")
     if found is None:
         logger.warning_once(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
     return None if found is None else str(found)
@@ -143,50 +139,114 @@ def layout_of(args: Any) -> dict[str, int]:
 
 
 def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -> None:
-    """
-    Raise `ValueError` if a run with these arguments, and this form as far as it is known ([`~forms.form_of`]), cannot
-    continue from a whole checkpoint: it has no optimizer, other batches, or another policy or optimizer.
-    """
+    """Raise `ValueError` if a run with these arguments, and this form as far as it is known, cannot continue."""
     manifest = read_manifest(Path(checkpoint))
-    new_run = f"or begin a new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."
     if not manifest["can_be_resumed"]:
-        raise ValueError(
-            f"{checkpoint} was saved with save_only_model=True, without the optimizer: it cannot be resumed. To begin "
-            f"a new run from its weights, set model_name_or_path={checkpoint!r} and another output_dir."
-        )
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{checkpoint} was written by another version of trl_sppo, with its rollouts and counters in another "
-            f"form. Resume it with that version, {new_run}"
-        )
-    now, then = layout_of(args), manifest["layout"]
-    changed = [f"{name} was {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} belongs to a run with other batches ({'; '.join(changed)}), of which it holds rollouts and "
-            f"a place in the data. Set these options back, {new_run}"
-        )
-    changed = differences(manifest.get("form", {}), form or {})  # earlier versions wrote none
-    if changed:
-        raise ValueError(
-            f"{checkpoint} belongs to a run of another kind ({'; '.join(changed)}), whose weights and optimizer it "
-            f"holds. Set these options back, {new_run}"
-        )
+        problem = "was saved with save_only_model=True, without the optimizer"
+    elif manifest.get("format") != FORMAT:
+        problem = "was written by another version of trl_sppo, with its rollouts and counters in another form"
+    else:
+        changed = differences(manifest["layout"], layout_of(args)) + differences(manifest.get("form", {}), form or {})
+        if not changed:
+            return
+        problem = f"belongs to a run with other options ({'; '.join(changed)}), whose state it holds"
+    raise ValueError(
+        f"{checkpoint} {problem}: this run cannot continue from it. Set the options, or the version, back, or begin a "
+        f"new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."
+    )
 
 
 def check_resume(args: Any, form: dict[str, Any] | None = None) -> None:
     """Raise `ValueError` if the checkpoint to resume from is missing, or belongs to a different run."""
-    resume: Any = args.resume_from_checkpoint
-    if resume and str(resume).lower() != "false":
-        checkpoint = find_checkpoint(resume, str(args.output_dir))
-        if checkpoint is not None:
-            check_fits(checkpoint, args, form)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    if checkpoint is not None:
+        check_fits(checkpoint, args, form)
 
 
-def _step(path: Path) -> int | None:
+def how_to_go_on(output_dir: str) -> str:
+    """How to continue a run that has ended."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
+    return (
+        f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
+        "`trainer.train(resume_from_checkpoint=True)`)."
+    )
+
+
+def _step(path: Path) -> int:
+    """The optimizer step of a checkpoint, -1 if the folder is none."""
     match = re.fullmatch(rf"checkpoint-(\d+)(?:{re.escape(REPLACED)})?", path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
-def _number(path: Path) -> int:
-    return _step(path) or 0
+def form_of(
+    args: Any,
+    model: str | nn.Module,
+    peft_config: Any = None,  # of the adapter that is to be added
+    optimizer: Any = None,  # in the place of args.optim
+    bits: int | None = None,  # 8 or 4, if the base model is quantized
+    continued: str | None = None,  # folder of the adapter that the run began with
+) -> dict[str, Any]:
+    """Describe, as JSON can, what a run trains. `model` is the policy, before or after its adapter is added."""
+    is_added = peft_config is None and hasattr(model, "peft_config")
+    if is_added:
+        peft_config = next(iter(cast(Any, model).peft_config.values()))
+    path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    adapter = None
+    if peft_config is not None:
+        settled = peft_config.to_dict()
+        names = settled.keys() - _FREE if is_added else settled.keys() & _SETTLED
+        adapter = {name: settled[name] for name in sorted(names)}
+    form: dict[str, Any] = {"adapter": adapter, "bits": bits, "optim_args": args.optim_args}
+    if adapter is not None or args.beta > 0:  # otherwise nothing of it is left
+        form |= {"base": path, "base_weights": fingerprint(path)}
+    if args.beta > 0:  # the initial policy is not in the checkpoint
+        form["initial_adapter"] = fingerprint(continued or "")
+    # Both forms of torch's AdamW have the same state
+    name = OptimizerNames(args.optim).value.removesuffix("_fused")
+    form["optim"] = name if optimizer is None else type(optimizer).__name__
+    form["sharding"] = None
+    for each in ("fsdp", "deepspeed"):
+        if getattr(args, each) or os.environ.get(f"ACCELERATE_USE_{each.upper()}", "").lower() == "true":
+            form["sharding"] = each
+    return json.loads(json.dumps(form, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def digest(*facts: Any) -> str:
+    """The same for the same facts."""
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(folder: str) -> str | None:
+    """The same for the same weights, wherever they are: of blocks of each file. `None` where there are no files."""
+    files = sorted(Path(folder).glob("*.safetensors")) if folder else []
+    hashed = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for i in range(_BLOCKS):
+                file.seek(max(size - _BLOCK, 0) * i // (_BLOCKS - 1))
+                hashed.update(file.read(_BLOCK))
+    return hashed.hexdigest()[:16] if files else None
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what is known of two forms and differs."""
+    then, now = _flat(then), _flat(now)
+    if then.get("base_weights") is not None and then["base_weights"] == now.get("base_weights"):
+        del then["base"]  # it may have been moved
+    found = []
+    for name in [name for name in then if name in now and then[name] != now[name]]:
+        if name not in _HASHED:
+            found.append(f"{name} was {then[name]!r}, now {now[name]!r}")
+        elif None not in (then[name], now[name]):
+            found.append(f"{_HASHED[name]} was another one")
+    return found
+
+
+def _flat(form: dict[str, Any]) -> dict[str, Any]:
+    if "adapter" not in form:
+        return dict(form)
+    adapter = form["adapter"] or {}
+    details = {f"the adapter's {name}": value for name, value in adapter.items() if name != "peft_type"}
+    return {**form, "adapter": adapter.get("peft_type"), **details}

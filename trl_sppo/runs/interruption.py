@@ -1,5 +1,6 @@
 """Ending a run in order: on SIGTERM, on Ctrl-C, and before a time limit."""
 
+import math
 import os
 import signal
 import threading
@@ -22,29 +23,27 @@ RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 class Interruption(TrainerCallback):
     """
-    Ends training after the micro-step in which SIGTERM or SIGINT has come, or after the last one that a time budget
-    leaves room for, with a checkpoint. Several processes end together, after a rollout or an optimizer step.
-
-    The time budget is in minutes from the start of the process.
+    Ends training with a checkpoint after the micro-step in which SIGTERM or SIGINT has come, or the last one in a time
+    budget (minutes from the start of the process). Several processes end after a rollout or an optimizer step.
     """
 
     def __init__(self, trainer: Any, time_budget: float | None):
         self.trainer = trainer
         self.exit_code: int | None = None  # of the run, once it is to end
         self._signal: int | None = None
-        self._deadline = None
-        if time_budget is not None:
-            self._deadline = psutil.Process().create_time() + 60 * time_budget * (1 - RESERVE)
+        seconds = math.inf if time_budget is None else 60 * time_budget * (1 - RESERVE)
+        self._deadline = psutil.Process().create_time() + seconds
         self._micro_step_began = 0.0
         # The longest time between two looks at the clock, with evaluations and checkpoints: with and without a rollout
         self._longest = {True: 0.0, False: 0.0}
         self._rollout = True  # whether the micro-step at hand begins with one
         self._epoch_has_ended = False
+        self.beginning: dict[str, Any] | None = None  # the state when the optimizer step at hand began
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within it, signals only ask for the end. Python delivers them to the main thread alone."""
-        self.exit_code = self._signal = None
+        self.exit_code = self._signal = self.beginning = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,12 +54,9 @@ class Interruption(TrainerCallback):
             nonlocal first
             if self._signal is None:
                 self._signal, first = number, time.monotonic()
-                # Not by logging, which may be what was interrupted
-                os.write(
-                    2,
-                    f"\ntrl-sppo: {signal.Signals(number).name}: finishing the step at hand, then a checkpoint is "
-                    "written. The same signal again ends the run at once.\n".encode(),
-                )
+                name = signal.Signals(number).name
+                words = f"{name}: finishing the step at hand, then a checkpoint is written. Again: ends at once."
+                os.write(2, f"\ntrl-sppo: {words}\n".encode())  # logging may be what was interrupted
             elif time.monotonic() - first > SAME_SIGNAL:
                 signal.signal(number, handlers[number])
                 signal.raise_signal(number)  # in this thread: another might take its time
@@ -91,16 +87,17 @@ class Interruption(TrainerCallback):
         self._epoch_has_ended = False
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.remember()
+        self.beginning = self.trainer.get_state()
 
     def on_substep_end(self, args, state, control, **kwargs):
         # Several processes agree by a message: inside an optimizer step only once, if it began with a rollout
         if (self._rollout or self.trainer.accelerator.num_processes == 1) and self.is_over():
-            self.trainer.roll_back()  # a resumed run begins with this optimizer step
+            # What the optimizer step at hand has done so far changed no weight. A resumed run begins with it
+            self.trainer.set_state(self.beginning)
             control.should_training_stop = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.forget()
+        self.beginning = None
         self._epoch_has_ended = state.epoch % 1 == 0
         if self.is_over():
             control.should_training_stop = True
@@ -116,7 +113,7 @@ class Interruption(TrainerCallback):
 
     def check_time(self) -> None:
         """End the process if its time is up."""
-        if self.trainer.agree(int(self._deadline is not None and time.time() > self._deadline)):
+        if self.trainer.agree(int(time.time() > self._deadline)):
             print("trl-sppo: the time budget is used up. The same command goes on.")
             raise SystemExit(EXIT_TIME_BUDGET)
 
@@ -128,10 +125,7 @@ class Interruption(TrainerCallback):
         now = time.time()
         self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
         self._begin_micro_step()
-        code = 0
-        if self._signal is not None:
-            code = 128 + self._signal
-        elif self._deadline is not None and now + self._longest[self._rollout] > self._deadline:
-            code = EXIT_TIME_BUDGET
+        is_late = now + self._longest[self._rollout] > self._deadline
+        code = 128 + self._signal if self._signal is not None else EXIT_TIME_BUDGET * is_late
         self.exit_code = self.trainer.agree(code) or self.exit_code
         return self.exit_code is not None

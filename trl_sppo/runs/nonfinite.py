@@ -19,9 +19,7 @@ MAX_SKIPPED_STEPS = 3
 
 
 class NonFiniteSteps:
-    """
-    Skips steps whose gradient is not finite. After `MAX_SKIPPED_STEPS` in a row, saves the batch and ends the run.
-    """
+    """Skips steps whose gradient is not finite. `MAX_SKIPPED_STEPS` in a row end the run, with the batch saved."""
 
     def __init__(self) -> None:
         self.forget()
@@ -36,10 +34,7 @@ class NonFiniteSteps:
         self.num_skipped, self._in_a_row = state["num_skipped"], state["in_a_row"]
 
     def passes(self, norm: torch.Tensor | float, trainer: Any) -> bool:
-        """
-        Whether a gradient's norm, the same on all processes, is finite. If not, the gradients are removed, so that the
-        optimizer changes nothing. Raises [`~errors.RunError`] if this was once too often.
-        """
+        """Whether a gradient's norm, the same on all processes, is finite. If not, the gradients are removed."""
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if math.isfinite(norm):
@@ -56,17 +51,18 @@ class NonFiniteSteps:
             save_batch(trainer, folder)
             raise RunError(
                 f"the gradient was not finite in {MAX_SKIPPED_STEPS} optimizer steps in a row. The last batch is in "
-                f"{folder}. Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16; if the weights "
-                "themselves are broken, resume from an earlier checkpoint."
+                f"{folder}. Lower learning_rate, set max_grad_norm, use bf16, or resume from an earlier checkpoint."
             )
         return False
 
 
 def save_batch(trainer: Any, folder: Path) -> None:
-    """Save this process's micro-batches of an optimizer step: tensors (`torch.load` them safely) and texts."""
+    """Save this process's micro-batches of the optimizer step at hand: tensors and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = trainer.accelerator.process_index
-    micro_batches = trainer.micro_batches_of_step()
+    slices, steps = trainer._buffered_inputs, trainer.args.gradient_accumulation_steps
+    first = trainer.state.global_step * steps % len(slices)  # which is a multiple of `steps`
+    micro_batches = slices[first : first + steps]
     torch.save(micro_batches, folder / f"micro_batches_{rank}.pt")
     with open(folder / f"texts_{rank}.jsonl", "w") as file:
         for batch in micro_batches:

@@ -2,11 +2,14 @@
 
 import io
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment
+from markupsafe import Markup
 
 from ..evaluation.files import Groups, mean_length
 from ..evaluation.ladder import climb, draw, stored_players, verdict, which_evaluation_set
@@ -15,69 +18,61 @@ from ..evaluation.statistics import outcomes_of_scores
 from ..files import read_beginning, write_atomically
 from ..rows import to_tensor
 from .checkpoints import checkpoints_of_run
+from .model_card import last_win_rates
 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_SAMPLES = 500  # prompts of which the page shows the completions of both policies
 
-# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value within or beyond means
+# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value beyond them means
 RULES = (
-    ("kl_to_rollout_policy", 0.0, 0.1, "the steps within an iteration are small",
-     "the policy moves far on one rollout: lower the learning rate, or take fewer steps per iteration"),
-    ("log_ratio_to_target", 0.001, 1.0, "the policy moves towards its targets",
-     "near 0 with several steps per iteration: raise the learning rate or lower eta; above 1: lower the rate"),
-    ("win_rate/length_correlation", -0.3, 0.3, "win rates do not follow length",
-     "win rates follow length: the oracle may reward length, or brevity, instead of quality. Compare the win rates at "
-     "equal length, and add a different oracle"),
-    ("preferences/tied", 0.0, 0.2, "the oracles distinguish most completions",
-     "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
-    ("preferences/panel_disagreement", 0.05, 0.4, "the oracles agree about as much as different opinions do",
-     "near 1/2 the oracles are unrelated and their vote is noise; near 0 one oracle is enough"),
-    ("preferences/intransitive", 0.0, 0.1, "few preferences form circles",
-     "many preferences form circles, at 1/4 as many as by chance: look at the oracle's order disagreement"),
-    ("completions/duplicates", 0.0, 0.1, "the completions of a group differ",
-     "many completions of a group are the same: raise the temperature"),
-    ("completions/clipped_ratio", 0.0, 0.3, "most completions end by themselves",
-     "many completions are cut off at max_completion_length, and judged unfinished"),
-    ("win_rate/unscorable", 0.0, 0.01, "all completions are scored",
-     "a reward source gives no score for some completions: the log of the run names it"),
-    ("win_rate/groups_without_signal", 0.0, 0.2, "most groups teach something",
-     "many groups have no winner: prompts that are too easy or too hard, or ties"),
-    ("importance_weight", 0.8, 1.1, "vLLM samples from the policy that is trained",
-     "vLLM and the trainer disagree about probabilities, so little is learned"),
-)  # fmt: skip
+    ("kl_to_rollout_policy", 0.0, 0.1, "a rollout moves the policy far: lower the learning rate, or take fewer steps"),
+    ("log_ratio_to_target", 0.001, 1.0, "near 0: raise the learning rate or lower eta; above 1: lower the rate"),
+    ("win_rate/length_correlation", -0.3, 0.3, "win rates follow length: see those at equal length, or add an oracle"),
+    ("preferences/tied", 0.0, 0.2, "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
+    ("preferences/panel_disagreement", 0.05, 0.4, "near 1/2 the oracles' vote is noise; near 0 one oracle is enough"),
+    ("preferences/intransitive", 0.0, 0.1, "many preferences form circles: look at the oracle's order disagreement"),
+    ("completions/duplicates", 0.0, 0.1, "many completions of a group are the same: raise the temperature"),
+    ("completions/clipped_ratio", 0.0, 0.3, "many completions are cut off at max_completion_length"),
+    ("win_rate/unscorable", 0.0, 0.01, "a reward source gives no score for some completions: the log names it"),
+    ("win_rate/groups_without_signal", 0.0, 0.2, "many groups have no winner: ties, or prompts too easy or too hard"),
+    ("importance_weight", 0.8, 1.1, "vLLM and the trainer disagree about probabilities, so little is learned"),
+)
 
 
 def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     """Write `report.html` into a run's directory. Raises `ValueError` if it has no log or no such evaluation set."""
-    from jinja2 import Environment
-
     history = read_history(run)
     players = stored_players(run, evaluation_set)
-    name = which_evaluation_set(run, evaluation_set)
-    prefix = "eval" if name == "." else f"eval_{name}"
+    found = which_evaluation_set(run, evaluation_set)
+    name, prefix = (None, "eval") if found == "." else (found, f"eval_{found}")
     beginning = read_beginning(str(run))
-    config = beginning.pop("config", {})
-    ladders = climb(players) if len(players) > 1 else {}
-    steps = [min(players), max(players)] if len(players) > 1 else []
-    last, first = aligned(*(players[step] for step in reversed(steps))) if steps else ([], [])  # by rows
+    rates = {judge: rate for (each, judge), rate in last_win_rates(history).items() if each == name}
+    several: dict[str, Any] = {}  # what needs two evaluations
+    if len(players) > 1:
+        steps = min(players), max(players)
+        ladders = climb(players)
+        last, first = aligned(players[steps[1]], players[steps[0]])  # all that follows goes by rows
+        several = {
+            "steps": steps,
+            "lengths": [mean_length(groups) for groups in (first, last)],
+            "length_plot": _svg(draw_lengths(first, last)) if ladders else None,
+            "ladder": _svg(draw(ladders)) if ladders else None,
+            "verdicts": {judge: verdict(matrix) for judge, matrix in ladders.items()},
+            "samples": samples(first, last),
+        }
     # Text of models and datasets is data: it is escaped
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text()).render(
         run=run.resolve().name,
         beginning=beginning,
-        config=config,
+        config=beginning.pop("config", {}),
         num_steps=max((row.get("step", 0) for row in history), default=0),
-        steps=steps,
-        win_rates=win_rates(history, prefix),
-        lengths=[mean_length(groups) for groups in (first, last)] if steps else None,
-        evaluation_set=None if name == "." else name,
+        win_rates=rates,
+        evaluation_set=name,
         curves=_svg(draw_curves(history, prefix)),
-        win_rate_curves=_svg(draw_win_rates(history, prefix)) if win_rates(history, prefix) else None,
-        length_plot=_svg(draw_lengths(first, last)) if ladders else None,
-        ladder=_svg(draw(ladders)) if ladders else None,
-        verdicts={judge: verdict(matrix) for judge, matrix in ladders.items()},
+        win_rate_curves=_svg(draw_win_rates(history, prefix, rates)) if rates else None,
         diagnoses=diagnose(history),
-        samples=samples(first, last),
+        **several,
     )  # fmt: skip
     path = run / "report.html"
     write_atomically(path, page)
@@ -93,10 +88,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         if written_at >= read_beginning(str(run)).get("began_at", ""):  # an earlier run's log may lie here
             states.append(last)
     if not states:
-        raise ValueError(
-            f"{str(run)!r} has no trainer_state.json, neither of a finished run nor in a checkpoint. Pass the output "
-            "directory of a run that saved something."
-        )
+        raise ValueError(f"{str(run)!r} has no trainer_state.json. Pass the output directory of a run that saved one.")
     histories = [json.loads(path.read_text())["log_history"] for path in states]
     return max(histories, key=lambda history: max((row.get("step", 0) for row in history), default=0))
 
@@ -107,29 +99,19 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
     return [step for step, _ in points], [value for _, value in points]
 
 
-def win_rates(history: list[dict[str, Any]], prefix: str, opponent: str = "initial") -> dict[str, dict[str, float]]:
-    """Of the last evaluation, the win rate by judge, with its interval, and at equal length."""
-    start = f"{prefix}_win_rate_vs_{opponent}/"
-    parts = {"mean": "", "low": "/low", "high": "/high", "length_controlled": "/length_controlled"}
-    for row in reversed(history):
-        names = [name for name in row if name.startswith(start) and f"{name}/low" in row]
-        if names:
-            return {name.removeprefix(start): {part: row[name + end] for part, end in parts.items()} for name in names}
-    return {}
-
-
 def diagnose(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare logged metrics with their healthy bounds. Start and end are means over the first and last fifth."""
+    """Compare logged metrics with their healthy bounds. First and last are means over the first and last fifth."""
     found = []
-    for name, low, high, good, bad in RULES:
+    for name, low, high, problem in RULES:
         values = curve(history, name)[1]
         # With one optimizer step per iteration the policy is measured where it sampled: all log-ratios are 0
         if not values or (name == "log_ratio_to_target" and not any(values)):
             continue
         part = max(1, len(values) // 5)
         first, last = sum(values[:part]) / part, sum(values[-part:]) / part
-        words = good if low <= last <= high else bad
-        found.append({"name": name, "first": first, "last": last, "healthy": words == good, "words": words})
+        healthy = low <= last <= high
+        words = f"healthy ({low:g} to {high:g})" if healthy else problem
+        found.append({"name": name, "first": first, "last": last, "healthy": healthy, "words": words})
     return found
 
 
@@ -156,9 +138,9 @@ def as_text(messages: Any) -> str:
     """A prompt or a completion as readable text."""
     if isinstance(messages, str):
         return messages
-    texts = [
-        "\n".join([str(message["content"]), *map(json.dumps, message.get("tool_calls") or ())]) for message in messages
-    ]
+    texts = [str(message["content"]) for message in messages]
+    for i, message in enumerate(messages):
+        texts[i] += "".join(f"\n{json.dumps(call)}" for call in message.get("tool_calls") or ())
     if len(messages) == 1:
         return texts[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(messages, texts, strict=True))
@@ -166,7 +148,6 @@ def as_text(messages: Any) -> str:
 
 def _svg(figure: Any) -> str:
     import matplotlib
-    from markupsafe import Markup
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # texts as texts
@@ -175,10 +156,16 @@ def _svg(figure: Any) -> str:
     return Markup(svg[svg.index("<svg") :])  # matplotlib has escaped the texts in it
 
 
-def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
-    """A matplotlib figure of a training's metrics."""
+def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A matplotlib figure, and its axes."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_curves(history: list[dict[str, Any]], prefix: str) -> Any:
+    """A matplotlib figure of a training's metrics."""
     panels: list[tuple[str, str, dict[str, str]]] = [
         ("Reward of the rollouts", "mean score", {"reward": "training", f"{prefix}_reward": "evaluation"}),
         ("Log-ratio to the rollout policy", "nats per completion",
@@ -187,8 +174,8 @@ def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
          {"completions/winners_mean_length": "winners", "completions/losers_mean_length": "losers"}),
         ("Entropy", "nats per token", {"entropy": "policy"}),
     ]  # fmt: skip
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axis, (title, unit, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    figure, axes = _axes(2, 2, 11, 6)
+    for axis, (title, unit, names) in zip(axes, panels, strict=True):
         for name, label in names.items():
             steps, values = curve(history, name)
             if values:
@@ -199,16 +186,12 @@ def draw_curves(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
     return figure
 
 
-def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
+def draw_win_rates(history: list[dict[str, Any]], prefix: str, judges: Iterable[str]) -> Any:
     """A matplotlib figure of the win rates of the evaluations on one set."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, label, opponent in zip(
-        axes, ("initial", "previous"), ("the initial policy", "the evaluation before"), strict=True
-    ):
-        for judge in sorted(win_rates(history, prefix, label)):
+    figure, axes = _axes(1, 2, 11, 3.8)
+    opponents = {"initial": "the initial policy", "previous": "the evaluation before"}
+    for axis, (label, opponent) in zip(axes, opponents.items(), strict=True):
+        for judge in judges:
             name = f"{prefix}_win_rate_vs_{label}/{judge}"
             steps, values = curve(history, name)
             low, high = (curve(history, f"{name}/{bound}")[1] for bound in ("low", "high"))
@@ -222,17 +205,14 @@ def draw_win_rates(history: list[dict[str, Any]], prefix: str = "eval") -> Any:
 
 def draw_lengths(first: Groups, last: Groups) -> Any:
     """A matplotlib figure: the length of each completion of the last policy, and how often it beats the first."""
-    from matplotlib.figure import Figure
-
     names = [name for name in last[0].get("scores", ()) if name in first[0].get("scores", ())]
-    figure = Figure(figsize=(5.5 * max(len(names), 1), 3.8), layout="constrained")
-    axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
-    lengths = torch.tensor([group["lengths"] for group in last]).float()
-    theirs = torch.tensor([group["lengths"] for group in first]).float().mean(dim=1, keepdim=True)
+    figure, axes = _axes(1, max(len(names), 1), 5.5 * max(len(names), 1), 3.8)
+    theirs, lengths = (torch.tensor([group["lengths"] for group in each]).float() for each in (first, last))
+    longer = lengths - theirs.mean(dim=1, keepdim=True)
     for axis, name in zip(axes, names, strict=False):
-        scores = [to_tensor([group["scores"][name] for group in each]) for each in (last, first)]
+        scores = (to_tensor([group["scores"][name] for group in each]) for each in (last, first))
         won = outcomes_of_scores(*scores).nanmean(dim=2)
-        axis.scatter((lengths - theirs).flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)
+        axis.scatter(longer.flatten().tolist(), won.flatten().tolist(), s=12, alpha=0.5)
         axis.axhline(0.5, color="grey", linewidth=0.8)
         axis.set(title=name, xlabel="tokens more than the initial policy's", ylabel="win rate of the completion")
     return figure

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 
 from ..checks.models import quantized_bits
+from ..checks.sources import named_datasets
 from ..config import SPPOConfig
 from ..evaluation.opponents import Opponents
 from ..files import mark_beginning
@@ -28,9 +29,7 @@ from ..rollouts.files import installed_versions
 from ..rollouts.recorder import RolloutRecorder
 from ..rows import IMAGES
 from .alone import alone_in
-from .checkpoints import REPLACED, check_fits, find_checkpoint, layout_of, write_manifest
-from .endings import how_to_go_on
-from .forms import digest, form_of
+from .checkpoints import REPLACED, check_fits, digest, find_checkpoint, form_of, how_to_go_on, write_manifest
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 
@@ -47,11 +46,8 @@ torch.serialization.register_package(
 
 class ResumableTrainer(GRPOTrainer):
     """
-    GRPO's trainer with checkpoints that hold the whole state of a run.
-
-    TRL forgets the rollouts of an iteration when a run ends inside it, and starts each resumed run with the order that
-    the prompts have in the first epoch. Here a checkpoint also holds the rollouts that are still to be trained on, and
-    it counts only once it is whole.
+    GRPO's trainer with checkpoints that hold the whole state of a run, also the rollouts that are still to be trained
+    on and the order of the prompts. A checkpoint counts only once it is whole.
     """
 
     args: SPPOConfig
@@ -63,11 +59,12 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.adapter = adapter
+        self.policy_name: str = adapter or cast(Any, self.model).config._name_or_path  # where it came from
+        self._micro_steps_per_iteration = cast(int, self.args.steps_per_generation) * self.num_iterations
         bits = quantized_bits(self.model, self.args)
         self._form = form_of(self.args, self.model, None, self.optimizer, bits, adapter)
         template = getattr(self.processing_class, "chat_template", None)
         self._form["tokenizer"] = digest(template, self.eos_token_ids, len(self._tokenizer))
-        self._boundary: dict[str, Any] | None = None  # the state when the optimizer step at hand began
         self._last_saved_step: int | None = None
         self._resumed = False
         self._recorder = RolloutRecorder(self, given_rollouts)
@@ -85,8 +82,7 @@ class ResumableTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to continue from, or `True` for the last one in `args.output_dir`. A torn one is passed
-                over for the one before; with `True`, a run that has none yet begins at step 0.
+                Checkpoint to continue from, or `True` for the last whole one in `args.output_dir`, if there is any.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
 
@@ -105,33 +101,34 @@ class ResumableTrainer(GRPOTrainer):
     def alone(self) -> Iterator[None]:
         """Within it, no other run may write to the output directory."""
         with ExitStack() as stack:
-
-            def hold() -> str | None:
-                try:
-                    stack.enter_context(alone_in(self._output_dir))
-                except ValueError as error:
-                    return str(error)
-                return None
-
-            problem = self._from_main_process(hold)
+            problem = None
+            try:
+                if self.accelerator.is_main_process:
+                    stack.enter_context(alone_in(str(self.args.output_dir)))
+            except ValueError as error:
+                problem = str(error)
+            (problem,) = broadcast_object_list([problem])
             if problem is not None:
                 raise ValueError(problem)
             yield
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
-        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() == "false":
-            resume_from_checkpoint = None
-        checkpoint = None
-        self._resumed = bool(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            checkpoint = self._from_main_process(lambda: find_checkpoint(resume_from_checkpoint, self._output_dir))
-            if checkpoint is not None:
-                check_fits(checkpoint, self.args, self._form)
-        self._forget_earlier_training()
+        output_dir = str(self.args.output_dir)
+        self._resumed = bool(resume_from_checkpoint) and str(resume_from_checkpoint).lower() != "false"
+        checkpoint: Any = None
+        if self._resumed:
+            if self.accelerator.is_main_process:
+                checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
+            (checkpoint,) = broadcast_object_list([checkpoint])
         if checkpoint is not None:
-            self._opponents.resume_from(checkpoint)
+            check_fits(checkpoint, self.args, self._form)
+        # What an earlier training of this trainer has left
+        self._step, self._buffered_inputs, self._last_saved_step = 0, None, None
+        self._metrics["train"].clear()
+        self._nonfinite.forget()
+        self._opponents.forget(checkpoint)
         if not self._resumed and self.args.should_save:
-            mark_beginning(self._output_dir, **self.describe())
+            mark_beginning(output_dir, **self.describe())
             if not self._recorder.given:
                 self._recorder.files.set_aside()
             self._opponents.files.set_aside()
@@ -139,38 +136,23 @@ class ResumableTrainer(GRPOTrainer):
             output = super().train(checkpoint, *args, **kwargs)
         if self._interruption.exit_code is not None:
             if self.is_world_process_zero():
-                print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(self._output_dir)}")
+                print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(output_dir)}")
             self._interruption.end()
         return output
 
     def describe(self) -> dict[str, Any]:
         """Facts for readers of the run."""
+        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
+        features = [getattr(dataset, "features", None) or {} for dataset in datasets]
+        has_images = any(set(IMAGES) & set(each) or "Image(" in str(each) for each in features)
         tools = [getattr(tool, "__name__", type(tool).__name__) for tool in self.tools]
         return {
             "policy": self.policy_name,
             **({"tools": tools} if tools else {}),
-            **({"images": True} if self._has_images() else {}),
+            **({"images": True} if has_images else {}),
             "versions": installed_versions(self.args.use_vllm),
             "config": {name: value for name, value in self.args.to_dict().items() if value is not None},
         }
-
-    def _has_images(self) -> bool:
-        evaluated: Any = self.eval_dataset
-        datasets = [self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
-        columns = [name for dataset in datasets for name in getattr(dataset, "column_names", None) or ()]
-        features = [str(getattr(dataset, "features", None)) for dataset in datasets]
-        return bool(set(IMAGES) & set(columns)) or any("Image(" in each for each in features)
-
-    def _forget_earlier_training(self) -> None:
-        self._step, self._buffered_inputs = 0, None
-        self._boundary = self._last_saved_step = None
-        self._metrics["train"].clear()
-        self._nonfinite.forget()
-        self._opponents.forget()
-
-    def _from_main_process(self, find: Callable[[], Any]) -> Any:
-        """What the main process finds, on all processes."""
-        return broadcast_object_list([find() if self.accelerator.is_main_process else None])[0]
 
     def agree(self, code: int) -> int:
         """The largest of the numbers that the processes have."""
@@ -185,24 +167,9 @@ class ResumableTrainer(GRPOTrainer):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     @property
-    def policy_name(self) -> str:
-        """Where the policy came from: the path or id of its model, or the folder of the adapter that is continued."""
-        return self.adapter or cast(Any, self.model).config._name_or_path
-
-    @property
-    def _output_dir(self) -> str:
-        assert self.args.output_dir is not None  # TrainingArguments has set it
-        return self.args.output_dir
-
-    @property
     def is_saved(self) -> bool:
         """Whether there is a checkpoint of the optimizer steps taken so far."""
         return self._last_saved_step == self.state.global_step
-
-    @property
-    def _micro_steps_per_iteration(self) -> int:
-        assert self.args.steps_per_generation is not None  # GRPOConfig has set it
-        return self.args.steps_per_generation * self.num_iterations
 
     def generation_batches(self, batches: Any) -> Iterator[list[dict[str, Any]]]:
         """Each generation batch once, of the first epoch, or of as many as `max_steps` needs. TRL repeats each."""
@@ -218,20 +185,8 @@ class ResumableTrainer(GRPOTrainer):
         """Whether the next micro-step begins an iteration."""
         return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
 
-    def remember(self) -> None:
-        """Keep the state at the beginning of an optimizer step."""
-        self._boundary = self._get_state()
-
-    def forget(self) -> None:
-        """Drop that state: the optimizer step is taken."""
-        self._boundary = None
-
-    def roll_back(self) -> None:
-        """Go back to where the optimizer step at hand began. What it has done so far changed no weight."""
-        assert self._boundary is not None
-        self._set_state(self._boundary)
-
-    def _get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
+        """What a run that continues here needs, besides weights and optimizer."""
         return {
             **{name: copy.deepcopy(getattr(self, name)) for name in self._saved},
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
@@ -241,7 +196,7 @@ class ResumableTrainer(GRPOTrainer):
             "random": _random_state(),
         }
 
-    def _set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         for name in self._saved:
             setattr(self, name, copy.deepcopy(state[name]))
         for name, part in self._parts.items():
@@ -269,13 +224,9 @@ class ResumableTrainer(GRPOTrainer):
         return _EpochSampler(sampler, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # The second: a resumed run that had taken all its steps. transformers would take one more
-        done = self.state.global_step >= self.state.max_steps
+        done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
-            logger.warning(
-                f"this run had taken all of its {self.state.max_steps} steps before it was resumed: nothing is "
-                "trained. A higher max_steps or num_train_epochs goes on; another output_dir begins a new run."
-            )
+            logger.warning(f"this run had taken all of its {self.state.max_steps} steps. To go on, raise max_steps.")
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
             self.model.train()  # the last lines of the log are those of a training
@@ -304,20 +255,12 @@ class ResumableTrainer(GRPOTrainer):
             self._metrics["train"]["skipped_steps"] = [self._nonfinite.num_skipped]
         return norm
 
-    def micro_batches_of_step(self) -> list[dict[str, Any]]:
-        """This process's micro-batches of the optimizer step at hand."""
-        # TRL's buffer holds the slices of the generation batch; steps_per_generation is a multiple of `steps`
-        assert self._buffered_inputs is not None and self.args.steps_per_generation is not None
-        steps = self.args.gradient_accumulation_steps
-        first = self.state.global_step * steps % self.args.steps_per_generation
-        return self._buffered_inputs[first : first + steps]
-
     # ---- Checkpoints
 
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        if self._boundary is not None and self.is_saved:
+        if self._interruption.beginning is not None and self.is_saved:
             return  # interrupted inside the next step, at whose beginning it was saved
         main = self.args.should_save  # one process, or one of each machine
         aside = folder.with_name(folder.name + REPLACED)
@@ -330,23 +273,16 @@ class ResumableTrainer(GRPOTrainer):
         self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
-            self.args = args
             if not self.args.save_only_model:
-                state = self._get_state()
+                state = self.get_state()
                 del state["random"]  # transformers has saved it
-                torch.save(state, folder / _state_file(self.args.process_index))
+                torch.save(state, folder / f"rollouts_{self.args.process_index}.pt")
             if main and self.args.sync_ref_model and not self._is_sharded:
                 # The reference is then no longer a model that can be loaded from where the policy came from
                 torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
             self.accelerator.wait_for_everyone()
             if main:
-                write_manifest(
-                    folder,
-                    step=step,
-                    can_be_resumed=not self.args.save_only_model,
-                    layout=layout_of(self.args),
-                    form=self._form,
-                )
+                write_manifest(folder, step, self.args, self._form)
         except BaseException:
             if main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -363,12 +299,8 @@ class ResumableTrainer(GRPOTrainer):
                 str(folder.parent), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
 
-    def save_random_state(self, folder: Path) -> None:
-        """Save the state of this process's random generators in a folder of the rollouts."""
-        super()._save_rng_state(str(folder))
-
     def load_random_state(self, folder: Path) -> None:
-        """Load the state that `save_random_state` has saved."""
+        """Load the random state of this process that a folder of the rollouts has."""
         super()._load_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -407,18 +339,12 @@ class ResumableTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         # The last thing that transformers loads, right before the first optimizer step
         super()._load_rng_state(checkpoint)
-        path = Path(checkpoint) / _state_file(self.args.process_index)
-        self._set_state(torch.load(path, map_location="cpu", weights_only=True))
+        path = Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
+        self.set_state(torch.load(path, map_location="cpu", weights_only=True))
         if self.args.sync_ref_model:
-            if self._is_sharded:
-                raise ValueError(
-                    f"{checkpoint} does not hold the reference model, which sync_ref_model=True has changed: it is "
-                    "sharded (FSDP or DeepSpeed) and is not saved. Runs that are to be resumed need "
-                    "sync_ref_model=False, or whole models."
-                )
             reference = torch.load(Path(checkpoint) / REFERENCE, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference)
-        if Path(checkpoint).resolve().parent == Path(self._output_dir).resolve():
+        if Path(checkpoint).resolve().parent == Path(str(self.args.output_dir)).resolve():
             self._last_saved_step = self.state.global_step
 
 
@@ -438,10 +364,6 @@ class _EpochSampler(Sampler):
             for _ in range(self.epoch()):
                 torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
         return iter(self.sampler)
-
-
-def _state_file(process_index: int) -> str:
-    return f"rollouts_{process_index}.pt"
 
 
 def _random_state() -> tuple:
