@@ -474,7 +474,7 @@ def test_half_a_character(run_until):
     for split in ("train", "test"):
         Path(f"prompts/{split}.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "\\ud800"}\n')
     status, words, _ = run_until()
-    assert status == 2 and "dataset 'prompts' (--dataset_name) cannot be read: " in words
+    assert status == 2 and "dataset_name='prompts' cannot be loaded: " in words
     assert "Traceback" not in words
 
 

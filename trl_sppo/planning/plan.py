@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..arguments.launching import accelerate_config, launch_arguments
-from ..arguments.loading import check_one_dataset, is_folder_or_id, load_data
+from ..arguments.loading import check_one_dataset, is_id, load_data
 from ..arguments.options import SPPOScriptArguments, check_dotted, make_parser, split_config
 from ..arguments.recipes import check_output_dir
 from ..checks.arguments import check_activation_checkpointing, check_optimizer
@@ -142,7 +142,7 @@ def _look_at_data(plan: Plan) -> None:
     check_one_dataset(script, plan.dataset_args)
     if plan.dataset_args.datasets:
         plan.unknown.append("The number of prompts in the mixture of datasets. It was not loaded.")
-    elif not os.path.exists(str(script.dataset_name)) and is_folder_or_id(str(script.dataset_name)):
+    elif not os.path.exists(str(script.dataset_name)) and is_id(str(script.dataset_name)):
         plan.unknown.append(f"The number and length of prompts in {script.dataset_name}. It was not loaded.")
     else:
         plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, evaluate)
@@ -266,7 +266,7 @@ def _files(
 
 def _check_importable(name: str) -> None:
     """Raise `ValueError` if a function's module does not exist. It is not imported: a judge may load a model."""
-    check_dotted(name, repr(name), "reward_model_name_or_path")
+    check_dotted(name, repr(name))
     module, _, attribute = name.rpartition(".")
     if not module:
         import trl.rewards
