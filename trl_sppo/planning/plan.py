@@ -217,7 +217,7 @@ def _check_sources(plan: Plan) -> None:
     judged = args.rollouts is not None and is_judged(plan.train_dataset)
     check_sources(args, sources, [None] * len(sources), oracles[0], has_environment=False, judged=judged)
     check_judges(args, sources, judges, [None] * len(judges), oracles[1])
-    check_columns(args, _datasets(plan), sources, judges, [oracle for each in oracles for oracle in each])
+    check_columns(args, _datasets(plan), sources, judges)
     if args.reward_quantization is not None:
         check_reward_quantization(args.reward_quantization, [*sources, *judges])
 
