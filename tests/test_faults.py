@@ -408,15 +408,17 @@ def test_a_prompt_longer_than_the_context_is_found_before_anything_is_loaded(run
     status, words, trainer = run_until(model_name_or_path=short_policy)
     assert status == 2 and trainer is None and not Path("out").exists()
     assert (
-        "1 of 3 prompts of train_dataset (rows 1) do not fit into the policy's context of 20 tokens with "
-        "max_completion_length=4: a prompt may have 16, and the longest has 30. Leave out such prompts"
+        "row 1 of train_dataset has a prompt of 30 tokens, which does not fit into the policy's context: with its "
+        "completion, a prompt may have 16. Leave out such prompts"
     ) in words
 
 
 def test_a_streamed_prompt_longer_than_the_context(run_until, short_policy):
     write_prompts([FITS, FITS, FITS, LONG])
     result = run_until(model_name_or_path=short_policy, dataset_streaming=True, shuffle_dataset=False)
-    assert_stopped(result, "a prompt does not fit into the policy's context of 20 tokens with max_completion_length=4")
+    assert_stopped(
+        result, "a row of the dataset has a prompt of 30 tokens, which does not fit into the policy's context"
+    )
 
 
 @pytest.mark.parametrize(

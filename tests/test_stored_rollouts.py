@@ -367,7 +367,7 @@ def test_options_that_contradict_stored_rollouts(make_trainer, tmp_path):
     path = str(tmp_path / "r.jsonl")
     with pytest.raises(TypeError, match="train_dataset is given, but also rollouts="):
         make_trainer(rollouts=path, num_generations=2)
-    with pytest.raises(ValueError, match=r"so there is no use for vLLM. Set use_vllm=False"):
+    with pytest.raises(ValueError, match=r"are trained on instead of sampling. Set use_vllm=False"):
         train_on(make_trainer, path, num_generations=2, use_vllm=True)
     with pytest.raises(ValueError, match="eval_strategy='steps' needs a reward source"):
         train_on(

@@ -297,9 +297,9 @@ class SPPOConfig(GRPOConfig):
             weights = getattr(self, name)
             if weights is None:
                 continue
-            yield from find_number_texts(name, weights)
             if not isinstance(weights, (list, tuple)) or not all(isinstance(each, (int, float)) for each in weights):
-                yield f"{name} must be a list of numbers, one per source, got {weights}."
+                rule = f"{name} must be a list of numbers, one per source, got {weights}."
+                yield next(find_number_texts(name, weights), rule)
             elif min(weights, default=0) < 0:
                 yield f"{name} must not be negative, got {weights}. To prefer low scores, negate the reward function."
         if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
