@@ -424,10 +424,10 @@ def test_a_streamed_prompt_longer_than_the_context(run_until, short_policy):
 @pytest.mark.parametrize(
     ("prompt", "problem"),
     [
-        (None, "has no prompt (None)"),
-        ([], "has a prompt without messages"),
-        ([{"role": "user", "content": None}], "has a message without role or content"),
-        ([{"role": None, "content": "abc"}], "has a message without role or content"),
+        (None, "has no prompt, but None"),
+        ([], "has no prompt, but []"),
+        ([{"role": "user", "content": None}], "has no prompt, but [{"),
+        ([{"role": None, "content": "abc"}], "has no prompt, but [{"),
     ],
     ids=["None", "no message", "no content", "no role"],
 )
