@@ -120,7 +120,7 @@ def test_what_looks_wrong(run, options, words):
         (["--nonsense", "1"], "there is no option 'nonsense'"),
         (["--num_generations", "7"], "generation_batch_size"),
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
-        (["--dataset_name", "./prompts"], "dataset_name='./prompts' cannot be loaded: Couldn't find"),
+        (["--dataset_name", "./prompts"], "dataset_name='./prompts' cannot be loaded: "),
         (["--dataset_name", "empty"], "dataset_name='empty' cannot be loaded: a file is empty"),
         (["--reward_funcs", "acuracy_reward"], "'acuracy_reward' is no reward function of trl.rewards"),
         (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),

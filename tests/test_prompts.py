@@ -553,7 +553,7 @@ def test_check_refuses_what_training_refuses(check, tmp_path):
     status, said = check([{"prompt": [USER, ASSISTANT]}] * 2)
     assert status == 2 and "row 0 of train_dataset ends with an assistant message" in said
     status, said = check([{"prompt": 3}] * 2)
-    assert status == 2 and "row 0 of train_dataset has 3 as its prompt" in said
+    assert status == 2 and "row 0 of train_dataset has no prompt, but 3" in said
 
 
 def test_check_reads_the_prompts_of_rollouts(check, tmp_path):

@@ -29,7 +29,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "preference_batch_size", "rollouts_total_limit",
         ],
     ),
-    ("at least 2, since completions of a group are compared", lambda value: value >= 2, ["num_generations"]),
+    ("at least 2", lambda value: value >= 2, ["num_generations"]),
     (
         "positive",
         lambda value: value > 0,

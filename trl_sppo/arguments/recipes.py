@@ -102,7 +102,8 @@ def _explain(name: str, error: ValidationError) -> str:
     depth = max(len(each["loc"]) for each in error.errors())
     problems = [each for each in error.errors() if len(each["loc"]) == depth]
     rules = " or ".join(dict.fromkeys(each["msg"] for each in problems)).replace(" or Input should be ", " or ")
-    where = ".".join(map(str, (name, *problems[0]["loc"])))
+    is_union = len(problems) > 1 and rules.startswith("Input")  # its members' names end the locations
+    where = ".".join(map(str, (name, *problems[0]["loc"][: -1 if is_union else None])))
     fix = " Put it in quotes if it is meant as text: YAML reads a bare no as false." if "string" in rules else ""
     return f"{where}: {rules}, got {reprlib.repr(problems[0]['input'])}.{fix}"
 
