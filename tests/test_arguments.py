@@ -81,7 +81,7 @@ def test_anchors(tmp_path):
             "Target modules nowhere not found in the base model",
         ),
         ({"load_in_4bit": True}, "load_in_4bit=True needs use_peft=True"),
-        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan."),
+        ({"learning_rate": float("nan")}, "learning_rate must be between -2^31 and 2^31, got nan."),
         (
             {"lr_scheduler_kwargs": {"min_lr": "1e-6"}},
             "lr_scheduler_kwargs: min_lr must be a number, got the text '1e",

@@ -286,10 +286,7 @@ class SPPOConfig(GRPOConfig):
 
     def _find_problems(self) -> Iterator[str]:
         if not 0 < self.eta <= 1e9:  # above, the squared error would overflow
-            yield (
-                f"eta must be positive and at most 1e9, got {self.eta}: it scales the SPPO target. The paper's "
-                "beta = 1/eta = 0.001 is eta=1000."
-            )
+            yield f"eta must be positive and at most 1e9, got {self.eta}. The paper's beta = 0.001 is eta=1000."
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
                 yield f"{name} must be {' or '.join(map(repr, values))}, got {getattr(self, name)!r}."
