@@ -137,7 +137,7 @@ def test_what_looks_wrong(run, options, words):
         (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
-        (["--dataset_name", "."], "--dataset_name"),
+        (["--dataset_name", "."], "dataset_name='.' cannot be loaded"),
         (["--gpu_memory", "-1"], "gpu_memory must be positive"),
         (["--prompt_length", "0"], "prompt_length must be at least 1"),
     ],
