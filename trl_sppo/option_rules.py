@@ -177,7 +177,7 @@ def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
     for name in ("num_beams", "num_return_sequences"):
         if generation.get(name, 1) != 1:
             wrong.add(name)
-            yield f"generation_kwargs: {name} must be 1, since groups are sampled."
+            yield f"generation_kwargs={generation!r}: {name} must be 1, since groups are sampled."
     chunk = generation.get("prefill_chunk_size", 1)
     if type(chunk) is not int or chunk < 1:
         wrong.add("prefill_chunk_size")

@@ -54,14 +54,12 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ValueError(f"recipe {path!r} (--config) is not a file. The recipes of this package are in recipes/.")
     try:
         recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ValueError(f"recipe {path} (--config) cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:  # its own text shows the line, which may hold a key
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"recipe {path} is not valid YAML: {error.problem}{where}") from None
     except Exception as error:  # values such as `2024-13-01` or `!!int x` end in other errors than YAML's
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+        raise ValueError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(
             f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."
