@@ -285,7 +285,7 @@ def test_recipe_files(tmp_path, capsys):
             "'helpers.TINY' (--preference_funcs) is not a function",
         ),
         ({"reward_weights": 1.0}, "recipe recipe.yaml: reward_weights: Input should be a valid list, got 1.0."),
-        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got [1.0, 2.0]"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got 2"),
         ({"reward_funcs": "helpers.TINY"}, "'helpers.TINY' (--reward_funcs) is not a function"),
     ],
 )

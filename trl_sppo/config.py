@@ -289,7 +289,7 @@ class SPPOConfig(GRPOConfig):
             yield f"eta must be positive and at most 1e9, got {self.eta}. The paper's beta = 0.001 is eta=1000."
         for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
-                yield f"{name} must be {' or '.join(map(repr, values))}, got {getattr(self, name)!r}."
+                yield f"{name} must be {' or '.join(map(repr, filter(None, values)))}, got {getattr(self, name)!r}."
         for name in ("reward_weights", "preference_weights"):
             weights = getattr(self, name)
             if weights is None:

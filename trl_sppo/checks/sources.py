@@ -126,7 +126,7 @@ def check_sources(
 def check_number(option: str, values: list | None, what: str, sources: list) -> None:
     """Raise `ValueError` unless there is one value per source."""
     if values is not None and len(values) != len(sources):
-        raise ValueError(f"{option} must have one entry per {what} ({len(sources)}), got {values}.")
+        raise ValueError(f"{option} must have one entry per {what} ({len(sources)}), got {len(values)}.")
 
 
 def check_judges(
