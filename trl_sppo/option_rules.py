@@ -218,10 +218,7 @@ def find_trust_problems(args: Any) -> Iterator[str]:
             yield str(error)
     names = args.reward_trust_remote_code
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        yield (
-            f"reward_trust_remote_code must be a list of reward models, as given in reward_funcs, got {names!r}: "
-            "each whose own code may run is named."
-        )
+        yield f"reward_trust_remote_code must be a list of reward models, as given in reward_funcs, got {names!r}."
 
 
 def find_tracker_problems(args: GRPOConfig) -> Iterator[str]:
