@@ -120,12 +120,9 @@ def test_what_looks_wrong(run, options, words):
         (["--nonsense", "1"], "there is no option 'nonsense'"),
         (["--num_generations", "7"], "generation_batch_size"),
         (["--reward_funcs", "my_rewrads.brevity"], "no module 'my_rewrads'"),
-        (["--dataset_name", "./prompts"], "dataset './prompts' (--dataset_name) does not exist here"),
-        (["--dataset_name", "empty"], "dataset 'empty' (--dataset_name) has an empty file"),
-        (
-            ["--reward_funcs", "acuracy_reward"],
-            "reward function 'acuracy_reward' (--reward_funcs) could not be imported",
-        ),
+        (["--dataset_name", "./prompts"], "dataset_name='./prompts' cannot be loaded: "),
+        (["--dataset_name", "empty"], "dataset_name='empty' cannot be loaded: a file is empty"),
+        (["--reward_funcs", "acuracy_reward"], "trl.rewards.acuracy_reward' (--reward_funcs) could not be imported"),
         (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
@@ -138,7 +135,9 @@ def test_what_looks_wrong(run, options, words):
         (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
-        (["--dataset_name", "."], "--dataset_name"),
+        (["--dataset_name", "."], "dataset_name='.' cannot be loaded"),
+        (["--gpu_memory", "-1"], "gpu_memory (in GB) and prompt_length (in tokens) must be positive"),
+        (["--prompt_length", "0"], "gpu_memory (in GB) and prompt_length (in tokens) must be positive"),
     ],
 )
 def test_what_training_would_refuse(run, capsys, tmp_path, monkeypatch, options, words):
@@ -156,7 +155,7 @@ def test_a_prompt_that_does_not_fit(run, tmp_path, capsys):
     (tmp_path / "prompts/train.jsonl").write_text("\n".join([row] * 64))
     with pytest.raises(SystemExit):
         run(LORA, "--dataset_name", prompts)
-    assert "do not fit into the policy's context of 4096 tokens" in capsys.readouterr().err
+    assert "which does not fit into the policy's context" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

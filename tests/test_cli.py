@@ -16,8 +16,7 @@ from helpers import TRL_SPPO, count_abc, encoder, make_tokenizer, message, more_
 from helpers import run as run_command
 
 from trl_sppo import __version__, cli, train
-from trl_sppo.arguments.foreign_options import INSTEAD
-from trl_sppo.arguments.launching import launch_arguments
+from trl_sppo.arguments.launching import INSTEAD, launch_arguments
 from trl_sppo.arguments.options import (
     check_dotted,
     load_preference_funcs,
@@ -122,41 +121,11 @@ def test_unknown_options_are_fatal_and_the_nearest_is_named(workdir, capsys, run
     assert "there is no option 'zzz'. `trl-sppo train --help` lists all" in message(capsys, workdir(zzz=1), run)
 
 
-# Lines that are no options here, of recipes that others have published
-RECIPES_OF_OTHERS = {
-    "open-r1": "torch_dtype dataset_prompt_column system_prompt max_prompt_length warmup_ratio overwrite_output_dir "
-    "vllm_device vllm_max_model_len vllm_dtype wandb_project wandb_entity chat_template hub_model_revision",
-    "alignment-handbook": "dataset_mixer dataset_splits dataset_configs preprocessing_num_workers max_length "
-    "use_flash_attention_2 evaluation_strategy tokenizer_name_or_path truncation_mode torch_dtype",
-    "uclaml/SPPO": "torch_dtype dataset_mixer dataset_splits preprocessing_num_workers max_length max_prompt_length "
-    "warmup_ratio evaluation_strategy frac_len maxlen pairs numgpu",
-    "trl.OnlineDPO": "reward_model_path judge max_new_tokens dataset_num_proc gpu_memory_utilization",
-    "trl.NashMD": "mixture_coef",
-    "trl.RLOO": "rloo_k num_sample_generations total_episodes response_length kl_coef num_ppo_epochs num_mini_batches "
-    "local_rollout_forward_batch_size sft_model_path stop_token non_eos_penalty whiten_rewards cliprange",
-    "trl.DPO": "max_prompt_length precompute_ref_log_probs reference_free label_smoothing padding_value rpo_alpha "
-    "use_liger_loss",
-    "transformers": "no_cuda per_gpu_train_batch_size per_gpu_eval_batch_size logging_dir save_safetensors "
-    "group_by_length fp16_backend use_mps_device push_to_hub_token torchdynamo adafactor include_inputs_for_metrics",
-    "LLaMA-Factory": "finetuning_type lora_rank lora_target cutoff_len template dataset pref_beta flash_attn",
-    "axolotl": "base_model adapter micro_batch_size num_epochs optimizer lr_scheduler sequence_len flash_attention",
-}
-
-
-@pytest.mark.parametrize("names", RECIPES_OF_OTHERS.values(), ids=RECIPES_OF_OTHERS)
-def test_options_of_other_recipes_are_all_named_with_what_took_their_place(workdir, capsys, names):
-    said = message(capsys, workdir(**dict.fromkeys(names.split(), "x"))).splitlines()
-    assert [line.split("'")[1] for line in said] == names.split()
-    for line in said:
-        assert line.startswith("recipe recipe.yaml: there is no option ")
-        assert "Did you mean" not in line and "--help" not in line
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("torch_dtype", "Write dtype."),
-        ("max_prompt_length", "Remove it. Prompts are never cut: leave out long ones"),
+        ("max_prompt_length", "Remove it: prompts are never cut. Filter long ones"),
         ("warmup_ratio", "Write warmup_steps: below 1 it is a share of all steps."),
         ("reward_model_path", "Write reward_model_name_or_path."),
         ("max_new_tokens", "Write max_completion_length."),
@@ -178,14 +147,15 @@ def test_what_took_the_place_of_options_are_options():
         plain = re.sub(r"`.*?`|\{.*?\}|: flash_attention_2|generation_config.json", "", advice)
         named = set(re.findall(r"\w+_\w+|(?<=Write )(?!a )[a-z]+", plain))
         assert named <= options, advice
-        assert named or advice.startswith(("Remove it", "Set `", "The column", "Begin each", "A recipe here"))
+        assert named or advice.startswith(("Remove it", "The column"))
 
 
-@pytest.mark.parametrize(
-    "section",
-    ["algorithm", "actor_rollout_ref", "actor", "rollout", "trainer", "critic", "data", "model", "peft", "lora", "trl",
-     "reward_model", "optimizer", "training_args"],
-)  # fmt: skip
+def test_all_unknown_options_of_a_recipe_are_named(workdir, capsys):
+    said = message(capsys, workdir(torch_dtype="auto", wandb_project="x", zzz=1)).splitlines()
+    assert [line.split("'")[1] for line in said] == ["torch_dtype", "wandb_project", "zzz"]
+
+
+@pytest.mark.parametrize("section", ["algorithm", "actor_rollout_ref", "rollout", "trainer", "data", "model", "peft"])
 def test_sections_of_other_frameworks(workdir, capsys, section):
     flat = f"recipe recipe.yaml: there is no option '{section}'. A recipe here is one flat list of options"
     assert flat in message(capsys, workdir(**{section: {"lr": 1e-6, "more": {"n": 5}}}))
@@ -210,7 +180,7 @@ def test_misspelt_options_get_the_nearest_name(workdir, capsys, name, value, nea
 
 def test_overrides_as_hydra_has_them(workdir, capsys):
     said = message(capsys, [*workdir(), "trainer.n_gpus_per_node=8"])
-    assert "'trainer.n_gpus_per_node=8' belongs to no option. Options are written `--name value`." in said
+    assert "'trainer.n_gpus_per_node=8' belongs to no option. Options are written `--name value`" in said
 
 
 def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):
@@ -228,7 +198,7 @@ def test_launch_arguments_come_from_the_recipe_and_the_command_line(workdir):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["recipe.yaml"], "'recipe.yaml' belongs to no option. A recipe is given with --config."),
+        (["recipe.yaml"], "'recipe.yaml' belongs to no option. Options are written `--name value`, and"),
         (["--config", "recipe.yaml", "--eta", "3", "4"], "'4' belongs to no option."),
         (["--config", "recipe.yaml", "--config", "recipe.yaml"], "--config is given more than once"),
         (["--config=nowhere.yaml"], "recipe 'nowhere.yaml' (--config) is not a file"),
@@ -294,72 +264,47 @@ def test_recipe_files(tmp_path, capsys):
     [
         ({"model_name_or_path": None}, "no model: give model_name_or_path"),
         ({"model_name_or_path": "./nowhere"}, "model './nowhere' is neither a folder with a config.json nor"),
-        ({"dataset_name": None}, "no dataset: give dataset_name"),
-        ({"dataset_name": "./nowhere"}, "dataset './nowhere' (--dataset_name) does not exist here"),
+        ({"dataset_name": None}, "give either dataset_name (a folder, a file, or an id on the hub) or datasets"),
+        ({"dataset_name": "./nowhere"}, "dataset_name='./nowhere' cannot be loaded: "),
         ({"dataset_train_split": "trian"}, "the dataset has no split 'trian', but ['test', 'train']"),
         ({"reward_funcs": None}, "nothing says which completion is better: pass `reward_funcs`"),
-        ({"reward_funcs": "nowhere.f"}, "reward function 'nowhere.f' (--reward_funcs) could not be imported"),
-        ({"reward_funcs": "accuracy_rewad"}, "reward function 'accuracy_rewad' (--reward_funcs) could not be"),
+        ({"reward_funcs": "nowhere.f"}, "'nowhere.f' (--reward_funcs) could not be imported"),
+        ({"reward_funcs": "accuracy_rewad"}, "'trl.rewards.accuracy_rewad' (--reward_funcs) could not be"),
         ({"reward_model_name_or_path": "./nowhere"}, "reward model './nowhere' is neither a folder"),
         ({"reward_model_name_or_path": "policy"}, "reward model 'policy' has no scoring head"),
-        ({"eta": 0}, "eta must be positive and finite, got 0"),
+        ({"eta": 0}, "eta must be positive and at most 1e9, got 0"),
         ({"eta": "much"}, "argument --eta: invalid float value: 'much'"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ({"per_device_train_batch_size": 6}, "must be divisible by num_generations (4)"),
         ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8 of one generation batch"),
-        ({"beta": -0.1}, "beta must be finite and not negative, got -0.1"),
-        ({"preference_funcs": "nowhere.f"}, "pairwise oracle 'nowhere.f' (--preference_funcs) could not be imported"),
-        ({"preference_funcs": "judge"}, "pairwise oracle 'judge' (--preference_funcs) could not be imported"),
+        ({"beta": -0.1}, "beta must be not negative, got -0.1"),
+        ({"preference_funcs": "nowhere.f"}, "'nowhere.f' (--preference_funcs) could not be imported"),
+        ({"preference_funcs": "judge"}, "'judge' (--preference_funcs) could not be imported"),
         (
             {"preference_funcs": "helpers.TINY"},
-            "pairwise oracle 'helpers.TINY' (--preference_funcs) is not a function",
+            "'helpers.TINY' (--preference_funcs) is not a function",
         ),
-        ({"reward_weights": 1.0}, "recipe recipe.yaml: reward_weights must be a valid list, got 1.0."),
-        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got [1.0, 2.0]"),
-        ({"reward_funcs": "helpers.TINY"}, "reward function 'helpers.TINY' (--reward_funcs) is not a function"),
+        ({"reward_weights": 1.0}, "recipe recipe.yaml: reward_weights: Input should be a valid list, got 1.0."),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights must have one entry per reward source (1), got 2"),
+        ({"reward_funcs": "helpers.TINY"}, "'helpers.TINY' (--reward_funcs) is not a function"),
     ],
 )
 def test_bad_input(workdir, capsys, changes, expected):
     assert expected in message(capsys, workdir(**changes))
 
 
-WRITTEN_AS_A_FILE = [
-    ("./my_rewards.py", "Write my_rewards.NAME, with the name of the function."),
-    ("my_rewards.py", "Write my_rewards.NAME, with the name of the function."),
-    ("my_rewards:brevity", "Write my_rewards.brevity."),
-    ("my_rewards.py:brevity", "Write my_rewards.brevity."),
-    ("./my_rewards.py::brevity", "Write my_rewards.brevity."),
-    ("my_rewards.py.brevity", "Write my_rewards.brevity."),
-    ("some/folder/my_rewards.brevity", "Write my_rewards.brevity, and start in the folder some/folder, or add it to"),
-    (
-        "/home/me/my_rewards.py",
-        "Write my_rewards.NAME, with the name of the function, and start in the folder /home/me",
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "expected"), WRITTEN_AS_A_FILE)
-@pytest.mark.parametrize("option", ["reward_funcs", "preference_funcs", "eval_reward_funcs", "eval_preference_funcs"])
-def test_functions_written_as_files(workdir, capsys, option, name, expected):
+@pytest.mark.parametrize("name", ["./my_rewards.py", "my_rewards.py", "my_rewards:brevity", "org/model", "http://x:1"])
+@pytest.mark.parametrize("option", ["reward_funcs", "eval_preference_funcs"])
+def test_files_and_models_given_as_functions(option, name):
     load = load_reward_funcs if "reward" in option else load_preference_funcs
-    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+    with pytest.raises(ValueError, match=rf"^'{name}' \(--{option}\) must be a dotted import path"):
         load([name], option)
-    assert f"{name!r} (--{option}) is written as a file, but must be a dotted import path." in str(error.value)
 
 
-def test_functions_written_as_files_are_found_by_both_commands(workdir, capsys):
+def test_files_given_as_functions_are_found_by_both_commands(workdir, capsys):
     argv = workdir(reward_funcs="./my_rewards.py")
     for run in (train.main, lambda argv: cli.main(["check", *argv])):
-        assert "'./my_rewards.py'" in (said := message(capsys, argv, run)) and "Write my_rewards.NAME" in said
-
-
-@pytest.mark.parametrize(
-    "name", ["org/model", "Skywork/Skywork-Reward-V2-Qwen3-0.6B", "http://localhost:1", "./policy"]
-)
-def test_a_model_given_as_a_function(workdir, name):
-    workdir()
-    with pytest.raises(ValueError, match="A model is given with eval_reward_model_name_or_path"):
-        load_reward_funcs([name], "eval_reward_funcs")
+        assert "'./my_rewards.py'" in (said := message(capsys, argv, run)) and "must be a dotted import path" in said
 
 
 def test_dotted_paths_with_py_in_a_name():
@@ -368,12 +313,12 @@ def test_dotted_paths_with_py_in_a_name():
 
 
 ACCELERATE_CONFIGURATIONS = [
-    ("distributed_type: [", "cannot be read: while parsing"),
-    ("", "cannot be read: it is not a mapping"),
-    ("- a", "cannot be read: it is not a mapping"),
+    ("distributed_type: [", "while parsing"),
+    ("", "cannot be read ("),
+    ("- a", "cannot be read ("),
     ("eta: 3\ndistributed_type: 'NO'", "had unknown keys (['eta'])"),
     ("num_processes: 2", "A `distributed_type` must be specified"),
-    ("distributed_type: MANY_GPU", "cannot be read: 'MANY_GPU' is not a valid DistributedType"),
+    ("distributed_type: MANY_GPU", "'MANY_GPU' is not a valid DistributedType"),
     ("distributed_type: MULTI_GPU\nnum_processes: two", "num_processes must be a whole number, got 'two'"),
 ]
 
@@ -396,7 +341,7 @@ def test_a_broken_configuration_of_accelerate(workdir, tmp_path, monkeypatch, ca
     for module in (config_args, launch):
         monkeypatch.setattr(module, "default_config_file", name)
     said = message(capsys, workdir(), lambda argv: cli.main(["train", *argv]))  # the launcher alone reads it
-    assert f"{name} cannot be read" in said and "Correct or delete the file, which `accelerate config` has" in said
+    assert f"{name} cannot be read" in said and "Correct or delete the file" in said
 
 
 def test_a_configuration_of_accelerate_that_is_not_there(workdir, capsys):

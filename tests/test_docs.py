@@ -17,8 +17,7 @@ from trl import GRPOTrainer, ModelConfig
 
 import trl_sppo
 from trl_sppo import judges, train
-from trl_sppo.arguments.foreign_options import INSTEAD
-from trl_sppo.arguments.launching import launch_arguments
+from trl_sppo.arguments.launching import INSTEAD, launch_arguments
 from trl_sppo.arguments.options import check_arguments, make_parser
 from trl_sppo.commands import check
 from trl_sppo.commands.evaluate import EvalArguments

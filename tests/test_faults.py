@@ -400,24 +400,26 @@ def test_a_prompt_longer_than_the_context_is_found_before_anything_is_loaded(run
     status, words, trainer = run_until(model_name_or_path=short_policy)
     assert status == 2 and trainer is None and not Path("out").exists()
     assert (
-        "1 of 3 prompts of train_dataset (rows 1) do not fit into the policy's context of 20 tokens with "
-        "max_completion_length=4: a prompt may have 16, and the longest has 30. Leave out such prompts"
+        "row 1 of train_dataset has a prompt of 30 tokens, which does not fit into the policy's context: with its "
+        "completion, a prompt may have 16. Leave out such prompts"
     ) in words
 
 
 def test_a_streamed_prompt_longer_than_the_context(run_until, short_policy):
     write_prompts([FITS, FITS, FITS, LONG])
     result = run_until(model_name_or_path=short_policy, dataset_streaming=True, shuffle_dataset=False)
-    assert_stopped(result, "a prompt does not fit into the policy's context of 20 tokens with max_completion_length=4")
+    assert_stopped(
+        result, "a row of the dataset has a prompt of 30 tokens, which does not fit into the policy's context"
+    )
 
 
 @pytest.mark.parametrize(
     ("prompt", "problem"),
     [
-        (None, "has no prompt (None)"),
-        ([], "has a prompt without messages"),
-        ([{"role": "user", "content": None}], "has a message without role or content"),
-        ([{"role": None, "content": "abc"}], "has a message without role or content"),
+        (None, "has no prompt, but None"),
+        ([], "has no prompt, but []"),
+        ([{"role": "user", "content": None}], "has no prompt, but [{"),
+        ([{"role": None, "content": "abc"}], "has no prompt, but [{"),
     ],
     ids=["None", "no message", "no content", "no role"],
 )
@@ -466,7 +468,7 @@ def test_half_a_character(run_until):
     for split in ("train", "test"):
         Path(f"prompts/{split}.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "\\ud800"}\n')
     status, words, _ = run_until()
-    assert status == 2 and "dataset 'prompts' (--dataset_name) cannot be read: " in words
+    assert status == 2 and "dataset_name='prompts' cannot be loaded: " in words
     assert "Traceback" not in words
 
 

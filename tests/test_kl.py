@@ -156,5 +156,5 @@ def test_beta_is_warned_about(make_trainer, tiny_policy, caplog):
 
 def test_a_model_from_nowhere_has_no_initial_policy_to_load(make_trainer, tiny_model, monkeypatch):
     monkeypatch.setattr("trl.GRPOTrainer.__init__", lambda *args, **kwargs: pytest.fail("too late"))
-    with pytest.raises(ValueError, match=r"beta=0.5 needs the initial policy, .* not loaded from anywhere. Save it"):
+    with pytest.raises(ValueError, match=r"beta=0.5 needs the initial policy, .* this one has none. Save it"):
         make_trainer(model=tiny_model, beta=0.5)

@@ -98,7 +98,7 @@ def test_what_was_asked_for_is_found_out(recipe, capsys, monkeypatch):
     """In a process of its own, so there is one, whatever was asked for."""
     assert "num_processes is 2, but training would run in 1" in message(capsys, recipe(num_processes=2, use_cpu=True))
     argv = recipe(accelerate_config="multi_gpu", per_device_train_batch_size=4, use_cpu=True)
-    assert re.search(r"num_processes is 8 in \S*multi_gpu.yaml, but", message(capsys, argv))
+    assert re.search(r"num_processes in \S*multi_gpu.yaml is 8, but", message(capsys, argv))
     parse_arguments([*argv, "--num_processes", "1"])  # this is not wrong
 
     argv = recipe(per_device_train_batch_size=4)
@@ -107,7 +107,7 @@ def test_what_was_asked_for_is_found_out(recipe, capsys, monkeypatch):
     assert "WORLD_SIZE=2 is set in the environment, but no RANK is" in message(capsys, argv)  # left in a shell
     assert "Run `unset WORLD_SIZE`." in message(capsys, [*argv, "--use_cpu"])  # torch would wait for the other
     monkeypatch.setenv("RANK", "0")  # of `torchrun`, or `accelerate launch --multi_gpu`
-    assert "2 processes were launched (WORLD_SIZE), but training would run in 1" in message(capsys, argv)
+    assert "WORLD_SIZE is 2, but training would run in 1" in message(capsys, argv)
     monkeypatch.setenv("WORLD_SIZE", "1")
     parse_arguments(argv)
 

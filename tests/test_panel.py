@@ -357,7 +357,7 @@ def test_a_vote_that_ends_even_is_even(weights):
     ("options", "oracles", "message"),
     [
         ({"preference_weights": [1.0]}, None, r"preference_weights must have one entry per preference_func \(0\)"),
-        ({"preference_weights": [1.0]}, [rock_paper_scissors] * 2, r"per preference_func \(2\), got \[1.0\]"),
+        ({"preference_weights": [1.0]}, [rock_paper_scissors] * 2, r"per preference_func \(2\), got 1"),
         (
             {"preference_weights": [0.0], "reward_weights": [0.0]},
             rock_paper_scissors,

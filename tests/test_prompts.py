@@ -68,23 +68,22 @@ def as_json(rows, folder) -> Dataset:
 
 
 ODD = {
-    "texts": (["ab", "cd"], "has a prompt that is a list of str ('ab'). A prompt is a text, or a list of messages"),
-    "number": (3, "has 3 as its prompt, of type int. A prompt is a text, or"),
-    "bool": (True, "has True as its prompt, of type bool"),
-    "one message": (USER, "has a dict as its prompt ({'role': 'user', 'content': 'ab'}). A prompt is "),
-    "conversations": ([[USER]], "has a prompt that is a list of list"),
-    "ShareGPT": ([{"from": "human", "value": "ab"}], "has a message with 'from' and 'value'"),
-    "content a number": ([{"role": "user", "content": 3}], "has a message whose role or content is no text"),
-    "content a message": ([{"role": "user", "content": USER}], "has a message whose role or content is no text"),
-    "role a number": ([{"role": 1, "content": "ab"}], "has a message whose role or content is no text"),
-    "parts as texts": ([{"role": "user", "content": ["ab"]}], "has a message whose content is a list without types"),
-    "nothing": (None, "has no prompt (None). Leave out such rows"),
-    "no message": ([], "has a prompt without messages"),
-    "only a call": ([USER, {"role": "user", "tool_calls": [{}]}], "has a message without role or content"),
+    "texts": (["ab", "cd"], "has no prompt, but ['ab', 'cd']. A prompt is a text, or a list of messages"),
+    "number": (3, "has no prompt, but 3. A prompt is a text, or"),
+    "one message": (USER, "has no prompt, but {"),
+    "conversations": ([[USER]], "has no prompt, but [[{"),
+    "ShareGPT": ([{"from": "human", "value": "ab"}], "has no prompt, but [{"),
+    "content a number": ([{"role": "user", "content": 3}], "has no prompt, but [{"),
+    "content a message": ([{"role": "user", "content": USER}], "has no prompt, but [{"),
+    "role a number": ([{"role": 1, "content": "ab"}], "has no prompt, but [{"),
+    "parts as texts": ([{"role": "user", "content": ["ab"]}], "has no prompt, but [{"),
+    "nothing": (None, "has no prompt, but None"),
+    "no message": ([], "has no prompt, but []"),
+    "only a call": ([USER, {"role": "user", "tool_calls": [{}]}], "has no prompt, but [{"),
     "parts": ([{"role": "user", "content": [{"type": "text", "text": "ab"}]}],
               "is refused by the chat template of model '{policy}' (TypeError: can only concatenate"),
     "image": ([{"role": "user", "content": [{"type": "image", "image": "ab"}]}],
-              "has an image, but model '{policy}' has a tokenizer for texts only. Use a model that reads images"),
+              "is refused by the chat template of model '{policy}' (TypeError: can only concatenate"),
     "a completion": ([USER, ASSISTANT], "ends with an assistant message, after which TRL would open another one"),
 }  # fmt: skip
 
@@ -117,34 +116,23 @@ def test_a_later_row_of_a_stream(make, tmp_path, name):
 
 
 @pytest.mark.parametrize(("rows", "words"), [
-    (["ab", "cd", [USER], "e"], "row 2 of train_dataset has a list of messages as its prompt, but the prompts before"),
-    ([[USER], [OTHER], [USER], "ab"], "row 3 of train_dataset has a text as its prompt, but the prompts before are"),
+    (["ab", "cd", [USER], "e"], "row 2 of train_dataset has a prompt of another kind than those before"),
+    ([[USER], [OTHER], [USER], "ab"], "row 3 of train_dataset has a prompt of another kind than those before"),
 ])  # fmt: skip
 def test_texts_mixed_with_messages(make, rows, words):
     with pytest.raises(ValueError, match=words):
         make(rows)
 
 
-def test_the_line_that_drops_completions(make):
-    """The message has it, and what it makes is accepted."""
-    rows = [[USER], [USER, ASSISTANT, OTHER, ASSISTANT], [OTHER], [SYSTEM, USER, ASSISTANT]]
-    with pytest.raises(ValueError, match=r"^row 1 of train_dataset ends with an assistant message") as error:
-        make(rows)
-    dataset = eval(re.search("`(.*)`", str(error.value))[1], {"dataset": Dataset.from_dict({"prompt": rows})})
-    expected = [[USER], [USER, ASSISTANT, OTHER], [OTHER], [SYSTEM, USER]]
-    assert dataset["prompt"][:] == expected
-    make(dataset, load=True)
-
-
 def test_an_empty_text(make, tmp_path):
     """It is no prompt, except for a tokenizer that begins each with a token of its own."""
-    with pytest.raises(ValueError, match=r"^row 1 of train_dataset has a prompt without tokens.* Leave out such rows"):
+    with pytest.raises(ValueError, match=r"^row 1 of train_dataset has a prompt without tokens"):
         make(["ab", "", "c", "d"])
     trainer = make(["ab", "", "c", "d"], stream=True, load=True)
     with pytest.raises(RunError, match="a row of the dataset has a prompt without tokens"):
         trainer.train()
     trainer = make(["ab", "", "c", "d"], policy=save(tmp_path / "bos", with_bos()), load=True)
-    assert trainer._readers[0].look([""]) == ([[31]], None)
+    assert trainer._readers[0].look([""]) == [[31]]
 
 
 def with_bos(**kwargs):
@@ -250,7 +238,7 @@ def test_content_in_parts_that_a_template_prints(make, tmp_path):
         make([[USER], parts], policy)
     make([[USER], [OTHER]], policy, load=True)
     trainer = make([parts, parts], save(tmp_path / "reads", make_tokenizer(chat_template=reads)), load=True)
-    assert trainer._readers[0].look([parts]) == ([[3, 4]], None)  # a and b
+    assert trainer._readers[0].look([parts]) == [[3, 4]]  # a and b
 
 
 def test_messages_for_a_policy_without_a_chat_template(make, tmp_path):
@@ -267,7 +255,7 @@ def test_a_prompt_is_rendered_as_training_does(make, tmp_path):
     policy = save(tmp_path / "suffix", make_tokenizer(chat_template=template))
     for rows in ([[USER], [SYSTEM, OTHER]], ["ab", "c d"]):
         trainer = make(rows, policy, load=True, options={"chat_template_kwargs": {"suffix": "xyz"}})
-        assert trainer._readers[0].look(rows) == (trainer._tokenize_prompts(rows)[0], None)
+        assert trainer._readers[0].look(rows) == trainer._tokenize_prompts(rows)[0]
 
 
 def test_equal_prompts_are_rendered_once(make, monkeypatch):
@@ -287,7 +275,7 @@ def test_equal_prompts_are_rendered_once(make, monkeypatch):
 def test_the_first_row_of_several_is_named_and_batches_are_counted(make, monkeypatch):
     monkeypatch.setattr("trl_sppo.checks.prompts.BATCH", 3)
     rows = [[{"role": "user", "content": letter}] for letter in "abcdefgh"]
-    with pytest.raises(ValueError, match=r"^row 7 of train_dataset has no prompt"):
+    with pytest.raises(ValueError, match=r"^row 7 of train_dataset has no prompt, but None"):
         make([*rows[:7], None, rows[7], None])
     with pytest.raises(ValueError, match=r"^row 4 of train_dataset ends with an assistant"):
         make([*rows[:4], [USER, ASSISTANT], *rows[:3], [USER, ASSISTANT]])
@@ -361,7 +349,7 @@ def test_a_tokenizer_without_eos(make, make_trainer, tmp_path):
 
 
 def test_a_policy_whose_tokenizer_nobody_knows(make_trainer):
-    with pytest.raises(ValueError, match=r"the policy \(Qwen2ForCausalLM\) was not loaded from a checkpoint, so no"):
+    with pytest.raises(ValueError, match="the policy was not loaded from a checkpoint"):
         make_trainer(trainer_kwargs={"processing_class": None})
     with pytest.raises(TypeError, match="processing_class must be a tokenizer or a processor, got str"):
         make_trainer(trainer_kwargs={"processing_class": "tokenizer"})
@@ -388,13 +376,12 @@ def test_columns_with_the_names_of_arguments(make, column, kind):
         make(rows, stream=kind == "stream", **kwargs)
 
 
-def test_columns_that_nobody_is_given(make_trainer, caplog, tiny_model, tmp_path):
-    """Reward models read none, oracles and functions are not given some: that is said."""
+def test_columns_that_nobody_is_given(make_trainer):
+    """Reward models read none, and oracles are not given all."""
     reward = Qwen2ForSequenceClassification(Qwen2Config(**TINY, num_labels=1))
     columns = {"prompt": ["ab", "cd"] * 4, "prompts": ["x"] * 8, "completions": ["x"] * 8, "first": ["x"] * 8}
     kwargs = {"train_dataset": Dataset.from_dict(columns), "reward_processing_classes": make_tokenizer()}
     make_trainer(reward_funcs=reward, trainer_kwargs=kwargs, max_steps=1).train()
-    assert "do not get the columns" not in caplog.text
     got = []
 
     def oracle(prompts, first, second, **kwargs):
@@ -404,11 +391,6 @@ def test_columns_that_nobody_is_given(make_trainer, caplog, tiny_model, tmp_path
     kwargs = {"train_dataset": Dataset.from_dict(columns), "preference_func": oracle}
     make_trainer(reward_funcs=None, trainer_kwargs=kwargs, max_steps=1).train()
     assert got[0] == ["completions", "log_metric"]
-    assert "preference_funcs do not get the columns ['first', 'prompts'] of train_dataset" in caplog.text
-    caplog.clear()
-    columns = {"prompt": ["ab", "cd"] * 4, "completion": ["x"] * 8}
-    make_trainer(trainer_kwargs={"train_dataset": Dataset.from_dict(columns)})
-    assert "do not get the columns ['completion'] of train_dataset" in caplog.text
 
 
 @pytest.mark.parametrize("column", ["image", "images"])
@@ -449,7 +431,7 @@ def test_a_model_that_sees_without_images(make_trainer, seeing):
     trainer = make_trainer(model=model, reward_funcs=image_score, trainer_kwargs=kwargs, max_steps=1)
     assert trainer.train_dataset.column_names == ["prompt"]
     prompts = [row["prompt"] for row in trainer.train_dataset]
-    assert trainer._readers[0].look(prompts) == (trainer._tokenize_prompts(prompts)[0], None)
+    assert trainer._readers[0].look(prompts) == trainer._tokenize_prompts(prompts)[0]
     trainer.train()
     kwargs["train_dataset"] = both.select([1, 2])
     assert "image" in make_trainer(model=model, trainer_kwargs=kwargs).train_dataset.column_names
@@ -458,27 +440,14 @@ def test_a_model_that_sees_without_images(make_trainer, seeing):
 # ---- Datasets of other layouts
 
 
-def share(*turns):
-    return [{"from": author, "value": text} for author, text in turns]
-
-
 LAYOUTS = {
     "messages": ({"messages": [SYSTEM, USER, ASSISTANT]}, [[SYSTEM, USER]]),
     "messages of several turns": ({"messages": [USER, ASSISTANT, OTHER, ASSISTANT]}, [[USER, ASSISTANT, OTHER]]),
-    "messages without a completion": ({"messages": [SYSTEM, USER]}, [[SYSTEM, USER]]),
     "chosen and rejected": (
         {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "xy"}]}, [[USER]],
     ),
-    "texts chosen and rejected": (
-        {"chosen": "\n\nHuman: a\n\nAssistant: b c", "rejected": "\n\nHuman: a\n\nAssistant: b d"},
-        ["\n\nHuman: a\n\nAssistant:"],
-    ),
     "a question with chosen and rejected": (
         {"question": "ab", "chosen": "The answer is 4.", "rejected": "The result is 5."}, [[USER], "ab"],
-    ),
-    "ShareGPT": (
-        {"conversations": share(("system", "gh"), ("human", "ab"), ("gpt", "ef"), ("human", "cd"), ("gpt", "ef"))},
-        [[SYSTEM, USER, ASSISTANT, OTHER]],
     ),
     "conversations": ({"conversations": [USER, ASSISTANT]}, [[USER]]),
     "question": ({"question": "ab", "answer": "ef"}, [[USER], "ab"]),
@@ -486,10 +455,6 @@ LAYOUTS = {
     "query": ({"query": "ab", "response": "ef"}, [[USER], "ab"]),
     "text": ({"text": "ab"}, [[USER], "ab"]),
     "instruction": ({"instruction": "ab", "output": "ef"}, [[USER], "ab"]),
-    "instruction and input": (
-        {"instruction": "ab", "input": "cd", "output": "ef"}, [[{"role": "user", "content": "ab\n\ncd"}], "ab\n\ncd"],
-    ),
-    "instruction without input": ({"instruction": "ab", "input": "", "output": "ef"}, [[USER], "ab"]),
 }  # fmt: skip
 
 
@@ -521,7 +486,7 @@ def test_how_to_make_prompts_of_what_nobody_knows():
         (
             ["ab", "<bos>cd", "<bos>e"],
             {"chat_template": None},
-            "row 1 of train_dataset begins with the BOS token '<bos>'",
+            "row 1 of train_dataset begins with the BOS token twice",
         ),
         (["ab", "cd", "e<eos>", "f<eos>"], {"chat_template": None}, "row 2 of train_dataset ends with the EOS token"),
         ([[USER], [OTHER]], {}, None),
@@ -588,7 +553,7 @@ def test_check_refuses_what_training_refuses(check, tmp_path):
     status, said = check([{"prompt": [USER, ASSISTANT]}] * 2)
     assert status == 2 and "row 0 of train_dataset ends with an assistant message" in said
     status, said = check([{"prompt": 3}] * 2)
-    assert status == 2 and "row 0 of train_dataset has 3 as its prompt" in said
+    assert status == 2 and "row 0 of train_dataset has no prompt, but 3" in said
 
 
 def test_check_reads_the_prompts_of_rollouts(check, tmp_path):
@@ -610,7 +575,7 @@ def test_a_dataset_without_prompts(make_trainer, tiny_model, tiny_tokenizer):
     """`check_prompts` leaves it alone."""
     reader = policy_reader(make_trainer().args, tiny_model, tiny_tokenizer)
     check_prompts([reader], {"train_dataset": Dataset.from_dict({"environment": ["a"]})})
-    assert reader.lengths == {}
+    assert reader.seen == set()
 
 
 def test_images_inside_messages_are_not_decoded(monkeypatch):

@@ -76,7 +76,7 @@ def test_qlora_trains_saves_loads_back_and_merges(make_trainer, policy, tmp_path
 
 
 def test_evaluations_during_qlora_on_a_cpu_are_refused(make_trainer):
-    message = r"eval_strategy='steps' with a policy in 4 bit on a CPU: .*no gradient.*evaluate after training"
+    message = r"eval_strategy='steps' with a policy in 4 bit on a CPU: .*no gradient.*remove load_in_4bit"
     with pytest.raises(ValueError, match=message):
         make_trainer("./not-even-looked-at", eval_strategy="steps", trainer_kwargs={"quantization_config": NF4})
 

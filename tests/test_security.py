@@ -182,7 +182,7 @@ def test_a_judges_own_code_never_runs_and_nobody_is_asked(tmp_path, kind, own_co
 @pytest.mark.parametrize("value", [True, "my/reward-model", [True]])
 def test_trust_in_reward_models_names_each(tmp_path, value):
     with pytest.raises(
-        ValueError, match=r"reward_trust_remote_code must be a list of reward models, as given.*is named"
+        ValueError, match=r"reward_trust_remote_code must be a list of reward models, as given in reward_funcs"
     ):
         SPPOConfig(str(tmp_path), use_cpu=True, bf16=False, reward_trust_remote_code=value)
 

@@ -75,9 +75,14 @@ def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
 @pytest.mark.parametrize(
     ("variable", "options", "has_adapter", "message"),
     [
-        ("FSDP", {"use_vllm": True}, True, "use_vllm=True with an adapter under FSDP: .*ZeRO-3"),
-        ("FSDP", {"beta": 0.1}, False, "beta=0.1 needs the initial policy, of which transformers 5.17.0 .*5.23"),
-        ("DEEPSPEED", {"reward_quantization": "8bit"}, False, "reward_quantization='8bit' under DeepSpeed.*its URL"),
+        ("FSDP", {"use_vllm": True}, True, "use_vllm=True with an adapter under FSDP: .*zero3"),
+        ("FSDP", {"beta": 0.1}, False, "beta=0.1 needs the initial policy, which transformers 5.17.0 .*5.23"),
+        (
+            "DEEPSPEED",
+            {"reward_quantization": "8bit"},
+            False,
+            "reward_quantization='8bit' does not work under DeepSpeed.*its URL",
+        ),
     ],
 )
 def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, message):
@@ -118,7 +123,7 @@ def test_a_quantized_policy_cannot_sample_with_vllm(make_trainer, tiny_policy, t
 
 
 def test_server_mode_needs_a_cuda_device(make_trainer):
-    with pytest.raises(ValueError, match=r"vllm_mode='server' needs a CUDA device.*computes on 'cpu'.*'colocate'"):
+    with pytest.raises(ValueError, match=r"vllm_mode='server' needs a CUDA device.*'colocate'"):
         make_trainer(model="./not-even-looked-at", use_vllm=True, vllm_mode="server")
 
 

@@ -49,7 +49,3 @@ def _run(argv: list[str]) -> int:
     args, _ = parser.parse_known_args(argv[:1])
     module, more, _ = COMMANDS[args.command]
     return import_module(f"trl_sppo.{module}").main(argv[1:], **more)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
-from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -51,6 +50,14 @@ _REJECTED = {
     "Completions are not divided between processes. Shard the model with `fsdp` or `deepspeed`.": "parallelism_config",
     "A run always saves a checkpoint on SIGTERM. See also `time_budget`.": "enable_jit_checkpoint",
     "There is no test set. `trl-sppo eval` compares policies.": "do_predict",
+}
+_CHOICES = {
+    "loss_type": ("sppo", "sppo_hard", "sppo_single"),
+    "baseline": ("half", "log_mean_exp"),
+    "comparison": ("hard", "bradley_terry"),
+    "reward_aggregation": ("vote", "sum"),
+    "train_on": ("all", "best_and_worst"),
+    "reward_quantization": (None, "8bit", "4bit"),
 }
 REJECTED_OPTIONS = {name: reason for reason, names in _REJECTED.items() for name in names.split()}
 # Other ways to write the default
@@ -143,29 +150,22 @@ class SPPOConfig(GRPOConfig):
     # length, the group of 8 and eta = 1/0.1 are those of the request that this package answers (see the recipe
     # qwen2.5-7b-instruct/lora.yaml); the paper has 1.0, 2048 (its code), 5 and 1000.
     learning_rate: float = field(
-        default=5e-7,
-        metadata={"help": "The initial learning rate for AdamW. SPPO paper, Section 5: 5e-7 for full fine-tuning."},
+        default=5e-7, metadata={"help": "The initial learning rate. The paper's, for full fine-tuning."}
     )
     temperature: float = field(
-        default=0.8,
-        metadata={"help": "Temperature for sampling. The policy that is trained is the one at this temperature."},
+        default=0.8, metadata={"help": "Temperature for sampling. The policy at this temperature is trained."}
     )
     max_completion_length: int | None = field(
-        default=1024,
-        metadata={"help": "Maximum length of the generated completion, in tokens."},
+        default=1024, metadata={"help": "Maximum length of the generated completion, in tokens."}
     )
     disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Whether to disable dropout, which would add noise to the log-ratio of two passes."},
+        default=True, metadata={"help": "Whether to disable dropout, which adds noise to the log-ratio."}
     )
 
     # Parameters that control the objective
     eta: float = field(
         default=10.0,
-        metadata={
-            "help": "Completions are regressed to a log-ratio of eta * (win_rate - 1/2) nats. The beta of DPO and of "
-            "the official SPPO code is 1/eta. The paper uses 1000."
-        },
+        metadata={"help": "Completions are regressed to a log-ratio of eta * (win_rate - 1/2). DPO's beta is 1/eta."},
     )
     loss_type: str = field(
         default="sppo",
@@ -176,117 +176,82 @@ class SPPOConfig(GRPOConfig):
     )
     baseline: Literal["half", "log_mean_exp"] = field(
         default="half",
-        metadata={
-            "help": "What stands for log Z / eta: 'half' (the paper's constant) or 'log_mean_exp' (the group's own "
-            "estimate)."
-        },
+        metadata={"help": "What stands for log Z / eta: 'half' (the paper) or 'log_mean_exp' (the group's estimate)."},
     )
     forward_kl_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "With beta > 0: share of the forward divergence KL(initial policy || policy) in the KL term. The "
-            "reverse one has the rest."
-        },
+        default=0.0, metadata={"help": "With beta > 0: share of KL(initial policy || policy) in the KL term."}
     )
 
     # Parameters that control where preferences come from
     comparison: Literal["hard", "bradley_terry"] = field(
-        default="hard",
-        metadata={
-            "help": "How two scores become a preference: 'hard' (the higher score wins, ties are 1/2) or "
-            "'bradley_terry' (sigmoid of the difference of the scores over bt_temperature)."
-        },
+        default="hard", metadata={"help": "How two scores become a preference: 'hard' or 'bradley_terry'."}
     )
     bt_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of the Bradley-Terry comparison, in units of the score."},
+        default=1.0, metadata={"help": "Temperature of the Bradley-Terry comparison, in units of the score."}
     )
     include_self: bool = field(
-        default=False,
-        metadata={"help": "Whether a completion's tie with itself counts in its win rate, as in the official code."},
+        default=False, metadata={"help": "Whether a completion's tie with itself counts in its win rate."}
     )
     reward_aggregation: Literal["vote", "sum"] = field(
         default="vote",
         metadata={
-            "help": "How several reward sources become one preference: 'vote' (each compares, and preferences are "
-            "averaged by reward_weights) or 'sum' (weighted scores are added, then compared)."
+            "help": "Whether several reward sources 'vote' by reward_weights, or their scores are added: 'sum'."
         },
     )
     missing_eos_penalty: float | None = field(
-        default=None,
-        metadata={"help": "Subtracted from the scores of a completion that does not end with an EOS token."},
+        default=None, metadata={"help": "Subtracted from the scores of a completion that does not end with EOS."}
     )
     preference_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Vote of each pairwise oracle, on the scale of reward_weights. 1 each by default."},
+        default=None, metadata={"help": "Vote of each pairwise oracle, on the scale of reward_weights."}
     )
     both_orders: bool = field(
-        default=True,
-        metadata={"help": "Whether pairwise oracles are asked for each pair in both orders, or in one."},
+        default=True, metadata={"help": "Whether pairwise oracles are asked for each pair in both orders."}
     )
-    preference_batch_size: int = field(
-        default=512,
-        metadata={"help": "Comparisons per call of a pairwise oracle."},
-    )
+    preference_batch_size: int = field(default=512, metadata={"help": "Comparisons per call of a pairwise oracle."})
 
     # Parameters that control which completions are trained on
     train_on: Literal["all", "best_and_worst"] = field(
-        default="all",
-        metadata={"help": "Completions of a group to train on: 'all', or 'best_and_worst' (the paper's experiments)."},
+        default="all", metadata={"help": "Completions of a group to train on: 'all' or 'best_and_worst'."}
     )
     win_rate_threshold: float | None = field(
         default=None,
-        metadata={
-            "help": "Train only on completions with a win rate of at least this, or of at most one minus this. In "
-            "[0.5, 1]."
-        },
+        metadata={"help": "Train only on win rates of at least this, or at most one minus this. In [0.5, 1]."},
     )
 
     # Parameters that control scoring
-    reward_batch_size: int = field(
-        default=16,
-        metadata={"help": "Completions per forward pass of a reward model."},
-    )
+    reward_batch_size: int = field(default=16, metadata={"help": "Completions per forward pass of a reward model."})
     reward_quantization: Literal["8bit", "4bit"] | None = field(
-        default=None,
-        metadata={"help": "Load reward models given by path in '8bit' or '4bit' (NF4), with bitsandbytes."},
+        default=None, metadata={"help": "Load reward models given by path in '8bit' or '4bit' (NF4)."}
     )
 
     # Parameters that control stored rollouts
     save_rollouts: bool = field(
-        default=True,
-        metadata={"help": "Whether to write the rollouts of each iteration to output_dir/rollouts."},
+        default=True, metadata={"help": "Whether to write the rollouts of each iteration to output_dir/rollouts."}
     )
     rollouts_total_limit: int | None = field(
-        default=None,
-        metadata={"help": "Files of rollouts to keep, of iterations before the last checkpoint. All by default."},
+        default=None, metadata={"help": "Files of rollouts to keep, of iterations before the last checkpoint."}
     )
     rollouts: str | None = field(
-        default=None,
-        metadata={"help": "Train on the rollouts in this folder or file, instead of sampling."},
+        default=None, metadata={"help": "Train on the rollouts in this folder or file, instead of sampling."}
     )
 
     # Parameters that control how a run ends
     time_budget: float | None = field(
-        default=None,
-        metadata={"help": "Minutes after which the process should have ended: a checkpoint is saved in time."},
+        default=None, metadata={"help": "Minutes after which the process should have ended, with a checkpoint."}
     )
 
     # Parameters that control whose code runs
     trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether the policy's checkpoint, and it alone, may run Python code of its own."},
+        default=False, metadata={"help": "Whether the policy's checkpoint may run Python code of its own."}
     )
     reward_trust_remote_code: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward models, as given, that may run Python code of their own. None by default."},
+        default=None, metadata={"help": "Reward models, as given, that may run Python code of their own."}
     )
 
     def __post_init__(self):
         # All that is wrong is said at once
-        numbers = list(find_number_problems(self))
-        problems = [*self._find_problems_of_objective(), *numbers]
-        problems += [*find_mapping_problems(self), *find_pair_problems(self), *find_launch_problems()]
+        problems = [*find_number_problems(self), *find_mapping_problems(self), *find_pair_problems(self)]
+        problems += find_launch_problems()
         can_go_on = not problems  # else TRL might stumble over one of them
         problems += [*self._find_rejected_options(), *self._find_problems()]
         if self.save_strategy == "best" and self.metric_for_best_model is None:
@@ -308,100 +273,42 @@ class SPPOConfig(GRPOConfig):
             raise ValueError("\n".join(first.values()))
         self._warn()
 
-    def _find_problems_of_objective(self) -> Iterator[str]:
-        if self.num_generations is None or self.num_generations < 2:
-            yield (
-                f"num_generations must be at least 2, got {self.num_generations}: a win rate compares the completions "
-                "of a group with each other. The default is 8."
-            )
-        if not 0 <= self.beta < float("inf"):
-            yield f"beta must be finite and not negative, got {self.beta}: it weights the KL term."
-
     def _find_rejected_options(self) -> Iterator[str]:
         inherited = {option.name: option for option in fields(GRPOConfig)}
-        of_transformers = {option.name for option in fields(TrainingArguments)}
         for name, reason in REJECTED_OPTIONS.items():
             value, option = getattr(self, name), inherited[name]
             default = option.default if option.default_factory is MISSING else option.default_factory()
             if value != default and not (name in _SAME_AS_DEFAULT and value is _SAME_AS_DEFAULT[name]):
                 yield (
-                    f"{name}={value!r} is an option of {'transformers' if name in of_transformers else 'GRPO'} that "
-                    f"SPPO does not use: {reason} Remove it (its default is {default!r})."
+                    f"{name}={value!r} is an option that SPPO does not use: {reason} Remove it (its default is "
+                    f"{default!r})."
                 )
 
     def _find_problems(self) -> Iterator[str]:
-        if not 0 < self.eta < float("inf"):
-            yield (
-                f"eta must be positive and finite, got {self.eta}: it scales the SPPO target. "
-                "The paper's beta = 1/eta = 0.001 is eta=1000."
-            )
-        if self.eta > 1e9:
-            yield f"eta must be at most 1e9, got {self.eta}: the squared error would overflow."
-        choices = {
-            "loss_type": ("sppo", "sppo_hard", "sppo_single"),
-            "baseline": ("half", "log_mean_exp"),
-            "comparison": ("hard", "bradley_terry"),
-            "reward_aggregation": ("vote", "sum"),
-            "train_on": ("all", "best_and_worst"),
-        }
-        for name, values in choices.items():
+        if not 0 < self.eta <= 1e9:  # above, the squared error would overflow
+            yield f"eta must be positive and at most 1e9, got {self.eta}. The paper's beta = 0.001 is eta=1000."
+        for name, values in _CHOICES.items():
             if getattr(self, name) not in values:
-                yield f"{name} must be {' or '.join(map(repr, values))}, got {getattr(self, name)!r}."
-        if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
-            yield (
-                "loss_type='sppo_single' is about the best against the worst of a group: set "
-                "train_on='best_and_worst'."
-            )
-        if self.loss_type != "sppo" and self.baseline != "half":
-            yield (
-                f"baseline={self.baseline!r} needs the win rates of the whole group, which "
-                f"loss_type={self.loss_type!r} does not use. Use loss_type='sppo', or baseline='half'."
-            )
-        if not 0 <= self.forward_kl_share <= 1:
-            yield (
-                f"forward_kl_share must be in [0, 1], got {self.forward_kl_share}: it divides the KL term between the "
-                "forward and the reverse direction."
-            )
-        if self.forward_kl_share > 0 and self.beta == 0:
-            yield (
-                f"forward_kl_share={self.forward_kl_share} divides a KL term whose weight, beta, is 0. Set beta, or "
-                "remove forward_kl_share."
-            )
-        if not self.bt_temperature > 0:
-            yield (
-                f"bt_temperature must be positive, got {self.bt_temperature}: it divides the difference of two scores."
-            )
-        if self.win_rate_threshold is not None:
-            if not 0.5 <= self.win_rate_threshold <= 1:
-                yield (
-                    f"win_rate_threshold must be in [0.5, 1], got {self.win_rate_threshold}: completions that win at "
-                    "least that often, or lose at least that often, are trained on. 0.5 keeps all of them."
-                )
-            if self.train_on == "best_and_worst":
-                yield (
-                    f"win_rate_threshold={self.win_rate_threshold} and train_on='best_and_worst' both choose the "
-                    "completions to train on. Set only one of them."
-                )
+                yield f"{name} must be {' or '.join(map(repr, filter(None, values)))}, got {getattr(self, name)!r}."
         for name in ("reward_weights", "preference_weights"):
             weights = getattr(self, name)
-            if weights is not None and not isinstance(weights, (list, tuple)):
-                yield f"{name} must be a list, one weight per source, got {weights}."
-            elif weights is not None and not all(isinstance(weight, (int, float)) for weight in weights):
-                texts = find_number_texts(name, list(weights))
-                yield next(texts, f"{name} must be a list of numbers, got {weights}.")
-            elif weights is not None and min(weights, default=0) < 0:
-                yield (
-                    f"{name} must not be negative, got {weights}: they weight each source's vote. To prefer low "
-                    "scores, negate the reward function."
-                )
-        if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
+            if weights is None:
+                continue
+            if not isinstance(weights, (list, tuple)) or not all(isinstance(each, (int, float)) for each in weights):
+                rule = f"{name} must be a list of numbers, one per source, got {weights}."
+                yield next(find_number_texts(name, weights), rule)
+            elif min(weights, default=0) < 0:
+                yield f"{name} must not be negative, got {weights}. To prefer low scores, negate the reward function."
+        if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
+            yield "loss_type='sppo_single' is about the best against the worst: set train_on='best_and_worst'."
+        if self.loss_type != "sppo" and self.baseline != "half":
+            yield f"baseline={self.baseline!r} needs the win rates of the whole group: use loss_type='sppo'."
+        if self.forward_kl_share > 0 and self.beta == 0:
+            yield f"forward_kl_share={self.forward_kl_share} divides a KL term whose weight, beta, is 0. Set beta."
+        if self.win_rate_threshold is not None and self.train_on == "best_and_worst":
             yield (
-                f"missing_eos_penalty must be positive, got {self.missing_eos_penalty}: it is subtracted from scores."
-            )
-        if self.rollouts_total_limit is not None and self.rollouts_total_limit < 1:
-            yield (
-                f"rollouts_total_limit must be at least 1, got {self.rollouts_total_limit}. To write no rollouts, set "
-                "save_rollouts=False."
+                f"win_rate_threshold={self.win_rate_threshold} and train_on='best_and_worst' both choose the "
+                "completions to train on. Set only one of them."
             )
         if (self.metric_for_best_model or "").endswith("_loss"):
             yield (
@@ -409,34 +316,14 @@ class SPPOConfig(GRPOConfig):
                 "all log-ratios are 0. Leave it out for the win rate against the initial policy, or name a metric."
             )
         if self.push_to_hub and self.save_rollouts:
-            yield (
-                "push_to_hub=True would upload the rollouts in output_dir, which hold the dataset's prompts and "
-                "columns and all that was sampled. Set save_rollouts=False, or push afterwards what you choose."
-            )
+            yield "push_to_hub=True would upload the rollouts, which hold the prompts. Set save_rollouts=False."
         if self.rollouts is not None and self.use_vllm:
+            yield f"rollouts={self.rollouts!r} are trained on instead of sampling. Set use_vllm=False."
+        mode = self.vllm_importance_sampling_mode
+        if self.use_vllm and self.vllm_importance_sampling_correction and not mode.startswith("sequence"):
             yield (
-                f"rollouts={self.rollouts!r} are trained on instead of sampling, so there is no use for vLLM. Set "
-                "use_vllm=False."
-            )
-        if self.time_budget is not None and not self.time_budget > 0:
-            yield f"time_budget must be positive, got {self.time_budget}: it is the minutes that the run may take."
-        if self.reward_quantization not in (None, "8bit", "4bit"):
-            yield (
-                f"reward_quantization must be '8bit' or '4bit', got {self.reward_quantization!r}. Leave it out to "
-                "load reward models as they were saved."
-            )
-        for name in ("reward_batch_size", "preference_batch_size"):
-            if getattr(self, name) < 1:
-                yield f"{name} must be at least 1, got {getattr(self, name)}."
-        if (
-            self.use_vllm
-            and self.vllm_importance_sampling_correction
-            and not self.vllm_importance_sampling_mode.startswith("sequence")
-        ):
-            yield (
-                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weights single tokens, but "
-                "SPPO's squared error is one number for a whole completion. Use 'sequence_mask' or "
-                "'sequence_truncate', or set vllm_importance_sampling_correction=False."
+                f"vllm_importance_sampling_mode={mode!r} weights single tokens, but SPPO's squared error is one "
+                "number for a whole completion. Use 'sequence_mask' or 'sequence_truncate'."
             )
 
     def _find_problems_of_iterations(self) -> Iterator[str]:
@@ -445,8 +332,7 @@ class SPPOConfig(GRPOConfig):
             yield (
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
-                "SPPO iteration, which is one generation batch. Raise steps_per_generation (or "
-                "generation_batch_size), or lower gradient_accumulation_steps."
+                "SPPO iteration, which is one generation batch. Change one of them (or generation_batch_size)."
             )
 
     def _warn(self) -> None:

@@ -6,20 +6,17 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
-import yaml
 from transformers import GenerationConfig
 from transformers.integrations import integration_utils
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig
 
 from .trust import check_url
 
 
-# Numbers for which TRL and transformers have no check that names the option, or have it only during training
+# Our numbers, and those for which TRL and transformers have no check that names the option before training
 RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
     (
         "at least 1",
@@ -28,10 +25,19 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations",
             "max_completion_length", "pad_to_multiple_of", "ref_model_sync_steps", "eval_accumulation_steps",
-            "save_total_limit", "dataloader_prefetch_factor", "vllm_tensor_parallel_size",
+            "save_total_limit", "dataloader_prefetch_factor", "vllm_tensor_parallel_size", "reward_batch_size",
+            "preference_batch_size", "rollouts_total_limit",
         ],
     ),
-    ("positive", lambda value: value > 0, ["learning_rate", "num_train_epochs", "logging_steps", "save_steps"]),
+    ("at least 2", lambda value: value >= 2, ["num_generations"]),
+    (
+        "positive",
+        lambda value: value > 0,
+        [
+            "learning_rate", "num_train_epochs", "logging_steps", "save_steps", "bt_temperature",
+            "missing_eos_penalty", "time_budget",
+        ],
+    ),
     # Below, 32-bit floats overflow in what is divided by these
     ("at least 1e-6", lambda value: value >= 1e-6, ["temperature", "repetition_penalty"]),
     ("at least 1e-30", lambda value: value >= 1e-30, ["adam_epsilon"]),
@@ -41,10 +47,11 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
         [
             "weight_decay", "neftune_noise_alpha", "top_k", "eval_steps", "seed",
             "dataloader_num_workers", "num_completions_to_print", "max_tool_calling_iterations",
-            "router_aux_loss_coef",
+            "router_aux_loss_coef", "beta",
         ],
     ),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, ["min_p", "ref_model_mixup_alpha"]),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ["min_p", "ref_model_mixup_alpha", "forward_kl_share"]),
+    ("in [0.5, 1]", lambda value: 0.5 <= value <= 1, ["win_rate_threshold"]),
     ("in [0, 1), as a decay", lambda value: 0 <= value < 1, ["adam_beta1", "adam_beta2"]),
     ("above 0, and at most 1", lambda value: 0 < value <= 1, ["top_p"]),
 ]  # fmt: skip
@@ -76,10 +83,10 @@ def find_number_problems(args: GRPOConfig) -> Iterator[str]:
         if field_.type in (float, float | None) and type(value) is int:  # of which transformers refuses some
             setattr(args, field_.name, float(value))
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number) and field_.name != "eta":
-                yield f"{field_.name} must be finite, got {value}."
-            elif isinstance(number, float) and abs(number) >= 2**31 and field_.name != "eta":
+            if isinstance(number, float) and not abs(number) < 2**31:
                 yield f"{field_.name} must be between -2^31 and 2^31, got {value}."
+    if args.num_generations is None:
+        yield "num_generations must be at least 2, got None."
     for rule, holds, names in RANGES:
         for name in names:
             value = getattr(args, name)
@@ -117,11 +124,9 @@ def find_number_texts(where: str, value: Any) -> Iterator[str]:
         for i, each in enumerate(value):
             yield from find_number_texts(f"{where}[{i}]", each)
     elif isinstance(value, str) and _EXPONENT.fullmatch(value):
-        number = float(value)
-        written = str(int(number)) if number.is_integer() and abs(number) < 1e15 else yaml.safe_dump(number).split()[0]
         yield (
             f"{where} must be a number, got the text {value!r}. YAML reads a number with an exponent only if it has a "
-            f"point and a sign (1.0e-5, not 1e-5): write {written}."
+            "point and a sign: 1.0e-5, not 1e-5."
         )
 
 
@@ -134,9 +139,8 @@ def find_launch_problems() -> Iterator[str]:
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1" and not any(name in os.environ for name in _RANKS):
         yield (
-            f"WORLD_SIZE={size} is set in the environment, but no RANK is: this is one process, which would wait for "
-            "others that nobody starts. Run `unset WORLD_SIZE`. For several processes, use `trl-sppo train "
-            "--num_processes N`."
+            f"WORLD_SIZE={size} is set in the environment, but no RANK is: this process would wait for others. Run "
+            "`unset WORLD_SIZE`. For several processes, use `trl-sppo train --num_processes N`."
         )
 
 
@@ -148,11 +152,6 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(args, name) and args.dataloader_num_workers == 0:
             yield f"{name}={getattr(args, name)!r} needs workers: set dataloader_num_workers, or remove it."
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        yield (
-            "use_liger_kernel=True needs liger-kernel, which is not installed. TRL has deprecated it: use "
-            'model_init_kwargs={"use_kernels": True}.'
-        )
     if args.ddp_backend is not None and args.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield f"ddp_backend={args.ddp_backend!r} is for several processes, but this is one. Remove it."
     for name in ("do_eval", "eval_on_start"):
@@ -160,11 +159,9 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
             yield f"{name}=True needs an evaluation: set eval_strategy, or remove it."
     if args.sync_ref_model and args.beta == 0:
         yield "sync_ref_model=True moves the reference policy of the KL term, but beta is 0. Set beta, or remove it."
-    if isinstance(args.accelerator_config, dict):
-        known = [field_.name for field_ in fields(AcceleratorConfig)]
-        unknown = sorted(map(str, args.accelerator_config.keys() - known))
-        if unknown:
-            yield f"accelerator_config has no {' or '.join(map(repr, unknown))}. It has {', '.join(known)}."
+    known = {field_.name for field_ in fields(AcceleratorConfig)}
+    if isinstance(args.accelerator_config, dict) and not args.accelerator_config.keys() <= known:
+        yield f"accelerator_config must only have {', '.join(sorted(known))}, got {args.accelerator_config}."
 
 
 def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
@@ -221,27 +218,13 @@ def find_trust_problems(args: Any) -> Iterator[str]:
             yield str(error)
     names = args.reward_trust_remote_code
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        yield (
-            f"reward_trust_remote_code must be a list of reward models, as given in reward_funcs, got {names!r}: "
-            "each whose own code may run is named."
-        )
-
-
-# What `report_to` needs, as pip calls it, where that is another name
-_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
-_AVAILABLE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # as transformers calls its question
+        yield f"reward_trust_remote_code must be a list of reward models, as given in reward_funcs, got {names!r}."
 
 
 def find_tracker_problems(args: GRPOConfig) -> Iterator[str]:
-    """Trackers that are none, or not installed: transformers would say so after models are loaded."""
-    trackers = integration_utils.INTEGRATION_TO_CALLBACK
-    for name in args.report_to or []:
-        if name not in trackers:
-            nearest = get_close_matches(str(name), trackers, n=1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else f"Known are {', '.join(sorted(trackers))}."
-            yield f"report_to={name!r} is no tracker that transformers knows. {hint}"
-        elif not getattr(integration_utils, f"is_{_AVAILABLE.get(name, name)}_available")():
-            yield (
-                f"report_to={name!r} needs a package that is not installed, or that the environment switches off. Run "
-                f"`pip install {_PACKAGES.get(name, name)}`, or set report_to: none."
-            )
+    """Trackers that are unknown or not installed: transformers would say so after models are loaded."""
+    try:
+        for tracker in integration_utils.get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        yield f"report_to={args.report_to!r}: {error}"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from trl.data_utils import is_conversational
 
@@ -14,24 +15,14 @@ ROW = "row_of_rollouts"
 
 def to_tensor(rows: Any) -> torch.Tensor:
     """A float tensor of nested lists, NaN where they have `None`."""
-    return torch.tensor(_none_to_nan(rows), dtype=torch.float32)
+    return torch.from_numpy(np.array(rows, dtype=np.float32))
 
 
 def to_lists(values: torch.Tensor) -> Any:
     """Nested lists of a tensor, with `None` where it is NaN."""
-    return _nan_to_none(values.tolist())
-
-
-def _none_to_nan(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_none_to_nan(entry) for entry in value]
-    return float("nan") if value is None else value
-
-
-def _nan_to_none(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_nan_to_none(entry) for entry in value]
-    return None if value != value else value
+    array = values.cpu().numpy().astype(object)
+    array[values.isnan().cpu().numpy()] = None
+    return array.tolist()
 
 
 def without_nulls(message: dict[str, Any]) -> dict[str, Any]:

@@ -2,22 +2,60 @@
 
 import os
 from argparse import Namespace
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from accelerate import PartialState
 from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import parse_flag_from_env
 from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..config import SPPOConfig
 from ..option_rules import find_launch_problems
-from .foreign_options import advice
 from .recipes import check_recipe, read_recipe
 
 
 # Options of `accelerate launch` that say what to run
 _SCRIPT = "training_script", "training_script_args", "module", "no_python"
+
+_FLAT = "A recipe here is one flat list of options: write those of this section at the top level, by their names here."
+# What took the place of frequent options of older TRL and transformers, alignment-handbook, open-r1 and others
+INSTEAD = {
+    "torch_dtype": "Write dtype.",
+    "use_flash_attention_2": "Write attn_implementation: flash_attention_2.",
+    "evaluation_strategy": "Write eval_strategy.",
+    "no_cuda": "Write use_cpu.",
+    "per_gpu_train_batch_size": "Write per_device_train_batch_size.",
+    "warmup_ratio": "Write warmup_steps: below 1 it is a share of all steps.",
+    "overwrite_output_dir": "Remove it: a run writes into output_dir. resume_from_checkpoint: true continues one.",
+    "save_safetensors": "Remove it: weights are always saved as safetensors.",
+    "wandb_project": "Write env: {WANDB_PROJECT: ...}, which transformers reads.",
+    "dataset_mixer": "Write dataset_name, or a mixture as datasets: [{path: ...}].",
+    "dataset_splits": "Write dataset_train_split and dataset_test_split.",
+    "dataset_prompt_column": "The column must be named prompt: rename it with `dataset.rename_column`.",
+    "preprocessing_num_workers": "Remove it: prompts are tokenized when they are sampled from, not before.",
+    "dataset_num_proc": "Remove it: prompts are tokenized when they are sampled from, not before.",
+    "max_prompt_length": (
+        "Remove it: prompts are never cut. Filter long ones; vllm_max_model_length bounds prompt and completion."
+    ),
+    **dict.fromkeys(("max_length", "max_new_tokens", "response_length"), "Write max_completion_length."),
+    "reward_model_path": "Write reward_model_name_or_path.",
+    "judge": "Write preference_funcs, with the import path of a judge (docs/judges.md).",
+    "pref_beta": "Write eta, which is 1 / beta.",
+}
+
+
+def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
+    """What to write instead of an unknown option with this value. `mappings` are the options that take one."""
+    if name in INSTEAD:
+        return INSTEAD[name]
+    is_section = isinstance(value, dict) or "." in name
+    nearest = get_close_matches(name, sorted(mappings if is_section else options), n=1, cutoff=0.8)
+    if nearest:
+        return f"Did you mean {nearest[0]}?"
+    return _FLAT if is_section else "`trl-sppo train --help` lists all options."
 
 
 def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
@@ -64,11 +102,11 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         raise ValueError(f"accelerate_config: {error}") from error
     # accelerate would run an argument without an option as the script
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
-    script = launch.training_script
-    if script != "trl_sppo.train":
-        hint = " Options are written `--name value`." if "=" in script else ""
-        hint = " A recipe is given with --config." if script.endswith((".yaml", ".yml")) else hint
-        raise ValueError(f"command line: {script!r} belongs to no option.{hint}")
+    if launch.training_script != "trl_sppo.train":
+        raise ValueError(
+            f"command line: {launch.training_script!r} belongs to no option. Options are written `--name value`, and "
+            "a recipe is given with --config."
+        )
     if launch.config_file is not None:
         accelerate_config(launch.config_file)  # accelerate would read it too, and end in a traceback
     # accelerate starts several processes on the CPU only with mpirun, or with --multi_gpu
@@ -93,17 +131,9 @@ def accelerate_config(file: str | None) -> Any:
             raise ValueError(f"num_processes must be a whole number, got {config.num_processes!r}")
         return config
     except Exception as error:  # of YAML, of JSON, or whatever else a wrong entry ends in
-        if isinstance(error, (AttributeError, TypeError)):
-            error = ValueError("it is not a mapping of the options of `accelerate config`")
-        how = (
-            "Correct the file, or set accelerate_config to another"
-            if file
-            else "Correct or delete the file, which `accelerate config` has written"
-        )
-        file, said = file or config_args.default_config_file, str(error).rstrip(".")
         raise ValueError(
-            f"the configuration of accelerate {file} cannot be read: {said}. {how}; `accelerate config --config_file "
-            "FILE` writes a new one."
+            f"the configuration of accelerate {file or config_args.default_config_file} cannot be read "
+            f"({type(error).__name__}: {error}). Correct or delete the file; `accelerate config` writes a new one."
         ) from error
 
 
@@ -112,35 +142,32 @@ def check_num_processes(launch: list[str]) -> None:
     for problem in find_launch_problems():
         raise ValueError(problem)
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
+    config = accelerate_config(options.config_file) if options.config_file else None
     state = PartialState()  # the training options have created it
-    asked, source = state.num_processes, ""
+    asked, source = int(os.environ.get("WORLD_SIZE", state.num_processes)), "WORLD_SIZE"
     if options.num_processes is not None:
-        asked, source = options.num_processes, f"num_processes is {options.num_processes}"
-    elif options.config_file is not None:
-        asked = accelerate_config(options.config_file).num_processes
-        source = f"num_processes is {asked} in {options.config_file}"
-    elif "WORLD_SIZE" in os.environ:
-        asked = int(os.environ["WORLD_SIZE"])
-        source = f"{asked} processes were launched (WORLD_SIZE)"
+        asked, source = options.num_processes, "num_processes"
+    elif config is not None:
+        asked, source = config.num_processes, f"num_processes in {options.config_file}"
     if asked != state.num_processes:
         raise ValueError(
-            f"{source}, but training would run in {state.num_processes}, with other batches than requested. "
-            "accelerate starts a single process if it finds fewer than two GPUs, and processes without a GPU work "
-            "together only with use_cpu. Set num_processes to the number of GPUs. On the CPU: `trl-sppo train "
-            "--num_processes 2 --use_cpu`, which is short for `accelerate launch --multi_gpu --num_processes 2 "
-            "--module trl_sppo.train --use_cpu`."
+            f"{source} is {asked}, but training would run in {state.num_processes}, with other batches than requested."
+            " accelerate starts a single process if it finds fewer than two GPUs, so set num_processes to the number "
+            "of GPUs. On the CPU: `trl-sppo train --num_processes 2 --use_cpu`, which is short for `accelerate launch "
+            "--multi_gpu --num_processes 2 --module trl_sppo.train --use_cpu`."
         )
-    kind = accelerate_config(options.config_file).distributed_type if options.config_file else None
+    kind = getattr(config, "distributed_type", None)
     for name in ("FSDP", "DEEPSPEED"):
-        asked_for = kind == name or getattr(options, f"use_{name.lower()}")
-        if asked_for and os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
+        if (kind == name or getattr(options, f"use_{name.lower()}")) and not parse_flag_from_env(
+            f"ACCELERATE_USE_{name}"
+        ):
             raise ValueError(
                 f"accelerate_config (or use_{name.lower()}) asks for {name}, but this launch has not set it up, so "
                 "each process would train a whole model. Launch with `trl-sppo train`, or with `accelerate launch "
                 "--config_file FILE`."
             )
-    if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if state.device.type == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
-            "FSDP on the CPU: accelerate shards on GPUs only, so each process would train a whole model. Remove the "
-            "FSDP configuration, or use DeepSpeed, which also shards on a CPU."
+            "FSDP on the CPU: accelerate shards on GPUs only, so each process would train a whole model. Use "
+            "DeepSpeed, which also shards on a CPU."
         )

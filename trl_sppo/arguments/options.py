@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -16,19 +15,7 @@ from .recipes import check_output_dir
 
 @dataclass
 class SPPOScriptArguments(ScriptArguments):
-    """
-    Arguments of the SPPO training script, besides those of [`SPPOConfig`] and [`~trl.ModelConfig`].
-
-    Args:
-        reward_model_name_or_path (`list[str]`, *optional*):
-            Reward models: ids on the hub or folders. Each is an oracle of its own.
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions: names in `trl.rewards`, or dotted import paths such as `my_rewards.brevity`.
-        preference_funcs (`list[str]`, *optional*):
-            Pairwise oracles: dotted import paths of functions or of judges, such as `my_judges.judge`.
-        eval_reward_model_name_or_path, eval_reward_funcs, eval_preference_funcs (`list[str]`, *optional*):
-            The same, as judges in evaluations only.
-    """
+    """Arguments of the training script besides [`SPPOConfig`] and [`~trl.ModelConfig`]: the sources of preferences."""
 
     reward_model_name_or_path: list[str] | None = field(
         default=None,
@@ -43,16 +30,13 @@ class SPPOScriptArguments(ScriptArguments):
         metadata={"help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge')."},
     )
     eval_reward_model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward models that judge in evaluations only."},
+        default=None, metadata={"help": "Reward models that judge in evaluations only."}
     )
     eval_reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Reward functions that judge in evaluations only."},
+        default=None, metadata={"help": "Reward functions that judge in evaluations only."}
     )
     eval_preference_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Pairwise oracles that judge in evaluations only."},
+        default=None, metadata={"help": "Pairwise oracles that judge in evaluations only."}
     )
 
     def __post_init__(self):
@@ -114,51 +98,41 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
     """Import reward functions: names in `trl.rewards`, or dotted paths, also of modules in the working directory."""
     functions = []
     for name in names:
+        function = import_callable(f"trl.rewards.{name}" if name.isidentifier() else name, option)
         if name == "get_soft_overlong_punishment":  # a factory, which `trl grpo` calls with these values
-            from trl.rewards import get_soft_overlong_punishment
-
-            functions.append(get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
-        else:
-            check_dotted(name, f"reward function {name!r} (--{option})", option.replace("funcs", "model_name_or_path"))
-            path = name if "." in name else f"trl.rewards.{name}"
-            hint = "Give a name in trl.rewards or a dotted path, my_rewards.brevity for `brevity` in my_rewards.py"
-            functions.append(import_callable(path, f"reward function {name!r} (--{option})", hint))
+            function = function(max_completion_len=1280, soft_punish_cache=256)
+        functions.append(function)
     return functions
 
 
 def load_preference_funcs(names: list[str], option: str = "preference_funcs") -> list:
     """Import pairwise oracles by dotted paths, also of modules in the working directory."""
-    hint = "Give a dotted path, such as my_judges.judge for `judge` in my_judges.py"
-    for name in names:
-        check_dotted(name, f"pairwise oracle {name!r} (--{option})")
-    return [import_callable(name, f"pairwise oracle {name!r} (--{option})", hint) for name in names]
+    return [import_callable(name, option) for name in names]
 
 
-def check_dotted(name: str, what: str, model_option: str | None = None) -> None:
+def check_dotted(name: str, what: str) -> None:
     """Raise `ValueError` for the path of a file or of a model instead of a dotted import path."""
-    is_file = re.search(r"\.py\b", name)
-    if not is_file and not {"/", ":"} & set(name):
-        return
-    folder, _, module = name.rpartition("/")
-    parts = [part for part in re.split("[.:]+", re.sub(r"\.py\b", "", module)) if part]
-    is_dotted = len(parts) > 1 and all(part.isidentifier() for part in parts) and "://" not in name
-    if not is_file and (os.path.isdir(name) or not is_dotted):
-        hint = f" A model is given with {model_option}." if model_option else ""
-        raise ValueError(f"{what} is not a dotted import path such as my_rewards.brevity.{hint}")
-    path = ".".join(parts) if is_dotted else f"{parts[0]}.NAME, with the name of the function"
-    where = f", and start in the folder {folder}, or add it to PYTHONPATH" if folder not in ("", ".") else ""
-    raise ValueError(f"{what} is written as a file, but must be a dotted import path. Write {path}{where}.")
+    if {"/", ":"} & set(name) or name.endswith(".py"):
+        raise ValueError(
+            f"{what} must be a dotted import path, such as my_rewards.brevity for `brevity` in my_rewards.py. A model "
+            "is given with --reward_model_name_or_path (or --eval_reward_model_name_or_path)."
+        )
 
 
-def import_callable(path: str, what: str, hint: str) -> Any:
-    """Import by a dotted path, also from the working directory. `what` and `hint` go into the `ValueError`."""
+def import_callable(path: str, option: str) -> Any:
+    """Import by a dotted path, also from the working directory. Raises `ValueError` with the option's name."""
+    what = f"{path!r} (--{option})"
+    check_dotted(path, what)
     module, _, attribute = path.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{what} could not be imported: {error}. {hint}.") from error
+        raise ValueError(
+            f"{what} could not be imported: {error}. Give a dotted path, such as my_rewards.brevity for `brevity` in "
+            "my_rewards.py."
+        ) from error
     if not callable(function):
         raise ValueError(f"{what} is not a function: {function!r}.")
     return function

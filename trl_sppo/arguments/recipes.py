@@ -1,6 +1,5 @@
 """Recipes: YAML files of options, the types of their values, and the output folder."""
 
-import builtins
 import os
 import reprlib
 from argparse import Action, ArgumentError
@@ -34,9 +33,6 @@ _HINTS: dict[str, Any] = {
     ],
 }
 
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 80, 80, 40
-
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a repeated key is an error. PyYAML would keep the last."""
@@ -58,14 +54,12 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ValueError(f"recipe {path!r} (--config) is not a file. The recipes of this package are in recipes/.")
     try:
         recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ValueError(f"recipe {path} (--config) cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:  # its own text shows the line, which may hold a key
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"recipe {path} is not valid YAML: {error.problem}{where}") from None
     except Exception as error:  # values such as `2024-13-01` or `!!int x` end in other errors than YAML's
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+        raise ValueError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(
             f"recipe {path} must be a YAML mapping of `option: value` lines, got {type(recipe).__name__}."
@@ -88,7 +82,7 @@ def check_recipe(parser: TrlParser, recipe: dict[str, Any]) -> None:
         try:
             TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
         except ValidationError as error:
-            raise ValueError(_explain(name, value, action, error)) from None
+            raise ValueError(next(find_number_texts(name, value), None) or _explain(name, error)) from None
 
 
 def _check_text(parser: TrlParser, action: Action, value: str) -> None:
@@ -101,59 +95,29 @@ def _check_text(parser: TrlParser, action: Action, value: str) -> None:
         raise ValueError(f"{action.dest} must not contain a NUL character, got {value!r}.")
 
 
-def _explain(name: str, value: Any, action: Action | None, error: ValidationError) -> str:
-    """The option, the rule, the value, and how to correct it."""
-    depth = max(len(each["loc"]) for each in error.errors())  # of a union, the member that fits best
+def _explain(name: str, error: ValidationError) -> str:
+    """In pydantic's words. Of a union, the members that fit best."""
+    depth = max(len(each["loc"]) for each in error.errors())
     problems = [each for each in error.errors() if len(each["loc"]) == depth]
-    parts = problems[0]["loc"]  # among them the names of a union's members
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if not _is_type(part))
-    choices = (action.choices if action is not None else None) or ()
-    rules = list(map(repr, choices)) or [each["msg"].removeprefix("Input should be ") for each in problems]
-    rule = " must be " + " or ".join(dict.fromkeys(rules))
-    if not problems[0]["msg"].startswith("Input should be "):
-        rule = f": {problems[0]['msg']}"
-    number = next(find_number_texts(name, value), None)
-    fix = ""
-    if value is None:
-        fix = " Leave it out for its default."
-    elif number is not None:
-        fix = f" {number.partition('. ')[2]}"
-    elif value is False and "no" in choices:
-        fix = " YAML reads a bare no as false: write 'no', in quotes."
-    elif "a valid string" in rules:
-        fix = " Put it in quotes if it is meant as text."
-    return f"{name}{where}{rule}, got {_short.repr(problems[0]['input'])}.{fix}"
-
-
-def _is_type(part: int | str) -> bool:
-    return isinstance(part, str) and (not part.isidentifier() or hasattr(builtins, part))
+    rules = " or ".join(dict.fromkeys(each["msg"] for each in problems)).replace(" or Input should be ", " or ")
+    is_union = len(problems) > 1 and rules.startswith("Input")  # its members' names end the locations
+    where = ".".join(map(str, (name, *problems[0]["loc"][: -1 if is_union else None])))
+    fix = " Put it in quotes if it is meant as text: YAML reads a bare no as false." if "string" in rules else ""
+    return f"{where}: {rules}, got {reprlib.repr(problems[0]['input'])}.{fix}"
 
 
 def check_output_dir(path: str | None) -> None:
     """Raise `ValueError` unless a folder can be created and written to. Does not create it."""
+    folder = Path(path or "").absolute()
     try:
-        if not path:
-            raise ValueError("the name is empty")
-        folder = Path(path).absolute()
-        while not _exists(folder):
-            folder = folder.parent
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{folder} is not writable")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"output_dir must be a folder that can be created and written to, got {_short.repr(path)}: {error}."
-        ) from error
-
-
-def _exists(path: Path) -> bool:
-    """Unlike `Path.exists`, raises `OSError` for a name that no file can have, and is true of a dead link."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    return True
+        with suppress(FileNotFoundError):
+            folder.stat()  # raises other errors for a name that no file can have
+        folder = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+        writable = bool(path) and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, ValueError):
+        writable = False
+    if not writable:
+        raise ValueError(f"output_dir must be a folder that can be created and written to, got {reprlib.repr(path)}.")
 
 
 @contextmanager

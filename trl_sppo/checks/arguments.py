@@ -16,15 +16,13 @@ from .sources import AnyDataset, check_columns, check_datasets, check_judges, ch
 
 def check_vllm(args: SPPOConfig) -> None:
     """Raise an error for server mode without a CUDA device, or if vLLM is requested and not installed."""
-    if not args.use_vllm:
-        return
-    if args.vllm_mode == "server" and args.device.type != "cuda":
+    if args.use_vllm and args.vllm_mode == "server" and args.device.type != "cuda":
         raise ValueError(
-            "vllm_mode='server' needs a CUDA device, since TRL sends the weights to the server by NCCL, but this "
-            f"process computes on {args.device.type!r}. Use vllm_mode='colocate', which runs on a CPU too, or "
-            "use_vllm=False."
+            "vllm_mode='server' needs a CUDA device, since TRL sends the weights to the server by NCCL. Use "
+            "vllm_mode='colocate', which runs on a CPU too, or use_vllm=False."
         )
-    check_vllm_is_installed()
+    if args.use_vllm:
+        check_vllm_is_installed()
 
 
 def check_vllm_is_installed() -> None:
@@ -91,8 +89,8 @@ def check_trainer_arguments(
     has_adapter = peft_config is not None or hasattr(model, "peft_config")
     if getattr(peft_config, "inference_mode", False):
         raise ValueError(
-            "peft_config has inference_mode=True, so nothing would be trained. Set it to False; to continue the "
-            "adapter that this configuration was saved with, pass its folder as `model`, and no `peft_config`."
+            "peft_config has inference_mode=True, so nothing would be trained. Set it to False, or pass the folder of "
+            "an adapter to continue as `model`, and no `peft_config`."
         )
     if isinstance(model, nn.Module) and peft_config is None:
         check_trainable(model)
@@ -110,7 +108,6 @@ def check_trainer_arguments(
         )
     conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
     datasets = named_datasets(train_dataset, eval_dataset)
-    oracles = [*preference_funcs, *eval_preference_funcs]
-    check_columns(args, datasets, reward_funcs, eval_reward_funcs, oracles, has_environment)
+    check_columns(args, datasets, reward_funcs, eval_reward_funcs, has_environment)
     check_model(model, args, has_adapter, needs_tokenizer, adapter)
     return conversational

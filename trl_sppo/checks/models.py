@@ -1,10 +1,10 @@
 """Checks of the policy before it is loaded: weights, adapters, quantization, sharding."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate.utils import parse_flag_from_env
 from packaging.version import Version
 from peft import PeftModel
 from torch import nn
@@ -54,11 +54,9 @@ def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config
             return None
         config = getattr(config, "quantization_config", None)
     if config is None:
-        loaded = {bits: getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)}
-    else:
-        config = config if isinstance(config, dict) else config.to_dict()
-        loaded = {bits: config.get(f"load_in_{bits}bit", False) for bits in (4, 8)}
-    return next((bits for bits in loaded if loaded[bits]), None)
+        return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
+    config = config if isinstance(config, dict) else config.to_dict()
+    return next((bits for bits in (4, 8) if config.get(f"load_in_{bits}bit", False)), None)
 
 
 def check_quantization(
@@ -71,17 +69,14 @@ def check_quantization(
     if args.use_vllm:
         raise ValueError(
             f"use_vllm=True with a policy in {bits} bit: TRL would push the quantized weights without their new "
-            "scales, so vLLM would sample from another policy than the one that is trained, and vLLM 0.28 and later "
-            "have no bitsandbytes of their own. Set use_vllm=False, or load the policy in bfloat16 with use_peft=True "
-            "(two bytes per parameter in the policy, and two in vLLM)."
+            "scales, so vLLM would sample from another policy. Set use_vllm=False, or load the policy in bfloat16."
         )
     evaluate = IntervalStrategy(args.eval_strategy).value
     on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
     if bits == 4 and evaluate != "no" and on_cpu:
         raise ValueError(
-            f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: on some CPUs bitsandbytes packs the weights "
-            "at the first evaluation in a way that passes on no gradient afterwards. Set eval_strategy='no' and "
-            "evaluate after training, leave out load_in_4bit, or use a GPU."
+            f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: bitsandbytes may pack the weights at the "
+            "first evaluation so that no gradient passes afterwards. Set eval_strategy='no', or remove load_in_4bit."
         )
 
 
@@ -89,27 +84,23 @@ def check_sharding(
     args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
 ) -> None:
     """Raise `ValueError` for options that fail when sharded, by default as accelerate has set up here."""
-    if deepspeed is None:
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if fsdp is None:
-        fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") if fsdp is None else fsdp
     if fsdp and has_adapter and args.use_vllm:
         raise ValueError(
             "use_vllm=True with an adapter under FSDP: each weight sync would move the frozen weights by a rounding "
-            "error, since what is sharded cannot be put back. Use whole models or ZeRO-3 (--accelerate_config "
-            "multi_gpu or zero3), full fine-tuning, or use_vllm=False."
+            "error. Use --accelerate_config multi_gpu or zero3, full fine-tuning, or use_vllm=False."
         )
-    lazily = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    lazily = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
     if fsdp and lazily and args.beta > 0 and not has_adapter and Version(transformers.__version__) < Version("5.23"):
         raise ValueError(
-            f"beta={args.beta} needs the initial policy, of which transformers {transformers.__version__} would load "
-            "nothing but zeros in all processes but the first. Set fsdp_cpu_ram_efficient_loading: false in the "
-            "configuration of accelerate, or install transformers 5.23."
+            f"beta={args.beta} needs the initial policy, which transformers {transformers.__version__} would load as "
+            "zeros. Set fsdp_cpu_ram_efficient_loading: false for accelerate, or install transformers 5.23."
         )
     if deepspeed and args.reward_quantization is not None:
         raise ValueError(
-            f"reward_quantization={args.reward_quantization!r} under DeepSpeed, which would cast or shard what is "
-            "quantized. Remove it, or put the reward model behind a server and give its URL."
+            f"reward_quantization={args.reward_quantization!r} does not work under DeepSpeed. Remove it, or put the "
+            "reward model behind a server and give its URL."
         )
 
 
@@ -120,10 +111,8 @@ def check_trainable(model: nn.Module) -> None:
     if not any(idle.isdisjoint(name.split(".")) for name in trained):
         raise ValueError(
             f"no parameter of the policy ({type(model).__name__}) requires a gradient, so nothing would be trained. "
-            "Load an adapter with `PeftModel.from_pretrained(model, path, is_trainable=True)`. Call "
-            "`model.requires_grad_(True)` on a frozen model, or pass `peft_config` for a new adapter."
-            + f" Of its adapters, {sorted(idle)} are inactive; `model.set_adapter` activates one."
-            * bool(idle)
+            "Load an adapter with `PeftModel.from_pretrained(model, path, is_trainable=True)`, activate it with "
+            "`model.set_adapter`, call `model.requires_grad_(True)`, or pass `peft_config`."
         )
 
 
@@ -151,8 +140,8 @@ def check_model(
         path = getattr(model.config, "_name_or_path", "")
         if not path:
             raise ValueError(
-                f"beta={args.beta} needs the initial policy, which TRL loads again from where the model came from, "
-                "but this one was not loaded from anywhere. Save it, and pass the path as `model`."
+                f"beta={args.beta} needs the initial policy, which TRL loads again from the model's path, but this "
+                "one has none. Save it, and pass the path as `model`."
             )
         check_safetensors("the initial policy that beta needs, model", path)
         check_weights("the initial policy that beta needs, model", path, type(model))
@@ -176,6 +165,5 @@ def check_not_replaced(model: str, output_dir: str) -> None:
     if path.parent == Path(output_dir).resolve() and path.name.startswith("checkpoint-"):
         raise ValueError(
             f"model {model!r} is a checkpoint in output_dir={output_dir!r}, where a new run would overwrite it. Set "
-            "another output_dir. To continue the run that saved it, set the model that this run started from, and "
-            "resume_from_checkpoint=true."
+            "another output_dir, or continue the run with its first model and resume_from_checkpoint=true."
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
@@ -20,18 +20,13 @@ from .models import POLICYS_OWN_CODE, policy_config
 
 logger = logging.get_logger(__name__)
 
-LEAVE_OUT = "Leave out such rows, with `dataset.filter`, or complete them."
-OTHER_TOKENIZER = (
-    "Use the tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))` and save "
-    "the model."
-)
-DROP_LAST = (
-    "`dataset.map(lambda row: {'prompt': row['prompt'][:-1] if row['prompt'][-1]['role'] == 'assistant' else "
-    "row['prompt']})`"
-)
 
-# Place among the prompts, what is wrong with that one, and what helps
-Problem: TypeAlias = tuple[int, str, str]
+class Unreadable(ValueError):
+    """A prompt that cannot be read: its place among those that were looked at, what is wrong, and what helps."""
+
+    def __init__(self, place: int, problem: str):
+        super().__init__(problem)
+        self.place = place
 
 
 @dataclass
@@ -45,25 +40,20 @@ class Reader:
     is_policy: bool = False  # completes prompts. A reward model reads them with a completion
     only_eval: bool = False
     tools: list | None = None
-    room: tuple[int, int] | None = None  # the policy's context, and how much of it a prompt may fill, in tokens
+    room: int | None = None  # tokens that a prompt may have
     warned: set[str] = field(default_factory=set)
-    lengths: dict[int, int] = field(default_factory=dict)  # tokens of the prompts read so far, by hash
+    seen: set[int] = field(default_factory=set)  # hashes of the prompts that were read at the start
 
     def __post_init__(self):
         if self.is_policy and self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"the tokenizer of {self.name} has no EOS token, so no completion could end. Set "
-                "`tokenizer.eos_token` to the token that ends the model's turn, and save the tokenizer beside the "
-                "model or pass it as `processing_class`."
+                "`tokenizer.eos_token`, and save the tokenizer beside the model or pass it as `processing_class`."
             )
         for kind in ("pad", "eos") if self.is_policy else ("pad",):
             token = getattr(self.tokenizer, f"{kind}_token_id", None)
             if token is not None and self.vocabulary is not None and token >= self.vocabulary:
-                name = getattr(self.tokenizer, f"{kind}_token")
-                raise ValueError(
-                    f"the tokenizer of {self.name} has the {kind} token {name!r} {self._outside(token)}. "
-                    f"{OTHER_TOKENIZER}"
-                )
+                raise ValueError(f"the tokenizer of {self.name} has the {kind} token {self._outside(token)}")
 
     @property
     def tokenizer(self) -> Any:
@@ -74,7 +64,11 @@ class Reader:
         return isinstance(self.processing_class, ProcessorMixin)
 
     def _outside(self, token: int) -> str:
-        return f"with the id {token}, but the embedding of {self.name} has {self.vocabulary} rows"
+        text = self.tokenizer.convert_ids_to_tokens(token)
+        return (
+            f"{text!r} with the id {token}, but the embedding of {self.name} has {self.vocabulary} rows. "
+            "Use the tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
 
     def read(self, prompts: list) -> list[list[int]]:
         """Token ids of prompts of one kind, as TRL makes them: for a reward model, with a completion."""
@@ -97,65 +91,51 @@ class Reader:
         ]
         return self.tokenizer(text=texts, add_special_tokens=False)["input_ids"]
 
-    def reads(self, prompt: Any) -> bool:
-        """Whether it can be told here what becomes of a prompt. Images are left to TRL."""
-        return not _has_images(prompt) or (self.is_policy and not self.reads_images)
-
-    def read_new(self, prompts: list) -> tuple[dict[int, list[int]], Problem | None]:
-        """Read prompts that were not read at the start, equal ones once: token ids by place, and the first problem."""
+    def read_new(self, prompts: list) -> dict[int, list[int]]:
+        """Token ids, by place, of prompts that were not read at the start. Equal ones are read once."""
         new: dict[int, int] = {}
         for i, prompt in enumerate(prompts):
-            key = key_of_prompt(prompt)
-            if key not in self.lengths and key not in new and self.reads(prompt):
-                new[key] = i
-        places = list(new.values())
-        if not places:
-            return {}, None
-        ids, problem = self.look([prompts[i] for i in places])
-        return dict(zip(places, ids, strict=False)), problem and (places[problem[0]], *problem[1:])
+            if not _has_images(prompt) or (self.is_policy and not self.reads_images):  # else they are left to TRL
+                new.setdefault(key_of_prompt(prompt), i)
+        places = [i for key, i in new.items() if key not in self.seen]
+        try:
+            return dict(zip(places, self.look([prompts[i] for i in places]), strict=True)) if places else {}
+        except Unreadable as error:
+            raise Unreadable(places[error.place], str(error)) from error
 
-    def look(self, prompts: list) -> tuple[list[list[int]], Problem | None]:
-        """Token ids of prompts of one kind, none if they cannot be read, and the first problem."""
+    def look(self, prompts: list) -> list[list[int]]:
+        """Token ids of prompts of one kind. Raises [`Unreadable`] for one that cannot be read."""
         is_text = isinstance(prompts[0], str)
-        for i, prompt in enumerate(prompts if self.is_policy and not is_text else ()):
-            if _has_images(prompt) and not self.reads_images:
-                problem = f"has an image, but {self.name} has a tokenizer for texts only"
-                return [], (i, problem, "Use a model that reads images, or leave out such rows with `dataset.filter`.")
-            if prompt[-1]["role"] == "assistant":
-                problem = "ends with an assistant message, after which TRL would open another one"
-                return [], (i, problem, f"Drop the last message of such rows: {DROP_LAST}.")
         if not is_text and getattr(self.processing_class, "chat_template", None) is None:
-            problem = f"is a list of messages, but the tokenizer of {self.name} has no chat template"
-            return [], (0, problem, (
-                "Use an instruction-tuned model, or set `tokenizer.chat_template` and save it beside the model, or "
-                "make all prompts texts."
-            ))  # fmt: skip
+            problem = f"is a list of messages, but the tokenizer of {self.name} has no chat template."
+            raise Unreadable(0, f"{problem} Set `tokenizer.chat_template` and save it, or make all prompts texts.")
         try:
             all_ids = self.read(prompts)
-        except Exception as error:  # templates raise whatever they like
-            for i, prompt in enumerate(prompts if len(prompts) > 1 else ()):
-                _, found = self.look([prompt])
-                if found is not None:
-                    return [], (i, *found[1:])
-            what = "tokenizer" if is_text else "chat template"
-            cure = "" if is_text else ", or set a `tokenizer.chat_template` that accepts them"
-            return [], (
-                0,
-                f"is refused by the {what} of {self.name} ({type(error).__name__}: {error})",
-                f"Change such rows, or leave them out with `dataset.filter`{cure}.",
-            )
+        except Exception:  # templates raise whatever they like. Find the first row
+            all_ids = [self._read_one(i, prompt) for i, prompt in enumerate(prompts)]
         for i, (prompt, ids) in enumerate(zip(prompts, all_ids, strict=True)):
-            if self.is_policy and not ids:
-                problem = "has a prompt without tokens: there is nothing to begin a completion with"
-                return all_ids, (i, problem, LEAVE_OUT)
+            if self.is_policy:
+                check_length(i, len(ids), self.room)
             largest = max(ids, default=-1)
             if self.vocabulary is not None and largest >= self.vocabulary:
-                token = self.tokenizer.convert_ids_to_tokens(largest)
-                return all_ids, (i, f"has the token {token!r} {self._outside(largest)}", OTHER_TOKENIZER)
-            if not is_text and any(isinstance(message["content"], list) for message in prompt) and self._prints_parts:
-                problem = f"has content in parts, which the chat template of {self.name} prints as a Python list"
-                return all_ids, (i, problem, "Make the content of each message one text, or set another template.")
-        return all_ids, None
+                raise Unreadable(i, f"has the token {self._outside(largest)}")
+            if is_text:
+                continue
+            if self.is_policy and prompt[-1]["role"] == "assistant":
+                problem = "ends with an assistant message, after which TRL would open another one."
+                raise Unreadable(i, f"{problem} Leave out the last message of such rows: `row['prompt'][:-1]`.")
+            if any(isinstance(message["content"], list) for message in prompt) and self._prints_parts:
+                problem = f"has content in parts, which the chat template of {self.name} prints as a Python list."
+                raise Unreadable(i, f"{problem} Make the content of each message one text.")
+        return all_ids
+
+    def _read_one(self, place: int, prompt: Any) -> list[int]:
+        try:
+            return self.read([prompt])[0]
+        except Exception as error:
+            what = "tokenizer" if isinstance(prompt, str) else "chat template"
+            problem = f"is refused by the {what} of {self.name} ({type(error).__name__}: {error})."
+            raise Unreadable(place, f"{problem} Change such rows, or leave them out with `dataset.filter`.") from error
 
     @cached_property
     def _prints_parts(self) -> bool:
@@ -172,32 +152,23 @@ class Reader:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         added = sum(token in special for token in self.processing_class(text=["a"])["input_ids"][0])
+        has_template = getattr(self.processing_class, "chat_template", None) is not None
         for i, ids in texts.items():
-            templated = sum(token in special for token in ids) > added
-            if getattr(self.processing_class, "chat_template", None) is not None and not templated:
+            if has_template and sum(token in special for token in ids) <= added:
                 self._warn(
-                    "template",
-                    f"row {i} of {where} is a text, so the chat template of {self.name} is not applied to it. If the "
-                    "policy is to be trained as a chat model, make each prompt a list of messages: "
-                    "`dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})`.",
+                    f"row {i} of {where}",
+                    f"is a text, so the chat template of {self.name} is not applied to it. To train a chat model, "
+                    "make each prompt a list of messages: `[{'role': 'user', 'content': text}]`.",
                 )
             if bos is not None and ids[:2] == [bos, bos]:
-                self._warn(
-                    "bos",
-                    f"row {i} of {where} begins with the BOS token {self.tokenizer.bos_token!r} twice: the text has "
-                    "it, and the tokenizer adds it. Remove it from the texts.",
-                )
+                self._warn(f"row {i} of {where}", "begins with the BOS token twice. Remove it from the texts.")
             if ids[-1] == eos:
-                self._warn(
-                    "eos",
-                    f"row {i} of {where} ends with the EOS token {self.tokenizer.eos_token!r}, after which the policy "
-                    "expects no text. Remove it from the texts, or use a tokenizer that does not add it.",
-                )
+                self._warn(f"row {i} of {where}", "ends with the EOS token. Remove it from the texts.")
 
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self.warned and self.args.process_index == 0:
-            logger.warning(f"{message} Said once.")
-        self.warned.add(kind)
+    def _warn(self, row: str, problem: str) -> None:
+        if problem not in self.warned and self.args.process_index == 0:
+            logger.warning(f"{row} {problem} Said once.")
+        self.warned.add(problem)
 
 
 def policy_reader(
@@ -209,10 +180,7 @@ def policy_reader(
     name = f"model {path!r}" if path else "the policy"
     if processing_class is None:
         if not path:
-            raise ValueError(
-                f"the policy ({type(model).__name__}) was not loaded from a checkpoint, so no tokenizer is known for "
-                "it. Pass one as `processing_class`."
-            )
+            raise ValueError("the policy was not loaded from a checkpoint. Pass its tokenizer as `processing_class`.")
         kwargs: Any = args.model_init_kwargs or {}
         revision = kwargs.get("revision") if isinstance(model, str) else None
         with own_code_is_refused(f"the tokenizer of {name}", POLICYS_OWN_CODE):
@@ -253,13 +221,26 @@ def _vocabulary(model: str | nn.Module, config: Any) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def room_for_prompts(args: SPPOConfig, config: Any) -> tuple[int, int] | None:
-    """The policy's context and how much of it a prompt may fill, in tokens; `None` if nothing says."""
+def room_for_prompts(args: SPPOConfig, config: Any) -> int | None:
+    """How many tokens a prompt may have; `None` if nothing says."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if args.use_vllm:  # which ends completions where the context ends, and refuses prompts that fill it
         context = args.vllm_max_model_length or context
-        return context and (context, context - 1)
-    return context and (context, context - (args.max_completion_length or 0))
+        return context and context - 1
+    return context and context - (args.max_completion_length or 0)
+
+
+def check_length(place: int, length: int, room: int | None) -> None:
+    """Raise [`Unreadable`] for a prompt that is empty or too long."""
+    if length == 0:
+        raise Unreadable(place, "has a prompt without tokens: there is nothing to begin a completion with.")
+    if room is not None and length > room:
+        raise Unreadable(
+            place,
+            f"has a prompt of {length} tokens, which does not fit into the policy's context: with its completion, a "
+            f"prompt may have {room}. Leave out such prompts before training (docs/memory.md has a filter), or change "
+            "max_completion_length (with vLLM, vllm_max_model_length).",
+        )
 
 
 def key_of_prompt(prompt: Any) -> int:

@@ -5,25 +5,20 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import logging
 from trl.data_utils import is_conversational
 
 from ..config import SPPOConfig
-from ..oracles.asking import NO_COLUMNS, check_oracle
+from ..oracles.asking import check_oracle
 from ..trust import is_url
 
-
-logger = logging.get_logger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 # Columns that have prompts as texts, in datasets of many makers
 TEXTS = ("question", "problem", "query", "instruction", "input", "text")
 
-# What reward functions and pairwise oracles are called with besides the dataset's columns. `oracles.asking` and
-# `oracles.scoring` leave out some columns with these names, overwrite others, and fail on the rest
+# What reward functions are called with besides the dataset's columns
 ARGUMENTS_OF_FUNCTIONS = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
-NOT_FOR_FUNCTIONS = {"completion", "completion_ids"}
 
 
 def named_datasets(
@@ -43,39 +38,23 @@ def columns_of(dataset: AnyDataset) -> list[str]:
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
-def from_sharegpt(column: str, turns: str = "") -> str:
-    """A line of Python that turns messages with "from" and "value", or a slice of them, into prompts."""
-    return (
-        "`dataset.map(lambda row: {'prompt': [{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], "
-        f"turn['from']), 'content': turn['value']}} for turn in row[{column!r}]{turns}]}})`"
-    )
-
-
 def how_to_make_prompts(row: dict[str, Any]) -> str:
     """How to add prompts to a dataset, given its first row: the rule, with a line of Python for `dataset`."""
-    for name in ("messages", "conversations", "conversation"):
-        turns = row.get(name)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            last = turns[-1].get("role") or turns[-1].get("from")
-            before = "[:-1]" if last in ("assistant", "gpt") else ""
-            line = f"`dataset.map(lambda row: {{'prompt': row[{name!r}]{before}}})`"
-            line = from_sharegpt(name, before) if "from" in turns[-1] else line
-            return f"A prompt is the conversation before the assistant's last message: {line}."
+    for name in ("messages", "conversations"):
+        if row.get(name):
+            return (
+                "A prompt is the conversation before the assistant's last message: `dataset.map(lambda row: "
+                f"{{'prompt': row[{name!r}][:-1]}})`."
+            )
     for name in TEXTS:
         if isinstance(row.get(name), str):
-            content, as_text = f"row[{name!r}]", f"`dataset.rename_column({name!r}, 'prompt')`"
-            if name == "instruction" and isinstance(row.get("input"), str):
-                content = r"(row['instruction'] + '\n\n' + (row['input'] or '')).strip()"
-                as_text = f"`dataset.map(lambda row: {{'prompt': {content}}})`"
             return (
                 "A prompt has no completion in it. For a model with a chat template: `dataset.map(lambda row: "
-                f"{{'prompt': [{{'role': 'user', 'content': {content}}}]}})`; for one without: {as_text}."
+                f"{{'prompt': [{{'role': 'user', 'content': row[{name!r}]}}]}})`; for one without: "
+                f"`dataset.rename_column({name!r}, 'prompt')`."
             )
-    if "chosen" in row and "rejected" in row:
-        line = "`dataset.map(trl.extract_prompt)`"
-        if isinstance(row["chosen"], str) and "Assistant:" in row["chosen"]:
-            line = "`dataset.map(lambda row: {'prompt': row['chosen'].rpartition('Assistant:')[0] + 'Assistant:'})`"
-        return f"A prompt is what 'chosen' and 'rejected' both begin with: {line}."
+    if isinstance(row.get("chosen"), list):
+        return "A prompt is what 'chosen' and 'rejected' both begin with: `dataset.map(trl.extract_prompt)`."
     return "Rename the column that holds prompts without completions: `dataset.rename_column('...', 'prompt')`."
 
 
@@ -84,30 +63,18 @@ def check_columns(
     datasets: dict[str, AnyDataset],
     functions: list,
     eval_functions: list,
-    oracles: list,
     has_environment: bool = False,  # which may bring a reward function
 ) -> None:
-    """Raise `ValueError` if a column has the name of another argument of the functions that get the columns."""
-    if args.remove_unused_columns:
-        return
-    for name, dataset in datasets.items():
+    """Raise `ValueError` if a column has the name of another argument of the reward functions that get the columns."""
+    for name, dataset in datasets.items() if not args.remove_unused_columns else ():
         sources = functions if name == "train_dataset" else [*functions, *eval_functions]
         called = has_environment or any(_is_called(source) for source in sources)
-        columns = set(columns_of(dataset))
-        taken = sorted(columns & (ARGUMENTS_OF_FUNCTIONS | ({"environments"} if has_environment else set())))
+        names = ARGUMENTS_OF_FUNCTIONS | ({"environments"} if has_environment else set())
+        taken = sorted(names.intersection(columns_of(dataset)))
         if called and taken:
             raise ValueError(
                 f"{name} has columns {taken}, but reward functions get something else under these names. Rename them "
-                f"(`dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')`), or remove them with "
-                f"`dataset.remove_columns({taken})`."
-            )
-        kept_back = columns & NOT_FOR_FUNCTIONS if called or oracles else set()
-        if oracles:
-            kept_back |= columns & (NO_COLUMNS - {"prompt"})
-        if kept_back:
-            logger.warning(
-                f"reward functions and preference_funcs do not get the columns {sorted(kept_back)} of {name}, whose "
-                "names are those of their arguments. Rename the columns if they are needed."
+                f"(`dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')`), or remove them."
             )
 
 
@@ -127,28 +94,18 @@ def check_sources(
     """Raise `ValueError` if nothing says which completion is better, or an option does not fit what does."""
     nobody = not reward_funcs and not preference_funcs and not has_environment
     evaluate = IntervalStrategy(args.eval_strategy).value
-    if nobody and judged and evaluate != "no":
-        raise ValueError(
-            f"eval_strategy={evaluate!r} needs a reward source or a preference_func: the rollouts to train on bring "
-            "their preferences with them, but evaluations sample. Give one, or set eval_strategy='no'."
-        )
-    if nobody and not judged:
+    if nobody and (evaluate != "no" or not judged):
         raise ValueError(
             "nothing says which completion is better: pass `reward_funcs`, a reward model (path or model) or a reward "
-            "function, or `preference_func`, a pairwise oracle. On the command line that is "
-            "--reward_model_name_or_path, --reward_funcs or --preference_funcs."
+            "function, or `preference_func`, a pairwise oracle (on the command line --reward_model_name_or_path, "
+            "--reward_funcs or --preference_funcs). Rollouts may bring their own, but evaluations sample: set "
+            "eval_strategy='no' then."
         )
     for oracle in preference_funcs:
         check_oracle(oracle)
-    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
-        raise ValueError(
-            f"reward_weights must have one entry per reward source ({len(reward_funcs)}), got {args.reward_weights}."
-        )
-    if args.preference_weights is not None and len(args.preference_weights) != len(preference_funcs):
-        raise ValueError(
-            f"preference_weights must have one entry per preference_func ({len(preference_funcs)}), got "
-            f"{args.preference_weights}."
-        )
+    check_number("reward_weights", args.reward_weights, "reward source", reward_funcs)
+    check_number("preference_weights", args.preference_weights, "preference_func", preference_funcs)
+    check_number("reward_processing_classes", reward_processing_classes, "reward source", reward_funcs)
     votes = [
         *(args.reward_weights or [1.0] * len(reward_funcs)),
         *[1.0] * has_environment,
@@ -164,11 +121,12 @@ def check_sources(
             f"missing_eos_penalty={args.missing_eos_penalty} is subtracted from scores, but there are only pairwise "
             "oracles, which give none. Remove it; mask_truncated_completions=True leaves such completions out."
         )
-    if len(reward_processing_classes) != len(reward_funcs):
-        raise ValueError(
-            f"reward_processing_classes must have one entry per reward source ({len(reward_funcs)}), got "
-            f"{len(reward_processing_classes)}. Use None for a reward function."
-        )
+
+
+def check_number(option: str, values: list | None, what: str, sources: list) -> None:
+    """Raise `ValueError` unless there is one value per source."""
+    if values is not None and len(values) != len(sources):
+        raise ValueError(f"{option} must have one entry per {what} ({len(sources)}), got {len(values)}.")
 
 
 def check_judges(
@@ -182,11 +140,7 @@ def check_judges(
             "judges for evaluations are given (eval_reward_funcs, eval_reward_model_name_or_path or "
             "eval_preference_funcs), but eval_strategy='no' evaluates nothing. Set eval_strategy, or leave them out."
         )
-    if len(processing_classes) != len(judges):
-        raise ValueError(
-            f"eval_reward_processing_classes must have one entry per source in eval_reward_funcs ({len(judges)}), got "
-            f"{len(processing_classes)}. Use None for a reward function."
-        )
+    check_number("eval_reward_processing_classes", processing_classes, "source in eval_reward_funcs", judges)
     paths = [source for source in [*reward_funcs, *judges] if isinstance(source, str) and not is_url(source)]
     for trusted in args.reward_trust_remote_code or []:
         if trusted.rstrip("/") not in paths:
@@ -221,9 +175,8 @@ def check_datasets(
     if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {num_prompts} of one generation batch "
-            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so there "
-            "would be no training step. Lower per_device_train_batch_size or steps_per_generation (by default, "
-            "gradient_accumulation_steps), or add prompts."
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}). Lower "
+            "per_device_train_batch_size or steps_per_generation, or add prompts."
         )
     # Of the prompt alone: other columns may have another format
     prompt = next(iter(train_dataset))["prompt"]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..arguments.launching import accelerate_config, launch_arguments
-from ..arguments.loading import check_one_dataset, is_folder_or_id, load_data
+from ..arguments.loading import check_one_dataset, is_id, load_data
 from ..arguments.options import SPPOScriptArguments, check_dotted, load_reward_funcs, make_parser, split_config
 from ..arguments.recipes import check_output_dir
 from ..checks.arguments import check_activation_checkpointing, check_optimizer
@@ -124,16 +124,16 @@ def _look_at_data(plan: Plan) -> None:
         return
     check_one_dataset(script, plan.dataset_args)
     name = str(script.dataset_name)
-    if plan.dataset_args.datasets or (is_folder_or_id(name) and not os.path.exists(name)):
+    if plan.dataset_args.datasets or (is_id(name) and not os.path.exists(name)):
         what = "the mixture of datasets" if plan.dataset_args.datasets else name
         plan.unknown.append(f"The number and length of prompts in {what}. It was not loaded.")
-        return
-    plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, args.eval_strategy != "no")
-    plan.conversational = check_datasets(args, plan.train_dataset, plan.eval_dataset)
+    else:
+        plan.train_dataset, plan.eval_dataset = load_data(script, plan.dataset_args, args.eval_strategy != "no")
+        plan.conversational = check_datasets(args, plan.train_dataset, plan.eval_dataset)
+        if not script.dataset_streaming:
+            plan.num_prompts = len(plan.train_dataset)
     if script.dataset_streaming and args.max_steps <= 0:
         raise ValueError("dataset_streaming=True needs max_steps. A stream has no length, so an epoch has no end.")
-    if not script.dataset_streaming:
-        plan.num_prompts = len(plan.train_dataset)
 
 
 def _look_at_models(plan: Plan) -> None:
@@ -199,7 +199,7 @@ def _check_sources(plan: Plan) -> None:
     judged = args.rollouts is not None and is_judged(plan.train_dataset)
     check_sources(args, sources, [None] * len(sources), oracles, has_environment=False, judged=judged)
     check_judges(args, sources, judges, [None] * len(judges), eval_oracles)
-    check_columns(args, _datasets(plan), sources, judges, [*oracles, *eval_oracles])
+    check_columns(args, _datasets(plan), sources, judges)
     if args.reward_quantization is not None:
         check_reward_quantization(args.reward_quantization, [*sources, *judges])
 
@@ -245,11 +245,11 @@ def _check_importable(name: str) -> None:
     if not {".", "/", ":"} & set(name):
         load_reward_funcs([name])
         return
-    check_dotted(name, repr(name), "reward_model_name_or_path")
+    check_dotted(name, repr(name))
     module = name.rpartition(".")[0]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    with suppress(ImportError):
+    with suppress(Exception):
         if importlib.util.find_spec(module) is not None:  # this imports the packages that contain it
             return
     raise ValueError(
