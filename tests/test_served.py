@@ -186,7 +186,7 @@ def test_one_that_was_made_before_is_checked_too(server):
         ((404, {}), "NotFoundError: "),
         ((200, "<html>"), "the answer is no list of models: '<html>'"),
         ((200, {"data": "no"}), "the answer is no list of models"),
-        ((200, {"data": []}), "it serves no model"),
+        ((200, {"data": []}), "the answer is no list of models"),
     ],
 )
 def test_no_vllm_server(server, models, reason):
@@ -208,7 +208,7 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: it gives 3 numbers, but a reward is one"),
+        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer has no score, which is one number"),
         ((200, logits(math.nan)), "BadAnswerError: the score is no finite number, but nan"),
         ((404, {"detail": "Not Found"}), "NotFoundError: Error code: 404"),
         ((400, {"error": {"message": "no chat template"}}), "BadRequestError: .*no chat template"),
@@ -216,12 +216,10 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
 )
 def test_a_server_without_scores(server, answer, reason):
     server.answer = lambda *args: answer
-    what = rf"'org/Reward-8B' at '{server.url}' gives no score. .* a classifier with one label .*num_labels=1\)"
-    cure = rf"Serve one with `vllm serve MODEL --runner pooling`. \({reason}"
-    with pytest.raises(ValueError, match=rf"{what}, with a chat template, since .*\. {cure}"):
-        load(server.url)
-    with pytest.raises(ValueError, match=rf"{what}\. {cure}"):
-        load(server.url, conversational=False)
+    message = rf"'org/Reward-8B' at '{server.url}' gives no score. .* a classifier with one label, .*\({reason}"
+    for conversational in (True, False):
+        with pytest.raises(ValueError, match=message):
+            load(server.url, conversational)
 
 
 def test_a_tokenizer_for_a_served_reward_model(server):
@@ -245,9 +243,7 @@ def test_messages_that_the_server_would_render_otherwise(server, message):
 
 def test_what_it_refuses(monkeypatch):
     url = "http://localhost:1"
-    with pytest.raises(
-        ValueError, match=r"^url must be an http\(s\) URL such as 'http://localhost:8000', got 'localh"
-    ):
+    with pytest.raises(ValueError, match=r"^url must be an http\(s\) URL, got 'localh"):
         ServedRewardModel("localhost:1")
     with pytest.raises(ValueError, match=r"url must hold no user name, password or query.*Pass a key") as error:
         ServedRewardModel("http://me:secret@localhost:1")
@@ -258,9 +254,7 @@ def test_what_it_refuses(monkeypatch):
         ServedRewardModel(url, timeout=-1)
     with pytest.raises(ValueError, match=r"max_retries must not be negative, got -1.*set it to 0"):
         ServedRewardModel(url, max_retries=-1)
-    with pytest.raises(ValueError, match="api_key must be ASCII"):
-        ServedRewardModel(url, api_key="sk-…")
-    monkeypatch.setattr("trl_sppo.oracles.served.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_sppo.oracles.endpoint.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"ServedRewardModel needs openai.*pip install trl-sppo\[served\]"):
         ServedRewardModel(url)
 

@@ -10,14 +10,13 @@ Comparison = Literal["hard", "bradley_terry"]
 
 
 def _check_scores(scores: torch.Tensor, comparison: str, temperature: float) -> None:
-    if scores.ndim != 2:
-        raise ValueError(f"scores must have shape (groups, K), got {tuple(scores.shape)}.")
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must be floating point (an unscorable completion is NaN), got {scores.dtype}.")
+    if scores.ndim != 2 or not scores.is_floating_point():
+        found = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        raise ValueError(f"scores must be floating point (unscorable is NaN), of shape (groups, K), got {found}.")
     if comparison not in ("hard", "bradley_terry"):
         raise ValueError(f"comparison must be 'hard' or 'bradley_terry', got {comparison!r}.")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: it divides the difference of two scores.")
+        raise ValueError(f"temperature must be positive, got {temperature}.")
 
 
 def preferences_from_scores(
@@ -31,9 +30,9 @@ def preferences_from_scores(
 
     Args:
         scores (`torch.Tensor` of shape `(groups, K)`):
-            Score of each completion, on any real scale. NaN marks a completion that could not be scored.
+            Scores, on any real scale. NaN marks a completion that could not be scored.
         comparison (`str`, *optional*, defaults to `"hard"`):
-            `"hard"` uses only the order of the scores, `"bradley_terry"` also their distance.
+            `"hard"` or `"bradley_terry"`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Bradley-Terry temperature, in units of the score. Unused by `"hard"`.
 
@@ -56,10 +55,8 @@ def preferences_from_scores(
     ```
     """
     _check_scores(scores, comparison, temperature)
-    difference = scores.unsqueeze(2) - scores.unsqueeze(1)
-    # inf - inf is NaN, but two equal scores are a tie
-    equal = scores.unsqueeze(2) == scores.unsqueeze(1)
-    difference = torch.where(equal, 0.0, difference)
+    rows, columns = scores.unsqueeze(2), scores.unsqueeze(1)
+    difference = torch.where(rows == columns, 0.0, rows - columns)  # inf - inf is NaN, but they tie
     if comparison == "hard":
         preferences = (torch.sign(difference) + 1) / 2
         return preferences.masked_fill(difference.isnan(), torch.nan)  # sign(NaN) is 0, a tie
@@ -74,8 +71,7 @@ def sum_of_scores(scores: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 
     Args:
         scores (`torch.Tensor` of shape `(sources, groups, K)`):
-            Scores, NaN where a source could not score. A source that scored nothing in a group does not apply to it
-            and is left out; a completion that lacks one of the others is unscorable.
+            Scores, NaN where a source could not score. A completion that lacks one of those k is unscorable.
         weights (sequence of `float`):
             Weight of each source. One of weight 0 takes no part.
 
@@ -99,8 +95,8 @@ def sum_of_scores(scores: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 
 def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
     """
-    Preferences from a pairwise oracle that was asked about ordered pairs. What it says of a pair in the two orders is
-    averaged, which cancels a liking for the first or the second place.
+    Preferences from a pairwise oracle that was asked about ordered pairs. Averaging the two orders of a pair cancels a
+    liking for the first or the second place.
 
         P[i, j] = mean of  A[i, j]  and  1 - A[j, i]        of those that were answered
 
@@ -125,8 +121,7 @@ def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
 
     ```
     """
-    both_orders = torch.stack([answers, 1 - answers.mT])
-    preferences = both_orders.nanmean(dim=0)
+    preferences = torch.stack([answers, 1 - answers.mT]).nanmean(dim=0)
     diagonal = torch.eye(answers.size(1), dtype=torch.bool, device=answers.device)
     return preferences.masked_fill(diagonal, 0.5)
 
@@ -144,7 +139,7 @@ def mean_preferences(preferences: Sequence[torch.Tensor], weights: Sequence[floa
             Weight of each oracle, not negative. Equal weights by default.
 
     Returns:
-        `torch.Tensor` of shape `(groups, K, K)`: the mean preferences, NaN where no oracle could compare.
+        `torch.Tensor` of shape `(groups, K, K)`: NaN where no oracle could compare.
 
     Raises:
         `ValueError`: if the numbers of matrices and weights differ, or a weight is negative, or all are zero.
@@ -168,14 +163,12 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
 
         W_i = mean over j of P[i, j],  j != i unless `include_self`
 
-    Without self-comparison win rates span [0, 1]. With it (the paper's estimator and its code) they are pulled towards
-    1/2 by a factor (K - 1) / K, which is a rescale of eta.
-
     Args:
         preferences (`torch.Tensor` of shape `(groups, K, K)`):
             Preference matrix. NaN where two completions could not be compared.
         include_self (`bool`, *optional*, defaults to `False`):
-            Whether a completion's tie with itself (the diagonal, 1/2) counts.
+            Whether a completion's tie with itself (the diagonal, 1/2) counts, as in the paper's estimator and its
+            code. It pulls win rates towards 1/2 by a factor (K - 1) / K, which is a rescale of eta.
 
     Returns:
         `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], whose mean over a fully compared group is 1/2. NaN
@@ -217,19 +210,7 @@ def win_rates_from_scores(
 
         W_i = (#{j: s_j < s_i} + 1/2 #{j != i: s_j = s_i}) / (n - 1)        n scorable completions
 
-    Args:
-        scores (`torch.Tensor` of shape `(groups, K)`):
-            Score of each completion. NaN marks a completion that could not be scored.
-        comparison, temperature:
-            As in [`preferences_from_scores`].
-        include_self (`bool`, *optional*, defaults to `False`):
-            As in [`win_rates`].
-
-    Returns:
-        `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], NaN where nothing could be compared.
-
-    Raises:
-        `ValueError`: as in [`preferences_from_scores`].
+    Arguments, result and errors are those of [`preferences_from_scores`] and [`win_rates`].
 
     Example:
 
@@ -243,20 +224,14 @@ def win_rates_from_scores(
     _check_scores(scores, comparison, temperature)
     if comparison == "bradley_terry":
         return win_rates(preferences_from_scores(scores, comparison, temperature), include_self)
-    below, tied, num_scorable = _rank(scores)
-    wins = below + 0.5 * tied
-    comparisons = num_scorable - 1
-    if include_self:
-        wins, comparisons = wins + 0.5, comparisons + 1
-    rates = wins.to(scores.dtype) / comparisons
-    return rates.masked_fill(scores.isnan() | (num_scorable < 2), torch.nan)
-
-
-def _rank(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each score: how many of its group are lower, how many others are equal; and how many are scorable at all."""
     num_scorable = (~scores.isnan()).sum(dim=1, keepdim=True)
     # Unscorable completions sort behind everything, so that no finite score counts them; `minimum` does that for +inf
     ordered, _ = torch.sort(scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), dim=1)
     below = torch.searchsorted(ordered, scores.contiguous(), side="left")
     up_to = torch.searchsorted(ordered, scores.contiguous(), side="right").minimum(num_scorable)
-    return below, up_to - below - 1, num_scorable
+    wins = below + 0.5 * (up_to - below - 1)
+    comparisons = num_scorable - 1
+    if include_self:
+        wins, comparisons = wins + 0.5, comparisons + 1
+    rates = wins.to(scores.dtype) / comparisons
+    return rates.masked_fill(scores.isnan() | (num_scorable < 2), torch.nan)

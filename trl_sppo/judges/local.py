@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.weights import whole_and_silent
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class LocalJudge:
-    """A judge that runs a model in this process. `limits` are the options that say where texts are truncated."""
+    """A judge that runs a model in this process."""
 
     model: Any
     tokenizer: Any
@@ -52,8 +52,8 @@ class LocalJudge:
             limits = " and ".join(f"{name}={getattr(self, name)}" for name in self._limits)
             logger.warning(
                 f"{self.__name__} judged truncated texts in {sum(truncated)} of {len(truncated)} comparisons: with "
-                f"{limits} it does not see how long texts end. Raise the limit, or lower `max_completion_length` or "
-                f"leave out long prompts. This is said once; {self.__name__}/truncated is the share."
+                f"{limits} it does not see how long texts end. Raise the limit, or lower `max_completion_length`. "
+                f"This is said once; {self.__name__}/truncated is the share."
             )
         self.num_truncated += sum(truncated)
 
@@ -67,7 +67,18 @@ def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         )
 
 
-def load_tokenizer(path: Any) -> PreTrainedTokenizerBase:
+def load_config(path: str) -> Any:
+    try:
+        with no_own_code(path):
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"judge {path!r} is neither a folder with a config.json nor a model that is available on the Hugging Face "
+            f"hub. Check the path. ({error})"
+        ) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     with no_own_code(path):  # otherwise transformers asks on the terminal
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
@@ -84,10 +95,3 @@ def check_loaded(path: str, missing: set[str]) -> None:
             f"the checkpoint of judge {path!r} lacks the weights {', '.join(sorted(missing)[:5])}, and weights made "
             "now would judge at random. Use a checkpoint with a trained head."
         )
-
-
-def not_found(path: str, error: OSError) -> ValueError:
-    return ValueError(
-        f"judge {path!r} is neither a folder with a config.json nor a model that is available on the Hugging Face "
-        f"hub. Check the path. ({error})"
-    )
