@@ -105,9 +105,8 @@ async def raising_later(completions, **kwargs):
     [
         (
             raising,
-            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number for each "
-            "completion, or None where it has none. Here each completion is a list of messages, and the columns are "
-            "[]. What was sampled",
+            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number, or None, for "
+            "each completion. Each is a list of messages here, and the columns are []. What was sampled",
         ),
         (
             lambda completions, **kwargs: [1.0],

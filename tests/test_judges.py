@@ -276,7 +276,7 @@ def test_what_pairrm_refuses(pairrm, tmp_path):
         PairRMJudge(pairrm, batch_size=0)
     model = classifier()
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="pad_token_id=None. It must have a padding token"):
+    with pytest.raises(ValueError, match="and pad_token_id=None"):
         PairRMJudge(model, pair_tokenizer(), **SHORT)
     # A checkpoint without its trained head
     classifier().bert.save_pretrained(tmp_path / "bare")
@@ -657,7 +657,7 @@ def test_the_key_is_sent_and_not_shown(endpoint, caplog, monkeypatch, given):
 
 def test_what_the_llm_judge_refuses(monkeypatch):
     url = "http://localhost:1/v1"
-    with pytest.raises(ValueError, match=r"base_url must be an http\(s\) URL .*, got 'localhost:1'"):
+    with pytest.raises(ValueError, match=r"base_url must be an http\(s\) URL, got 'localhost:1'"):
         LLMJudge("judge", "localhost:1")
     with pytest.raises(ValueError, match="max_concurrency must be positive, got 0"):
         LLMJudge("judge", url, max_concurrency=0)

@@ -173,7 +173,7 @@ def sppo_loss(
     ```
     """
     if not eta > 0:
-        raise ValueError(f"eta must be positive, got {eta}: it scales the SPPO target, and is 1/beta of the paper.")
+        raise ValueError(f"eta must be positive, got {eta}. The paper's beta = 1/eta = 0.001 is eta=1000.")
     if log_ratios.shape != win_rates.shape or log_ratios.ndim != 1:
         shapes = f"{tuple(log_ratios.shape)} and {tuple(win_rates.shape)}"
         raise ValueError(f"log_ratios and win_rates must have the same shape (N,), got {shapes}.")

@@ -477,11 +477,7 @@ class SPPOTrainer(ResumableTrainer):
 
     def _ask_judges(self, asked: tuple, for_functions: dict[str, Any], group_size: int) -> dict[str, torch.Tensor]:
         """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
-        if not len(self.panel.sources):
-            return {}
-        scores = self.panel.sources.score(*asked, **for_functions).to(self.accelerator.device)
-        scores = self.accelerator.gather(scores)
-        self.panel.sources.warn(scores)
+        scores = self.panel.sources.score_everywhere(self.accelerator, *asked, **for_functions)
         columns = dict(zip(self.panel.sources.names, scores.T, strict=True))
         for name, column in columns.items():
             if not column.isnan().all():
@@ -521,9 +517,9 @@ class SPPOTrainer(ResumableTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         if self._rollout is not None and self._rollout.scores is not None:
             return self._rollout.scores  # `_generate` has asked, before TRL's log-probability passes
-        return self.voters.score(
-            prompts, completions, columns_of(inputs), **self._for_reward_functions(completion_ids_list)
-        )
+        asked = prompts, completions, columns_of(inputs)
+        for_functions = self._for_reward_functions(completion_ids_list)
+        return self.voters.sources.score_everywhere(self.accelerator, *asked, **for_functions)
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's part of values over the completions of all processes."""
@@ -539,7 +535,7 @@ class SPPOTrainer(ResumableTrainer):
         # which TRL's vLLM importance correction reads as "unknown", and which would not stay unnoticed in a loss.
         if not self.model.training:
             return torch.full((len(input_ids), args[0]), torch.nan, device=input_ids.device), None, None
-        rows = rollout.rows_with_logps(len(input_ids))
+        rows = rollout.rows_with_logps()
         outputs = super()._get_per_token_logps_and_entropies(
             model, input_ids[rows], attention_mask[rows], *args, **kwargs
         )

@@ -110,8 +110,8 @@ class PairRMJudge(LocalJudge):
         name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         super().__init__(last_part(name), ("max_length", "max_prompt_length"))
         if isinstance(model, str):
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = _load_pair_classifier(model)
+            path, model = model, _load_pair_classifier(model)
+            tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
         elif tokenizer is None:
             raise ValueError(f"judge {name!r} was given as a loaded model, so pass its `tokenizer` too.")
         self.model, self.tokenizer = model.eval(), tokenizer

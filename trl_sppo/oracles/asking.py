@@ -44,8 +44,8 @@ def check_oracle(oracle: PreferenceFunc) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"preference_func {oracle_name(oracle)!r} must be callable as "
-            f"`{oracle_name(oracle)}(prompts, first, second, **kwargs)`: {error}. It gets lists of prompts and of two "
-            "completions each, the dataset's other columns by name, and returns P(first beats second) of each."
+            f"`{oracle_name(oracle)}(prompts, first, second, **kwargs)`, with the dataset's other columns by name: "
+            f"{error}."
         ) from error
 
 
@@ -199,10 +199,9 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:
     """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
-    values = output.tolist() if isinstance(output, torch.Tensor) else list(output)
-    if len(values) != expected:
-        raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")
-    answers = [None if value is None else float(value) for value in values]
+    answers = [None if value is None else float(value) for value in output]
+    if len(answers) != expected:
+        raise ValueError(f"it returned {len(answers)} answers to {expected} comparisons")
     wrong = [answer for answer in answers if answer is not None and not 0 <= answer <= 1]
     if wrong:
         problems.append(f"it answered {wrong[0]}, which is no probability in [0, 1]")

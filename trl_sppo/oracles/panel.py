@@ -12,7 +12,7 @@ from torch import nn
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed
 
-from . import scoring as reward_sources
+from . import scoring
 from .asking import NO_COLUMNS, PreferenceFunc, check_oracle, oracle_name, told_apart
 from .reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
 from .scoring import RewardSources, names_of
@@ -65,14 +65,11 @@ def load_panel(
     for oracle in preference_funcs:
         check_oracle(oracle)
     if columns is not None:
-        for source in reward_funcs:
-            if callable(source) and not isinstance(source, nn.Module):
-                given = [name for name in columns if name not in reward_sources.NO_COLUMNS]
-                _check_call(source, "prompts and completions", ["prompts", "completions"], given)
+        functions = [source for source in reward_funcs if callable(source) and not isinstance(source, nn.Module)]
+        for function in functions:
+            _check_call(function, ["prompts", "completions"], set(columns) - scoring.NO_COLUMNS)
         for oracle in preference_funcs:
-            given = [name for name in columns if name not in NO_COLUMNS]
-            own = ["prompts", "first", "second", "log_metric"]
-            _check_call(oracle, "prompts, first, second and log_metric", own, given)
+            _check_call(oracle, ["prompts", "first", "second", "log_metric"], set(columns) - NO_COLUMNS)
     accelerator = Accelerator()
     reward_funcs = without_slash(reward_funcs)
     sources, tokenizers = load_reward_models(
@@ -105,16 +102,12 @@ def place(sources: Sequence[Any], accelerator: Accelerator) -> list[Any]:
     return [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
 
 
-def _check_call(judge: Callable[..., Any], what: str, own: list[str], columns: list[str]) -> None:
+def _check_call(judge: Callable[..., Any], own: list[str], columns: set[str]) -> None:
     """Raise `ValueError` if a judge could not be called with its own arguments and these columns of the prompts."""
     try:
-        signature = inspect.signature(judge)
-    except (TypeError, ValueError):  # of some built-in functions
-        return
-    try:
-        signature.bind(**dict.fromkeys([*own, *columns]))
+        inspect.signature(judge).bind(**dict.fromkeys([*own, *columns]))
     except TypeError as error:
         raise ValueError(
-            f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {what}, and the columns {columns} of "
-            "the prompts. Add what is missing to the prompts, or let the judge take `**kwargs`."
+            f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {', '.join(own)}, and the columns "
+            f"{sorted(columns)} of the prompts. Add what is missing to them, or let the judge take `**kwargs`."
         ) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -99,8 +100,13 @@ class RewardSources:
             scores.append(model(**inputs.to(device)).logits[:, 0].cpu())
         return torch.cat(scores)
 
-    def warn(self, scores: torch.Tensor) -> None:
-        """Warn once of each source without a finite score for some completions. `scores`: `(N, sources)`."""
+    def score_everywhere(
+        self, accelerator: Accelerator, prompts: Sequence[Any], completions: Sequence[Any], columns: dict, **more: Any
+    ) -> torch.Tensor:
+        """Scores of all processes' completions, `(completions, sources)`. Warns once of each source without some."""
+        if not len(self):
+            return torch.zeros(len(completions) * accelerator.num_processes, 0, device=accelerator.device)
+        scores = accelerator.gather(self.score(prompts, completions, columns, **more).to(accelerator.device))
         for name, column in zip(self.names, scores.T, strict=True):
             unscorable = int(column.isnan().sum())
             if unscorable and name not in self._warned:
@@ -108,8 +114,9 @@ class RewardSources:
                 logger.warning(
                     f"{self.kind} {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
                     f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
-                    "metric win_rate/unscorable continues to count the completions that no source could score."
+                    "metric win_rate/unscorable counts the completions that no source could score."
                 )
+        return scores
 
     @contextmanager
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
@@ -121,8 +128,8 @@ class RewardSources:
             form = "a text" if isinstance(completions[0], str) else "a list of messages"
             raise RunError(
                 f"{self.kind} {name!r} failed: {type(error).__name__}: {str(error).rstrip('.')}. It must return one "
-                f"number for each completion, or None where it has none. Here each completion is {form}, and the "
-                f"columns are {list(columns)}.{advice}"
+                f"number, or None, for each completion. Each is {form} here, and the columns are {list(columns)}."
+                f"{advice}"
             ) from error
 
 

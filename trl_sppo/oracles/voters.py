@@ -73,15 +73,6 @@ class Voters:
             "without_vote": [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0],
         }
 
-    def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
-        """Score this process's completions. Returns all processes' scores, `(completions, sources)`."""
-        if not len(self.sources):
-            return torch.zeros(len(completions) * self.accelerator.num_processes, 0, device=self.accelerator.device)
-        scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
-        scores = self.accelerator.gather(scores)
-        self.sources.warn(scores)
-        return scores
-
     def compare(
         self,
         prompts: list,  # of all processes, by groups, like completions and columns
@@ -116,7 +107,7 @@ class Voters:
                 logger.warning(
                     f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
                     f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
-                    f"preferences/{name}/lost continues to count them."
+                    f"preferences/{name}/lost counts them."
                 )
             found[name] = answers
         return found, metrics
@@ -133,8 +124,7 @@ class Voters:
                 names = ", ".join(repr(self.sources.names[i]) for i in voting)
                 raise RunError(
                     f"reward source {names} gave no finite score (None, NaN or infinite) for any completion of the "
-                    f"last {num_silent} prompts: there is nothing to compare. It must return one number for each "
-                    "completion, None only where it has none."
+                    f"last {num_silent} prompts. It must return one number for each completion that it can score."
                 )
         alone = sum(weight > 0 for weight in self.weights) == 1
         for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
@@ -145,8 +135,7 @@ class Voters:
             if num_silent:
                 raise RunError(
                     f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
-                    f"prompts: {answers[name].problem}. It must return one probability in [0, 1] for each comparison "
-                    "(None where it cannot say)."
+                    f"prompts: {answers[name].problem}. It must return one probability in [0, 1] for each."
                 )
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from ..rows import ROW
 from .targets import RolloutTargets
@@ -52,12 +53,10 @@ class Rollout:
             for ids, row in zip(self.completion_ids, mask, strict=True)
         ])  # fmt: skip
 
-    def rows_with_logps(self, num_rows: int) -> torch.Tensor:
+    def rows_with_logps(self) -> torch.Tensor | slice:
         """Of this process's rows, those that need log-probabilities under the policy that sampled them."""
         assert self.targets is not None
-        if self.only_sampled:
-            return torch.arange(num_rows, device=self.targets.rows.device)
-        return self.targets.rows[: self.targets.num_logps]
+        return slice(None) if self.only_sampled else self.targets.rows[: self.targets.num_logps]
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
@@ -75,10 +74,7 @@ def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with all its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    return send_to_device(batch, device, non_blocking=device.type == "cuda")
 
 
 def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -153,9 +153,8 @@ class RolloutRecorder:
             )["input_ids"]  # fmt: skip
             if whole[: len(prompt_ids)] != prompt_ids:
                 raise ValueError(
-                    "the policy's chat template does not render a conversation as its prompt and then the completion, "
-                    f"so the completions of rollouts={self.args.rollouts!r} cannot be told from their prompts. Add a "
-                    "column 'completion_ids' with their tokens."
+                    f"the policy's chat template does not render the completions of rollouts={self.args.rollouts!r} "
+                    "after their prompts. Add a column 'completion_ids' with their tokens."
                 )
             ids = whole[len(prompt_ids) :]
         ends = [i for i, token in enumerate(ids) if token in trainer.eos_token_ids]
@@ -176,13 +175,6 @@ class RolloutRecorder:
         if self._recalled or not self._writes:
             return
         trainer, inputs = self.trainer, self._inputs
-        taken = sorted(inputs[0].keys() & COLUMNS.keys())
-        if taken and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                f"the dataset's columns {taken} are left out of the files of rollouts, which have columns of their "
-                "own with these names."
-            )
         columns = [name for name in inputs[0] if name not in (*COLUMNS, *IMAGES)]
         if trainer.tools or trainer.environment_factories:  # messages of many shapes
             completions = [json.dumps(completion, default=str) for completion in completions]
@@ -280,7 +272,7 @@ class RolloutRecorder:
         if any(row is not None and len(row) != length for row, length in zip(rows, self._lengths, strict=True)):
             raise ValueError(
                 f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than those of their "
-                "completions: they need one for each of 'completion_ids'. Correct them, or remove the column 'logps'."
+                "completions. Correct the column 'logps', or remove it."
             )
         missing = sum(row is None for row, is_kept in zip(rows, kept, strict=True) if is_kept)
         if self.trainer.agree(missing) == 0:
@@ -294,9 +286,8 @@ class RolloutRecorder:
             self._has_warned = True
             logger.warning(
                 f"rollouts={self.args.rollouts!r} lack log-probabilities of some completions that are trained on, so "
-                "the policy at hand is taken for the one that sampled them. That is right if it has: for its first "
-                "iteration. Let one iteration be the whole file (steps_per_generation), or make them with `trl-sppo "
-                "rollout`, which writes all. This is said once."
+                "the policy at hand is taken for the one that sampled them. That is right for its first iteration: "
+                "let it be the whole file (steps_per_generation), or use `trl-sppo rollout`. Said once."
             )
         if not self.trainer.agree(int(None in weights)):
             batch["importance_sampling_ratio"] = torch.tensor(weights).unsqueeze(1).to(ids.device)

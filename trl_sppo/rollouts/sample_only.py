@@ -11,13 +11,12 @@ def make_rollouts(trainer: Any) -> str:
     args, recorder = trainer.args, trainer._recorder
     if trainer._is_sharded:
         raise ValueError(
-            "rollouts are sampled with whole models, but this launch shards them (FSDP or DeepSpeed). Launch without, "
-            "with use_vllm=True where one GPU does not suffice."
+            "rollouts are sampled with whole models, but this launch shards them (FSDP or DeepSpeed). Launch without."
         )
     if not recorder.recalls:
         raise ValueError(
-            "rollouts are to be written, but save_rollouts=False, save_strategy='no' or rollouts=... says not to, or "
-            "tools, environments or a rollout_func take part, which cannot be repeated. Remove that option."
+            "rollouts are to be written, but save_rollouts=False, save_strategy='no', rollouts=..., tools, "
+            "environments or a rollout_func rule that out. Remove that option."
         )
     period = trainer._micro_steps_per_iteration
     batches = trainer.get_train_dataloader()
