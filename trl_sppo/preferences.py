@@ -211,15 +211,6 @@ def win_rates_from_scores(
         W_i = (#{j: s_j < s_i} + 1/2 #{j != i: s_j = s_i}) / (n - 1)        n scorable completions
 
     Arguments, result and errors are those of [`preferences_from_scores`] and [`win_rates`].
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> win_rates_from_scores(torch.tensor([[3.0, 1.0, torch.nan, 1.0]]))
-    tensor([[1.0000, 0.2500,    nan, 0.2500]])
-
-    ```
     """
     _check_scores(scores, comparison, temperature)
     if comparison == "bradley_terry":

@@ -25,9 +25,9 @@ from .models.adapters import continue_adapter, is_adapter, keep_reference, load_
 from .models.generation import only_requested_generation
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .oracles.asking import PreferenceFunc, oracle_name, told_apart
-from .oracles.panel import Panel, place
+from .oracles.panel import make_panel
 from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
-from .oracles.scoring import RewardSources, names_of
+from .oracles.scoring import RewardSources
 from .oracles.voters import Voters
 from .rollouts.batch import (
     Rollout,
@@ -251,7 +251,19 @@ class SPPOTrainer(ResumableTrainer):
             self.reward_weights = self.reward_weights[1:]
         self.reward_funcs = in_micro_batches(self.reward_funcs, args.reward_batch_size)
         self.voters = self._make_voters(preference_funcs)
-        self.panel = self._make_panel(sources[: len(judges)], tokenizers[: len(judges)], eval_preference_funcs)
+        self.panel = make_panel(
+            sources[: len(judges)],
+            tokenizers[: len(judges)],
+            eval_preference_funcs,
+            self.accelerator,
+            args.reward_batch_size,
+            cast(dict, self.chat_template_kwargs),
+            voters=[*self.reward_func_names, *map(oracle_name, preference_funcs)],
+            both_orders=args.both_orders,
+            batch_size=args.preference_batch_size,
+            log_metric=self._log_metric,
+            disable_tqdm=bool(args.disable_tqdm),
+        )
         choose_metric(args, [*self.panel.names, *self.voters.names], self.eval_dataset)
         self._step_metrics = StepMetrics(self.accelerator)
         self._parts |= {"voters": self.voters, "step_metrics": self._step_metrics}
@@ -289,26 +301,6 @@ class SPPOTrainer(ResumableTrainer):
             dict(zip(told_apart(names)[len(self.reward_func_names) :], oracles, strict=True)),
             self.accelerator,
             self.train_dataset,
-        )
-
-    def _make_panel(self, sources: list, tokenizers: list, oracles: list[PreferenceFunc]) -> Panel:
-        # A judge gives way: it must not change the names of what is trained on
-        voters = [*self.reward_func_names, *map(oracle_name, self.voters.oracles.values())]
-        names = told_apart([*voters, *names_of(sources), *map(oracle_name, oracles)])[len(voters) :]
-        return Panel(
-            RewardSources(
-                names[: len(sources)],
-                in_micro_batches(place(sources, self.accelerator), self.args.reward_batch_size),
-                tokenizers,
-                cast(dict, self.chat_template_kwargs),
-                kind="judge",
-            ),
-            dict(zip(names[len(sources) :], oracles, strict=True)),
-            self.accelerator,
-            both_orders=self.args.both_orders,
-            batch_size=self.args.preference_batch_size,
-            log_metric=self._log_metric,
-            disable_tqdm=bool(self.args.disable_tqdm),
         )
 
     def describe(self) -> dict[str, Any]:

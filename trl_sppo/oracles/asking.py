@@ -106,19 +106,14 @@ def ask_oracle(
         needless = same | (is_first[:, None] == is_first)
     pairs = ordered_pairs(needless, both_orders)
     if known is not None:
-        lost = int(known[pairs.unbind(dim=1)].isnan().sum())
-        return Answers(known, same, num_asked=len(pairs), num_lost=lost)
+        return Answers(known, same, len(pairs), num_lost=int(known[pairs.unbind(dim=1)].isnan().sum()))
     share = -(-len(pairs) // accelerator.num_processes)
     calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
 
     answers: list[float] = []
     problems: list[str] = []
-    for call in tqdm(
-        calls,
-        desc=f"{oracle_name(oracle)}: calls with comparisons",
-        leave=False,
-        disable=disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process,
-    ):
+    hidden = disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process
+    for call in tqdm(calls, desc=f"{oracle_name(oracle)}: calls with comparisons", leave=False, disable=hidden):
         group, first, second = call.unbind(dim=1)
         first, second = (group * group_size + first).tolist(), (group * group_size + second).tolist()
         try:
@@ -140,11 +135,7 @@ def ask_oracle(
     matrix = torch.full(same.shape, torch.nan)
     matrix[pairs.unbind(dim=1)] = said
     return Answers(
-        matrix=matrix,
-        same=same,
-        num_asked=len(pairs),
-        num_lost=int(said.isnan().sum()),
-        problem=problems[0] if problems else SAYS_NOTHING,
+        matrix, same, num_asked=len(pairs), num_lost=int(said.isnan().sum()), problem=[*problems, SAYS_NOTHING][0]
     )
 
 

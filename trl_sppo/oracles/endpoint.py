@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from tqdm.asyncio import tqdm
 from transformers.utils import logging
 
 from ..errors import check_positive
@@ -59,19 +59,16 @@ class Endpoint:
         limit = asyncio.Semaphore(self.max_concurrency)
         # One client per call: a client belongs to an event loop, and each call may run in one of its own
         async with AsyncOpenAI(**self._client_options) as client:
-            with tqdm(total=len(questions), desc=self.__name__, disable=None, leave=False) as progress:
 
-                async def ask_one(question: tuple) -> T | None:
-                    async with limit:
-                        try:
-                            return await ask(client, *question)
-                        except (OpenAIError, BadAnswerError) as error:
-                            problems.append(error)
-                            return None
-                        finally:
-                            progress.update()
+            async def ask_one(question: tuple) -> T | None:
+                async with limit:
+                    try:
+                        return await ask(client, *question)
+                    except (OpenAIError, BadAnswerError) as error:
+                        problems.append(error)
+                        return None
 
-                results = await asyncio.gather(*(ask_one(question) for question in questions))
+            results = await tqdm.gather(*map(ask_one, questions), desc=self.__name__, disable=None, leave=False)
         return results, problems
 
     def _count_lost(self, problems: Sequence[Exception], what: str) -> None:

@@ -70,36 +70,41 @@ def load_panel(
             _check_call(function, ["prompts", "completions"], set(columns) - scoring.NO_COLUMNS)
         for oracle in preference_funcs:
             _check_call(oracle, ["prompts", "first", "second", "log_metric"], set(columns) - NO_COLUMNS)
+    reward_funcs, no_tokenizers = without_slash(reward_funcs), [None] * len(reward_funcs)
+    trusted = [name.rstrip("/") for name in trust_remote_code]
     accelerator = Accelerator()
-    reward_funcs = without_slash(reward_funcs)
     sources, tokenizers = load_reward_models(
-        reward_funcs,
-        [None] * len(reward_funcs),
-        conversational,
-        [name.rstrip("/") for name in trust_remote_code],
-        chat_template_kwargs,
+        reward_funcs, no_tokenizers, conversational, trusted, chat_template_kwargs
     )
-    names = told_apart([*names_of(sources), *map(oracle_name, preference_funcs)])
-    return Panel(
-        RewardSources(
-            names[: len(sources)],
-            in_micro_batches(place(sources, accelerator), batch_size),
-            tokenizers,
-            chat_template_kwargs,
-            kind="judge",
-        ),
-        dict(zip(names[len(sources) :], preference_funcs, strict=True)),
-        accelerator,
-        both_orders=both_orders,
+    return make_panel(
+        sources, tokenizers, preference_funcs, accelerator, batch_size, chat_template_kwargs, both_orders=both_orders
     )
 
 
-def place(sources: Sequence[Any], accelerator: Accelerator) -> list[Any]:
-    """Put the reward models among these on their device, as TRL does."""
+def make_panel(
+    sources: Sequence[Any],
+    tokenizers: Sequence[Any],
+    oracles: Sequence[PreferenceFunc],
+    accelerator: Accelerator,
+    reward_batch_size: int,  # completions per forward pass
+    chat_template_kwargs: dict[str, Any] | None,
+    voters: Sequence[str] = (),  # names that judges must not have
+    **options: Any,
+) -> Panel:
+    """Put reward models on their device, as TRL does, and name judges."""
     prepare = partial(accelerator.prepare_model, evaluation_mode=True, device_placement=True)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepare = partial(prepare_deepspeed, accelerator=accelerator)
-    return [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
+    placed = [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
+    names = told_apart([*voters, *names_of(sources), *map(oracle_name, oracles)])[len(voters) :]
+    of_sources, of_oracles = names[: len(sources)], names[len(sources) :]
+    scorers = in_micro_batches(placed, reward_batch_size)
+    return Panel(
+        RewardSources(of_sources, scorers, tokenizers, chat_template_kwargs, kind="judge"),
+        dict(zip(of_oracles, oracles, strict=True)),
+        accelerator,
+        **options,
+    )
 
 
 def _check_call(judge: Callable[..., Any], own: list[str], columns: set[str]) -> None:

@@ -131,11 +131,8 @@ def load_reward_models(
                 )
             source.check(conversational)
         elif isinstance(source, (str, nn.Module)):
-            tokenizer = _checked(source, tokenizer, conversational, source in trust_remote_code)
+            tokenizer = check_reward_model(source, tokenizer, conversational, source in trust_remote_code)
         tokenizers.append(tokenizer)
-    for source in reward_funcs:
-        if isinstance(source, str):
-            check_reward_weights(source, source in trust_remote_code)
     if check is not None:
         check(reward_funcs, tokenizers)
     models: list[Any] = []
@@ -149,24 +146,38 @@ def load_reward_models(
     return models, tokenizers
 
 
-def _checked(source: str | nn.Module, tokenizer: Any, conversational: bool, trusted: bool) -> Any:
-    """Check a reward model, given by path or loaded. Returns its tokenizer."""
+def check_reward_model(source: str | nn.Module, tokenizer: Any, conversational: bool, trusted: bool) -> Any:
+    """Raise `ValueError` if a reward model, given by path or loaded, cannot be used. Returns its tokenizer."""
+    name = source if isinstance(source, str) else ""
     if isinstance(source, str):
-        name = source
-        check_config(source, trusted)
-    else:
-        name = source.config._name_or_path if isinstance(source, PreTrainedModel) else ""
-        if isinstance(source, PreTrainedModel):
-            _check_labels(name, source.config.num_labels)
-    if tokenizer is None:
-        if not name:
-            raise ValueError(
-                f"no tokenizer is known for reward model {type(source).__name__}, which was not loaded from a "
-                "checkpoint: pass one in `reward_processing_classes`. Of an adapter give the path, or merge it first."
-            )
-        with own_code_is_refused(*_own_code(name)):
+        _check_config(source, trusted)
+    elif isinstance(source, PreTrainedModel):
+        name = source.config._name_or_path
+        _check_labels(name, source.config.num_labels)
+    if tokenizer is None and not name:
+        raise ValueError(
+            f"no tokenizer is known for reward model {type(source).__name__}, which was not loaded from a "
+            "checkpoint: pass one in `reward_processing_classes`. Of an adapter give the path, or merge it first."
+        )
+    with own_code_is_refused(*_own_code(name)):
+        if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_of(name), trust_remote_code=trusted)
-    check_tokenizer(name, tokenizer, conversational)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of reward model {name!r} has no padding token. Set `tokenizer.pad_token` to a token that "
+            "never ends a text (the EOS token would move the position that is scored) and save it beside the model, "
+            "or pass it in `reward_processing_classes`."
+        )
+    if conversational and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template. Set "
+            "`tokenizer.chat_template` to the one of its training and save it beside the model, or pass such a "
+            "tokenizer in `reward_processing_classes`."
+        )
+    if isinstance(source, str):
+        kind, brought = AutoModelForSequenceClassification, _head_of(source)
+        with own_code_is_refused(*_own_code(name)):
+            check_weights("reward model", base_of(name), kind, brought, num_labels=1, trust_remote_code=trusted)
     return tokenizer
 
 
@@ -201,19 +212,6 @@ def _head_of(path: str) -> dict[str, tuple[list[int], str]]:
     return {name: value for name, value in weights.items() if name.split(".")[0] in HEADS and "lora_" not in name}
 
 
-def check_reward_weights(path: str, trust_remote_code: bool = False) -> None:
-    """Raise `ValueError` if a reward model lacks weights."""
-    with own_code_is_refused(*_own_code(path)):
-        check_weights(
-            "reward model",
-            base_of(path),
-            AutoModelForSequenceClassification,
-            brought=_head_of(path),
-            num_labels=1,
-            trust_remote_code=trust_remote_code,
-        )
-
-
 def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSource]) -> None:
     """Raise `ValueError` if there is nothing to quantize here."""
     if not any(isinstance(source, str) and not is_url(source) for source in reward_funcs):
@@ -244,7 +242,7 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
     )
 
 
-def check_config(path: str, trusted: bool) -> None:
+def _check_config(path: str, trusted: bool) -> None:
     """Raise `ValueError` if a checkpoint would not load as a classifier with a trained head of one label."""
     check_safetensors("reward model", path)
     check_whole_model("reward model", path)
@@ -285,19 +283,4 @@ def _check_labels(name: str, labels: int | None) -> None:
         raise ValueError(
             f"reward model {name!r} has {labels} labels, but a reward is one number: it must have num_labels=1. To "
             "use one of several logits, wrap it in a reward function."
-        )
-
-
-def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"the tokenizer of reward model {name!r} has no padding token. Set `tokenizer.pad_token` to a token that "
-            "never ends a text (the EOS token would move the position that is scored) and save it beside the model, "
-            "or pass it in `reward_processing_classes`."
-        )
-    if conversational and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template. Set "
-            "`tokenizer.chat_template` to the one of its training and save it beside the model, or pass such a "
-            "tokenizer in `reward_processing_classes`."
         )

@@ -116,8 +116,7 @@ class Voters:
         """Raise `RunError` if a voter has given no score or answer for too many prompts."""
         voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
         if len(self.sources) and not self.oracles:
-            scored = ~scores[:, voting].isnan()
-            prompts = scored.any(dim=1).view(-1, group_size).any(dim=1)
+            prompts = (~scores[:, voting].isnan()).any(dim=1).view(-1, group_size).any(dim=1)
             is_model = any(isinstance(self.sources.sources[i], (nn.Module, Endpoint)) for i in voting)
             num_silent = self.silent_prompts("reward sources", prompts, may_pass=not is_model)
             if num_silent:
@@ -128,14 +127,15 @@ class Voters:
                 )
         alone = sum(weight > 0 for weight in self.weights) == 1
         for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
-            known = (~answers[name].matrix.isnan()).flatten(1).any(dim=1)
-            asked = (~answers[name].same).flatten(1).any(dim=1)  # not about groups of identical completions
-            may_pass = answers[name].problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
+            said = answers[name]
+            known = (~said.matrix.isnan()).flatten(1).any(dim=1)
+            asked = (~said.same).flatten(1).any(dim=1)  # not about groups of identical completions
+            may_pass = said.problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
             num_silent = self.silent_prompts(name, known[asked], may_pass, alone) if weight > 0 else 0
             if num_silent:
                 raise RunError(
                     f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
-                    f"prompts: {answers[name].problem}. It must return one probability in [0, 1] for each."
+                    f"prompts: {said.problem}. It must return one probability in [0, 1] for each."
                 )
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
@@ -173,7 +173,7 @@ class Voters:
 def preferences_of_sources(
     scores: torch.Tensor, weights: Sequence[float], ended: torch.Tensor, args: SPPOConfig
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """The votes of the reward sources: preference matrices of shape `(groups, K, K)`, and their weights."""
+    """The votes of the reward sources, as in `Voters.panel`."""
     weights = list(weights)
     if args.reward_aggregation == "sum" and len(scores) > 0:
         watching = [k for k, weight in enumerate(weights) if weight == 0]  # logged and compared, without a vote

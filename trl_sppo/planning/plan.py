@@ -25,7 +25,7 @@ from ..checks.readers import policy_reader, reward_readers
 from ..checks.sources import check_columns, check_datasets, check_judges, check_sources, named_datasets
 from ..config import SPPOConfig
 from ..models.adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
-from ..oracles.reward_models import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
+from ..oracles.reward_models import check_reward_model, check_reward_quantization
 from ..rollouts.given import is_judged, load_rollouts, prompts_of
 from ..runs.checkpoints import check_resume
 from ..runs.forms import form_of
@@ -183,9 +183,7 @@ def _look_at_models(plan: Plan) -> None:
     for i, model in enumerate(loaded):
         config, tokenizer = _files(plan, "reward model", model, model in trusted)
         if config is not None:
-            check_config(model, model in trusted)
-            check_reward_weights(model, model in trusted)
-            check_tokenizer(model, tokenizer, bool(plan.conversational))
+            check_reward_model(model, tokenizer, bool(plan.conversational), model in trusted)
             readers += reward_readers(args, [model], [tokenizer], num_judges=i >= num_voters)
             rewards.append(_size(plan, model, config, is_reward_model=True))
     if plan.conversational is not None:
