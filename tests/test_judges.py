@@ -461,7 +461,7 @@ def test_what_gpm_refuses(tmp_path):
         GeneralPreferenceJudge(path, embedding_dim=3)
     with pytest.raises(ValueError, match=r"tau must be positive, got 0.0"):
         GeneralPreferenceJudge(path, embedding_dim=4, tau=0.0)
-    with pytest.raises(ValueError, match="needs a chat template and an EOS token"):
+    with pytest.raises(ValueError, match="needs a `tokenizer` with a chat template and an EOS token"):
         GeneralPreferenceJudge(path, embedding_dim=4, tokenizer=make_tokenizer(chat_template=None))
     with pytest.raises(ValueError, match=r"judge './nowhere' is neither a folder with a config.json nor"):
         GeneralPreferenceJudge("./nowhere", embedding_dim=4)

@@ -141,11 +141,7 @@ def test_the_key_is_sent_and_not_shown(server, caplog, monkeypatch, given):
     with pytest.raises(RuntimeError, match=r"AuthenticationError: .*wrong key \*\*\*") as error:
         ask(reward, ["x"], ["a"])
     said.append(error)
-    with pytest.raises(ValueError, match=r"gives no score.*\(AuthenticationError: .*wrong key \*\*\*") as error:
-        reward.check(conversational=False)
-    said.append(error)
-    server.models = (401, {"error": {"message": f"wrong key {key}"}})
-    with pytest.raises(ValueError, match=r"no vLLM server answers .*VLLM_API_KEY.*wrong key \*\*\*") as error:
+    with pytest.raises(ValueError, match=r"gives a score.*\(AuthenticationError: .*wrong key \*\*\*") as error:
         reward.check(conversational=False)
     said.append(error)
     ours = "".join(record.getMessage() for record in caplog.records if record.name.startswith("trl_sppo"))
@@ -174,10 +170,6 @@ def test_a_url_becomes_a_served_reward_model(server, conversational):
 def test_one_that_was_made_before_is_checked_too(server):
     reward = ServedRewardModel(server.url, "other")
     assert load(reward)[0] == [reward] and server.requests[0]["model"] == "other"
-    with pytest.raises(
-        ValueError, match=r"serves \['org/Reward-8B', 'other'\], not model='mine'. Correct `model`, or"
-    ):
-        load(ServedRewardModel(server.url, "mine"))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +183,7 @@ def test_one_that_was_made_before_is_checked_too(server):
 )
 def test_no_vllm_server(server, models, reason):
     server.models = models
-    with pytest.raises(ValueError, match=rf"no vLLM server answers at '{server.url}', .*`vllm serve MODEL.*{reason}"):
+    with pytest.raises(ValueError, match=rf"no vLLM server at '{server.url}' gives .*`vllm serve MODEL.*{reason}"):
         load(server.url)
 
 
@@ -201,22 +193,22 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("loaded"))
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     cure = r"Start one with `vllm serve MODEL --runner pooling` and wait .*\(APIConnectionError: "
-    with pytest.raises(ValueError, match=rf"no vLLM server answers at '{server.url}', .*{cure}"):
+    with pytest.raises(ValueError, match=rf"no vLLM server at '{server.url}' gives a score.*{cure}"):
         make_trainer(reward_funcs=[count_abc, server.url])
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer has no score, which is one number"),
-        ((200, logits(math.nan)), "BadAnswerError: the score is no finite number, but nan"),
+        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer is no score, which is one finite"),
+        ((200, logits(math.nan)), "BadAnswerError: the answer is no score, .*NaN"),
         ((404, {"detail": "Not Found"}), "NotFoundError: Error code: 404"),
         ((400, {"error": {"message": "no chat template"}}), "BadRequestError: .*no chat template"),
     ],
 )
 def test_a_server_without_scores(server, answer, reason):
     server.answer = lambda *args: answer
-    message = rf"'org/Reward-8B' at '{server.url}' gives no score. .* a classifier with one label, .*\({reason}"
+    message = rf"no vLLM server at '{server.url}' gives a score. .* a classifier with one label, .*\({reason}"
     for conversational in (True, False):
         with pytest.raises(ValueError, match=message):
             load(server.url, conversational)

@@ -13,7 +13,7 @@ ROUNDING = 1e-6
 
 def sppo_targets(win_rates: torch.Tensor, eta: float, baseline: torch.Tensor | float = 0.5) -> torch.Tensor:
     """
-    The log-ratio that SPPO regresses to, log pi_{t+1}(y|x) / pi_t(y|x)
+    The log-ratio that SPPO regresses to, log pi_{t+1}(y|x) / pi_t(y|x), in nats
     (https://huggingface.co/papers/2405.00675, Eq. 4.3).
 
         target = eta W - log Z = eta (W - b)        b = log Z / eta, which the paper sets to 1/2 (Eq. 4.7)
@@ -25,9 +25,6 @@ def sppo_targets(win_rates: torch.Tensor, eta: float, baseline: torch.Tensor | f
             Learning rate of the multiplicative-weights update. The official code's `beta` is 1 / eta.
         baseline (`float`, or `torch.Tensor` that broadcasts to `win_rates`, *optional*, defaults to `0.5`):
             The paper's constant, or [`log_mean_exp_baseline`].
-
-    Returns:
-        `torch.Tensor` of the shape of `win_rates`: targets in nats.
     """
     return eta * (win_rates - baseline)
 
@@ -38,15 +35,8 @@ def log_mean_exp_baseline(win_rates: torch.Tensor, eta: float) -> torch.Tensor:
 
         b = 1/eta log( mean_j exp(eta W_j) )
 
-    Args:
-        win_rates (`torch.Tensor` of shape `(groups, K)`):
-            Win rates in [0, 1], NaN where unscorable (left out).
-        eta (`float`):
-            As in [`sppo_targets`].
-
-    Returns:
-        `torch.Tensor` of shape `(groups, 1)`: between the mean win rate (small `eta`) and the highest one, NaN for a
-        group without any.
+    `win_rates` have shape `(groups, K)`, NaN where unscorable (left out). The result, of shape `(groups, 1)`, is
+    between the mean win rate (small `eta`) and the highest one, NaN for a group without any.
 
     Example:
 
@@ -89,7 +79,7 @@ def select_completions(
     win_rates: torch.Tensor, train_on: TrainOn = "all", threshold: float | None = None
 ) -> torch.Tensor:
     """
-    Choose the completions of each group to train on: none of a group without two different win rates.
+    Choose the completions to train on, as a bool tensor: none of a group without two different win rates.
 
     Args:
         win_rates (`torch.Tensor` of shape `(groups, K)`):
@@ -99,9 +89,6 @@ def select_completions(
             (the paper's experiments, Section 5; the first one where several tie).
         threshold (`float`, *optional*):
             In [0.5, 1]: of those, only completions with W >= threshold or W <= 1 - threshold.
-
-    Returns:
-        `torch.Tensor` of bool, of shape `(groups, K)`.
 
     Example:
 

@@ -69,14 +69,8 @@ def sum_of_scores(scores: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 
         s_i = sum_k w_k s_ki        over the sources k that scored any completion of the group
 
-    Args:
-        scores (`torch.Tensor` of shape `(sources, groups, K)`):
-            Scores, NaN where a source could not score. A completion that lacks one of those k is unscorable.
-        weights (sequence of `float`):
-            Weight of each source. One of weight 0 takes no part.
-
-    Returns:
-        `torch.Tensor` of shape `(groups, K)`: summed scores, NaN where unscorable.
+    `scores` have shape `(sources, groups, K)`, NaN where a source could not score; a source of weight 0 takes no part.
+    The sums have shape `(groups, K)`, NaN for a completion that lacks one of those k scores.
 
     Example:
 
@@ -106,7 +100,7 @@ def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
             first. NaN where it was not asked or gave no answer. The diagonal does not matter.
 
     Returns:
-        `torch.Tensor` of shape `(groups, K, K)`: preferences with `P + P.mT == 1` and a diagonal of 1/2, which may be
+        `torch.Tensor` of shape `(groups, K, K)`: preferences as in [`preferences_from_scores`], which may be
         intransitive. NaN where neither order was answered.
 
     Example:
@@ -132,14 +126,8 @@ def mean_preferences(preferences: Sequence[torch.Tensor], weights: Sequence[floa
 
         P[i, j] = sum_k w_k P_k[i, j] / sum_k w_k        over the oracles k that could compare i and j
 
-    Args:
-        preferences (sequence of `torch.Tensor` of shape `(groups, K, K)`):
-            One preference matrix per oracle. NaN where that oracle could not compare.
-        weights (sequence of `float`, *optional*):
-            Weight of each oracle, not negative. Equal weights by default.
-
-    Returns:
-        `torch.Tensor` of shape `(groups, K, K)`: NaN where no oracle could compare.
+    `preferences` are one matrix of shape `(groups, K, K)` per oracle, NaN where that oracle could not compare. The
+    result is NaN where none could. `weights` are not negative, and equal by default.
 
     Raises:
         `ValueError`: if the numbers of matrices and weights differ, or a weight is negative, or all are zero.

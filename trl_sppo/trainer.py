@@ -41,7 +41,7 @@ from .rollouts.batch import (
     to_device,
 )
 from .rollouts.given import is_judged, load_rollouts, prompts_of
-from .rollouts.sample_only import make_rollouts
+from .rollouts.recorder import make_rollouts
 from .rollouts.step_metrics import StepMetrics
 from .rollouts.targets import RolloutTargets
 from .rollouts.weight_sync import prepare_weight_sync

@@ -67,10 +67,7 @@ class GeneralPreferenceJudge(LocalJudge):
         self.model = _load_general_preference_model(model, embedding_dim).eval()
         self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         if self.tokenizer.chat_template is None or self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer of judge {model!r} needs a chat template and an EOS token, at which the verdict is "
-                "read. Pass such a `tokenizer`."
-            )
+            raise ValueError(f"judge {model!r} needs a `tokenizer` with a chat template and an EOS token.")
         self.tau = tau
         self.batch_size = batch_size
         self.max_length = max_length
@@ -151,8 +148,8 @@ def _load_general_preference_model(path: str, embedding_dim: int) -> Any:
     model, info = load(CustomRewardModel, path, config=config, ignore_mismatched_sizes=True)
     for key, saved, _ in info["mismatched_keys"]:
         raise ValueError(
-            f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}: set "
-            "embedding_dim to the first dimension of value_head.weight."
+            f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}: set it "
+            "to the first dimension of value_head.weight."
         )
     missing = set(info["missing_keys"])
     # b = 1 without a prompt head, but not with one of another form

@@ -37,12 +37,12 @@ class LocalJudge:
             self.model.to(device)
         # Longest first: if memory does not suffice, it fails at once
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
+        pad = self.model.config.pad_token_id or 0
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             tensors = [torch.tensor(ids[row]) for row in rows]
-            pad = self.model.config.pad_token_id or 0
             input_ids = pad_sequence(tensors, batch_first=True, padding_value=pad)
-            mask = pad_sequence([torch.ones_like(tensor) for tensor in tensors], batch_first=True)
+            mask = pad_sequence([*map(torch.ones_like, tensors)], batch_first=True)
             yield rows, input_ids.to(device), mask.to(device)
 
     def _count_truncated(self, truncated: Sequence[bool], log_metric: Callable[[str, float], None] | None) -> None:
@@ -73,8 +73,7 @@ def load_config(path: str) -> Any:
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
-            f"judge {path!r} is neither a folder with a config.json nor a model that is available on the Hugging Face "
-            f"hub. Check the path. ({error})"
+            f"judge {path!r} is neither a folder with a config.json nor a model on the Hugging Face hub. ({error})"
         ) from error
 
 
@@ -84,14 +83,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def no_own_code(path: str) -> AbstractContextManager[None]:
-    return own_code_is_refused(
-        f"judge {path!r}", "There is no option for it: if you trust it, wrap it in a `preference_func` of your own."
-    )
+    return own_code_is_refused(f"judge {path!r}", "If you trust it, wrap it in a `preference_func` of your own.")
 
 
 def check_loaded(path: str, missing: set[str]) -> None:
     if missing:
-        raise ValueError(
-            f"the checkpoint of judge {path!r} lacks the weights {', '.join(sorted(missing)[:5])}, and weights made "
-            "now would judge at random. Use a checkpoint with a trained head."
-        )
+        names = ", ".join(sorted(missing)[:5])
+        raise ValueError(f"judge {path!r} lacks the weights {names}, and weights made now would judge at random.")

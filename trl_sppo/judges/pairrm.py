@@ -129,7 +129,7 @@ class PairRMJudge(LocalJudge):
         if min(max_prompt_length, (max_length - max_prompt_length) // 2) <= self._frame:
             raise ValueError(
                 f"max_length={max_length} and max_prompt_length={max_prompt_length} leave a text no more than its "
-                f"{self._frame} special tokens. Raise max_length, of which completions get what the prompt leaves."
+                f"{self._frame} special tokens. Raise max_length."
             )
 
     def __call__(
@@ -203,9 +203,8 @@ def _check_pair_classifier(name: str, model: PreTrainedModel, max_length: int) -
     config = model.config
     if config.pad_token_id is None or not (isinstance(model, DebertaV2PairRM) or config.num_labels == 1):
         raise ValueError(
-            f"judge {name!r} is a {type(model).__name__} with num_labels={config.num_labels} and "
-            f"pad_token_id={config.pad_token_id}. It must have a padding token, and be a DebertaV2PairRM or a "
-            "...ForSequenceClassification with num_labels=1, whose logit is the verdict."
+            f"judge {name!r} is a {type(model).__name__} with num_labels={config.num_labels} and pad_token_id="
+            f"{config.pad_token_id}. It needs a padding token, and is a DebertaV2PairRM or a classifier of one label."
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path.endswith("position_embeddings"):
@@ -213,6 +212,5 @@ def _check_pair_classifier(name: str, model: PreTrainedModel, max_length: int) -
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
             if max_length > limit:
                 raise ValueError(
-                    f"max_length={max_length} is more than the {limit} positions of judge {name!r}. Lower max_length "
-                    "and max_prompt_length."
+                    f"max_length={max_length} is more than the {limit} positions of judge {name!r}. Lower it."
                 )

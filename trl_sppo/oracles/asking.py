@@ -134,9 +134,8 @@ def ask_oracle(
     problems = gather_object(problems)
     matrix = torch.full(same.shape, torch.nan)
     matrix[pairs.unbind(dim=1)] = said
-    return Answers(
-        matrix, same, num_asked=len(pairs), num_lost=int(said.isnan().sum()), problem=[*problems, SAYS_NOTHING][0]
-    )
+    num_lost = int(said.isnan().sum())
+    return Answers(matrix, same, len(pairs), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
 
 
 def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:

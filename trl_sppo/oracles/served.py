@@ -89,38 +89,25 @@ class ServedRewardModel(Endpoint):
         return scores
 
     def check(self, conversational: bool) -> None:
-        """Raise `ValueError` if the server does not answer, does not serve `model`, or gives no score of a trial."""
+        """Raise `ValueError` if the server gives no score of a trial."""
         from openai import OpenAI, OpenAIError
 
         trial: tuple[Messages, Messages] = "a", "b"
         if conversational:
             trial = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-        with OpenAI(**self._client_options) as client:
-            # `from None`: the client's own messages may repeat the key
-            try:
-                names = _model_names(client.get("/v1/models", cast_to=str))
-            except (OpenAIError, BadAnswerError) as error:
-                raise ValueError(
-                    f"no vLLM server answers at {self.base_url!r}, where a reward model should be. Start one with "
-                    "`vllm serve MODEL --runner pooling` and wait until it is ready, or correct the URL; a key is the "
-                    f"environment variable VLLM_API_KEY. ({self._reason(error)})"
-                ) from None
-            self.model = self.model or names[0]
-            if self.model not in names:
-                raise ValueError(
-                    f"the vLLM server at {self.base_url!r} serves {names}, not model={self.model!r}. Correct `model`, "
-                    "or leave it out."
-                )
-            self.__name__ = last_part(self.model)
-            try:
+        try:
+            with OpenAI(**self._client_options) as client:
+                if self.model is None:
+                    self.model = _first_model(client.get("/v1/models", cast_to=str))
+                    self.__name__ = last_part(self.model)
                 _score(client.post("/classify", body=self._request(*trial), cast_to=str))
-                self._has_scored = True
-            except (OpenAIError, BadAnswerError) as error:
-                raise ValueError(
-                    f"{self.model!r} at {self.base_url!r} gives no score. It must be a classifier with one label, and "
-                    "a chat template if prompts are conversational, served by `vllm serve MODEL --runner pooling`. "
-                    f"({self._reason(error)})"
-                ) from None
+        except (OpenAIError, BadAnswerError) as error:
+            raise ValueError(
+                f"no vLLM server at {self.base_url!r} gives a score. Start one with `vllm serve MODEL --runner "
+                "pooling`: MODEL is a classifier with one label, and has a chat template if prompts are "
+                f"conversational. A key is the environment variable VLLM_API_KEY. ({self._reason(error)})"
+            ) from None  # the client's own messages may repeat the key
+        self._has_scored = True
 
     def _request(self, prompt: Messages, completion: Messages) -> dict[str, Any]:
         """What is sent for one completion."""
@@ -146,22 +133,21 @@ def _text_message(message: Any) -> dict[str, str]:
     return fields
 
 
-def _model_names(body: str) -> list[str]:
-    """The names in a server's list of models."""
+def _first_model(body: str) -> str:
+    """The first name in a server's list of models."""
     try:
-        first, *others = [str(model["id"]) for model in json.loads(body)["data"]]
+        return str(json.loads(body)["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as error:
         raise BadAnswerError(f"the answer is no list of models: {body!r}") from error
-    return [first, *others]
 
 
 def _score(body: str) -> float:
-    """The score from the answer of a classification endpoint: one finite number."""
+    """The score from the answer of a classification endpoint."""
     try:
         (result,) = json.loads(body)["data"]
         (score,) = result["probs"]
-        if type(score) in (int, float) and math.isfinite(score):
-            return float(score)
+        if type(score) not in (int, float) or not math.isfinite(score):
+            raise ValueError(score)
+        return float(score)
     except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise BadAnswerError(f"the answer has no score, which is one number: {body!r}") from error
-    raise BadAnswerError(f"the score is no finite number, but {score!r}")
+        raise BadAnswerError(f"the answer is no score, which is one finite number: {body!r}") from error

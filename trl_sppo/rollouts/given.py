@@ -1,17 +1,14 @@
 """Given rollouts: stored groups to train on."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
-import torch
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from ..rows import ROW, to_tensor
+from ..rows import ROW
 from .files import COLUMNS
 
 
@@ -43,14 +40,11 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             loaded = datasets.load_dataset(path)
     except (OSError, ValueError, IndexError, DatasetGenerationError) as error:
         raise ValueError(
-            f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. Give the folder `rollouts` of a "
-            f"run's output_dir. ({error})"
+            f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. ({error})"
         ) from error
     dataset = datasets.concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
     if not {"prompt", "completions"} <= set(dataset.column_names):
-        raise ValueError(
-            f"rollouts={path!r} must have the columns 'prompt' and 'completions', but have {dataset.column_names}."
-        )
+        raise ValueError(f"rollouts={path!r} must have columns 'prompt' and 'completions': {dataset.column_names}.")
     unscored = dataset.data.column("preferences").null_count if _some(dataset, "preferences") else 0
     if unscored:  # yet, when their run ended
         logger.warning(f"rollouts={path!r}: {unscored} rows without preferences are left out.")
@@ -64,8 +58,7 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
         found = None if row["completions"] is None else len(row["completions"])
         if row["prompt"] is None or found != num_generations:
             raise ValueError(
-                f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}: it "
-                "must be the size of all groups."
+                f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}."
             )
     return dataset
 
@@ -84,24 +77,3 @@ def prompts_of(rollouts: Dataset) -> Dataset:
     """The prompts of rollouts, and where each stands: TRL copies rows many times, so it gets no more."""
     light = [name for name in rollouts.column_names if name not in COLUMNS]
     return rollouts.select_columns(light).add_column(ROW, list(range(len(rollouts))))
-
-
-def stored_panel(groups: Sequence[dict[str, Any]], size: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """
-    The preferences of stored groups: matrices of shape `(groups, K, K)`, one or none; or else their scores, of shape
-    `(sources, groups, K)`. Raises `ValueError` if they have another shape.
-    """
-    if groups[0].get("preferences") is not None:
-        preferences = to_tensor([group["preferences"] for group in groups])
-        if preferences.shape[1:] != (size, size):
-            raise ValueError(
-                f"the preferences in the rollouts must be {size} x {size} per group, [i][j] for P(i beats j), got "
-                f"{tuple(preferences.shape[1:])}."
-            )
-        return [preferences], None
-    scores = [group["scores"] for group in groups]
-    sources = list(scores[0]) if isinstance(scores[0], dict) else [None]
-    table = to_tensor([[row if name is None else row[name] for row in scores] for name in sources])
-    if table.shape[2:] != (size,):
-        raise ValueError(f"the scores in the rollouts must be {size} per group and source, got {table.size(2)}.")
-    return [], table

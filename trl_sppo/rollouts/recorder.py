@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -15,7 +16,6 @@ from ..oracles.asking import Answers
 from ..oracles.voters import preferences_of_sources
 from ..rows import IMAGES, ROW, same_prompts, to_lists, to_tensor, without_nulls
 from .files import COLUMNS, RolloutFiles, installed_versions
-from .given import stored_panel
 from .targets import RolloutTargets
 
 
@@ -32,9 +32,8 @@ NEUTRAL = (
 class RolloutRecorder:
     """
     Writes the rollouts of a training as they are made, finds them again when the run is resumed, or returns those of
-    `args.rollouts` (`given`).
-
-    For each iteration the trainer calls, on all processes: `begin`, `completion_ids`, `sampled`, `scored`, `finish`.
+    `args.rollouts` (`given`). For each iteration the trainer calls, on all processes: `begin`, `completion_ids`,
+    `sampled`, `scored`, `finish`.
     """
 
     def __init__(self, trainer: Any, given: Dataset | None):
@@ -236,14 +235,20 @@ class RolloutRecorder:
             self.files.write_scored(self._iteration, self.groups)
 
     def given_votes(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
-        """
-        Preference matrices of shape `(groups, K, K)` that given rollouts bring, and their weights. `ended`, of shape
-        `(groups, K)`, says whether a completion ends with an EOS token.
-        """
-        panel, scores = stored_panel(self.groups, ended.size(1))
-        if scores is not None:
-            return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
-        return [preferences.to(ended.device) for preferences in panel], [1.0] * len(panel)
+        """The votes that given rollouts bring, as `Voters.panel` returns them."""
+        size, first = ended.size(1), self.groups[0]
+        if first.get("preferences") is not None:
+            preferences = to_tensor([group["preferences"] for group in self.groups])
+            if preferences.shape[1:] != (size, size):
+                found = tuple(preferences.shape[1:])
+                raise ValueError(f"the preferences in the rollouts must be {size} x {size} per group, got {found}.")
+            return [preferences.to(ended.device)], [1.0]
+        names = list(first["scores"]) if isinstance(first["scores"], dict) else [None]
+        rows = [group["scores"] for group in self.groups]
+        scores = to_tensor([[row if name is None else row[name] for row in rows] for name in names])
+        if scores.shape[2:] != (size,):
+            raise ValueError(f"the scores in the rollouts must be {size} per group and source, got {scores.size(2)}.")
+        return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
 
     def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
         """
@@ -302,3 +307,34 @@ class RolloutRecorder:
         if self.accelerator.is_main_process and self._on_disk != self.groups[0].keys():
             self.files.write(self._iteration, self.groups, getattr(self.trainer.train_dataset, "features", None))
             self._on_disk = set(self.groups[0])
+
+
+def make_rollouts(trainer: Any) -> str:
+    """Sample and score an [`SPPOTrainer`]'s prompts. Returns the folder. Raises `ValueError` if that cannot be."""
+    args, recorder = trainer.args, trainer._recorder
+    if trainer._is_sharded:
+        raise ValueError("rollouts are sampled with whole models. Launch without FSDP or DeepSpeed, which shard them.")
+    if not recorder.recalls:
+        raise ValueError(
+            "rollouts are to be written, but save_rollouts=False, save_strategy='no', rollouts=..., tools, "
+            "environments or a rollout_func rule that out. Remove that option."
+        )
+    period = trainer._micro_steps_per_iteration
+    batches = trainer.get_train_dataloader()
+    total = len(batches) // period if isinstance(trainer.train_dataset, Dataset) else None
+    if args.max_steps > 0:
+        total = -(-args.max_steps * args.gradient_accumulation_steps // period)
+    quiet = bool(args.disable_tqdm) or not trainer.is_world_process_zero()
+    trainer.model.train()
+    with tqdm(total=total, desc="generation batches", disable=quiet) as progress:
+        for iteration, inputs in enumerate(trainer.generation_batches(batches)):
+            if iteration == total:
+                break
+            trainer._interruption.check_time()
+            recorder.begin(iteration, inputs, trainer.num_generations, resumed=True)
+            if recorder.is_complete:
+                recorder.skip()
+            else:
+                trainer._generate_and_score_completions(inputs, iteration, only_sample=True)
+            progress.update()
+    return str(recorder.files.folder)
