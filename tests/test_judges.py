@@ -205,7 +205,7 @@ def test_truncated_comparisons_are_counted(pairrm, caplog):
     judge(*columns(pairs), log_metric=log_metric)
     assert sorted([token for token in row if token] for row in seen) == sorted(pair_ids(*pair) for pair in cut)
     assert logged == [("PairRM-tiny/truncated", 0.5)] and judge.num_truncated == 2
-    message = "judged truncated texts in 2 of 4 comparisons: with max_length=24 and max_prompt_length=8"
+    message = "judged truncated texts in 2 of 4 comparisons. Raise its max_length=24"
     assert message in caplog.text
     caplog.clear()
     judge(*columns(pairs[1:2]))  # outside the trainer there is no log_metric
@@ -423,7 +423,7 @@ def test_gpm_truncates_as_the_official_code(tmp_path, caplog):
     ids = make_tokenizer()("u:xy a:abc").input_ids  # 10 tokens, the last of which gives way to EOS
     assert seen[0] == [*ids[:9], 1]
     assert logged == [("gpm/truncated", 0.5)] and judge.num_truncated == 1
-    assert "truncated texts in 1 of 2 comparisons: with max_length=10 it does not see" in caplog.text
+    assert "truncated texts in 1 of 2 comparisons. Raise its max_length=10" in caplog.text
 
 
 def test_gpm_answers_cannot_end_their_turn(tmp_path):

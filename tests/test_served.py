@@ -192,7 +192,7 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
     server.server.server_close()
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("loaded"))
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
-    cure = r"Start one with `vllm serve MODEL --runner pooling` and wait .*\(APIConnectionError: "
+    cure = r"Start one with `vllm serve MODEL --runner pooling`.*\(APIConnectionError: "
     with pytest.raises(ValueError, match=rf"no vLLM server at '{server.url}' gives a score.*{cure}"):
         make_trainer(reward_funcs=[count_abc, server.url])
 

@@ -159,8 +159,8 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
             code. It pulls win rates towards 1/2 by a factor (K - 1) / K, which is a rescale of eta.
 
     Returns:
-        `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], whose mean over a fully compared group is 1/2. NaN
-        where a completion could be compared with no other one.
+        `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], with a mean of 1/2 if all were compared. NaN where
+        a completion could be compared with no other one.
 
     Raises:
         `ValueError`: if `preferences` is not a batch of square matrices.

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import check_positive
-from ..oracles.texts import Messages, break_up, break_up_messages, completion_text, last_part, special_tokens
+from ..oracles.texts import Messages, break_up_messages
 from .local import LocalJudge, check_loaded, load, load_config, load_tokenizer
 
 
@@ -63,15 +63,12 @@ class GeneralPreferenceJudge(LocalJudge):
         check_positive(embedding_dim=embedding_dim, tau=tau, batch_size=batch_size, max_length=max_length)
         if embedding_dim % 2:
             raise ValueError(f"embedding_dim must be even, got {embedding_dim}: dimensions are compared in pairs.")
-        super().__init__(last_part(model))
-        self.model = _load_general_preference_model(model, embedding_dim).eval()
-        self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-        if self.tokenizer.chat_template is None or self.tokenizer.eos_token_id is None:
+        loaded = _load_general_preference_model(model, embedding_dim)
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
             raise ValueError(f"judge {model!r} needs a `tokenizer` with a chat template and an EOS token.")
+        super().__init__(model, loaded, tokenizer, batch_size, max_length)
         self.tau = tau
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self._special = special_tokens(self.tokenizer)
 
     def __call__(
         self, prompts: Sequence[Messages], first: Sequence[Messages], second: Sequence[Messages], **kwargs: Any
@@ -89,9 +86,8 @@ class GeneralPreferenceJudge(LocalJudge):
         left, right = torch.tensor([distinct[text] for text in texts]).view(-1, 2).T
         self._count_truncated((truncated[left] | truncated[right]).tolist(), kwargs.get("log_metric"))
         embeddings, weights = self._embed(ids, ends)
-        # score = sum_k b_k (v1[2k] v2[2k+1] - v1[2k+1] v2[2k]): <R v1, v2> with R = diag([[0, -b_k], [b_k, 0]])
         v1, v2 = embeddings[left], embeddings[right]
-        blocks = v1[:, 0::2] * v2[:, 1::2] - v1[:, 1::2] * v2[:, 0::2]
+        blocks = v1[:, 0::2] * v2[:, 1::2] - v1[:, 1::2] * v2[:, 0::2]  # v1[2k] v2[2k+1] - v1[2k+1] v2[2k]
         # Both completions have the same prompt, and the model is causal: b is the same for both
         scores = (weights[left] * blocks).sum(dim=1)
         return torch.sigmoid(scores / self.tau).tolist()
@@ -100,7 +96,7 @@ class GeneralPreferenceJudge(LocalJudge):
         """The text of the prompt alone, and with the completion."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = break_up_messages(self._special, messages)
-        reply = {"role": "assistant", "content": break_up(self._special, completion_text(completion))}
+        reply = {"role": "assistant", "content": self._said(completion)}
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         return render(messages), render([*messages, reply])
 

@@ -1,6 +1,6 @@
 """Judges that run a model in this process: devices, micro-batches, loading."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.weights import whole_and_silent
+from ..oracles.texts import Messages, break_up, completion_text, last_part, special_tokens
 from ..trust import check_safetensors, own_code_is_refused
 
 
@@ -20,15 +21,18 @@ logger = logging.get_logger(__name__)
 class LocalJudge:
     """A judge that runs a model in this process."""
 
-    model: Any
-    tokenizer: Any
-    batch_size: int
-    max_length: int
-
-    def __init__(self, name: str, limits: Sequence[str] = ("max_length",)):
-        self.__name__ = name
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, batch_size: int, max_length: int, special: Iterable[str] = ()
+    ):
+        self.__name__ = last_part(name)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.batch_size, self.max_length = batch_size, max_length
         self.num_truncated = 0
-        self._limits = limits  # the options that say where texts are truncated
+        self._special = special_tokens(tokenizer, *special)
+
+    def _said(self, completion: Messages) -> str:
+        """The text of a completion, which can form no special token."""
+        return break_up(self._special, completion_text(completion))
 
     def _micro_batches(self, ids: Sequence[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """Micro-batches of similar length: the rows of `ids`, and right-padded token ids and their mask."""
@@ -49,11 +53,10 @@ class LocalJudge:
         if log_metric is not None and truncated:
             log_metric(f"{self.__name__}/truncated", sum(truncated) / len(truncated))
         if any(truncated) and not self.num_truncated:
-            limits = " and ".join(f"{name}={getattr(self, name)}" for name in self._limits)
             logger.warning(
-                f"{self.__name__} judged truncated texts in {sum(truncated)} of {len(truncated)} comparisons: with "
-                f"{limits} it does not see how long texts end. Raise the limit, or lower `max_completion_length`. "
-                f"This is said once; {self.__name__}/truncated is the share."
+                f"{self.__name__} judged truncated texts in {sum(truncated)} of {len(truncated)} comparisons. Raise "
+                f"its max_length={self.max_length}, or lower `max_completion_length`. Said once; "
+                f"{self.__name__}/truncated is the share."
             )
         self.num_truncated += sum(truncated)
 

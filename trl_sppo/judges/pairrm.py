@@ -17,15 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import check_positive
-from ..oracles.texts import (
-    Messages,
-    break_up,
-    break_up_messages,
-    completion_text,
-    last_part,
-    prompt_text,
-    special_tokens,
-)
+from ..oracles.texts import Messages, break_up, break_up_messages, prompt_text
 from .local import LocalJudge, check_loaded, load, load_config, load_tokenizer
 
 
@@ -108,19 +100,15 @@ class PairRMJudge(LocalJudge):
     ):
         check_positive(batch_size=batch_size, max_length=max_length, max_prompt_length=max_prompt_length)
         name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        super().__init__(last_part(name), ("max_length", "max_prompt_length"))
         if isinstance(model, str):
             path, model = model, _load_pair_classifier(model)
             tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
         elif tokenizer is None:
             raise ValueError(f"judge {name!r} was given as a loaded model, so pass its `tokenizer` too.")
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_size = batch_size
-        self.max_length = max_length
+        super().__init__(name, model, tokenizer, batch_size, max_length, PREFIXES.values())
         self.max_prompt_length = max_prompt_length
         _check_pair_classifier(name, self.model, max_length)
         self._prefix_ids = _prefix_ids(name, self.tokenizer, self.model.config)
-        self._special = special_tokens(self.tokenizer, *PREFIXES.values())
         # What the tokenizer puts before and after a text: [CLS] and [SEP]
         plain, full = (self.tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
         start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
@@ -138,7 +126,8 @@ class PairRMJudge(LocalJudge):
         """P(first beats second | prompt) for each of N comparisons. Uses `log_metric`, and ignores other arguments."""
         texts = [
             [self._render(prompt) for prompt in prompts],
-            *([break_up(self._special, completion_text(text)) for text in texts] for texts in (first, second)),
+            [self._said(completion) for completion in first],
+            [self._said(completion) for completion in second],
         ]
         inputs = [self._input(*texts) for texts in zip(*map(self._encode, texts), strict=True)]
         ids, truncated = [row for row, _ in inputs], [cut for _, cut in inputs]

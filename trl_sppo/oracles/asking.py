@@ -189,9 +189,10 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:
     """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
-    answers = [None if value is None else float(value) for value in output]
-    if len(answers) != expected:
-        raise ValueError(f"it returned {len(answers)} answers to {expected} comparisons")
+    values = list(output)
+    if len(values) != expected:
+        raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")
+    answers = [None if value is None else float(value) for value in values]
     wrong = [answer for answer in answers if answer is not None and not 0 <= answer <= 1]
     if wrong:
         problems.append(f"it answered {wrong[0]}, which is no probability in [0, 1]")

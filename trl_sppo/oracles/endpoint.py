@@ -45,9 +45,7 @@ class Endpoint:
         self.max_concurrency = max_concurrency
         self.num_lost = 0
         self._api_key = api_key or "no-key"  # the client wants one
-        self._client_options: Any = {
-            "base_url": base_url, "api_key": self._api_key, "timeout": timeout, "max_retries": max_retries,
-        }  # fmt: skip
+        self._client_options: Any = {"api_key": self._api_key, "timeout": timeout, "max_retries": max_retries}
 
     async def _ask_all(
         self, ask: Callable[..., Awaitable[T]], questions: Sequence[tuple]
@@ -58,7 +56,7 @@ class Endpoint:
         problems: list[Exception] = []
         limit = asyncio.Semaphore(self.max_concurrency)
         # One client per call: a client belongs to an event loop, and each call may run in one of its own
-        async with AsyncOpenAI(**self._client_options) as client:
+        async with AsyncOpenAI(base_url=self.base_url, **self._client_options) as client:
 
             async def ask_one(question: tuple) -> T | None:
                 async with limit:

@@ -4,18 +4,19 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed
+from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from . import scoring
-from .asking import NO_COLUMNS, PreferenceFunc, check_oracle, oracle_name, told_apart
+from .asking import NO_COLUMNS, PreferenceFunc, oracle_name, told_apart
 from .reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
-from .scoring import RewardSources, names_of
+from .scoring import RewardSources
 
 
 @dataclass(eq=False)
@@ -42,10 +43,8 @@ class Panel:
                 try:
                     self.sources.text(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
                 except Exception as error:  # templates raise whatever they like
-                    raise ValueError(
-                        f"prompt {i} is refused by the chat template of judge {name!r}: {error} Leave out such "
-                        "prompts, or change them."
-                    ) from error
+                    problem = f"prompt {i} is refused by the chat template of judge {name!r}"
+                    raise ValueError(f"{problem}: {error} Leave out such prompts, or change them.") from error
 
 
 def load_panel(
@@ -62,8 +61,6 @@ def load_panel(
     Check judges, and load those that are reward models. Reward sources and oracles are given as to [`SPPOTrainer`].
     Raises `ValueError` if a judge could not be called.
     """
-    for oracle in preference_funcs:
-        check_oracle(oracle)
     if columns is not None:
         functions = [source for source in reward_funcs if callable(source) and not isinstance(source, nn.Module)]
         for function in functions:
@@ -96,15 +93,16 @@ def make_panel(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepare = partial(prepare_deepspeed, accelerator=accelerator)
     placed = [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
-    names = told_apart([*voters, *names_of(sources), *map(oracle_name, oracles)])[len(voters) :]
-    of_sources, of_oracles = names[: len(sources)], names[len(sources) :]
+    own = [  # as TRL names reward sources
+        get_config_model_id(cast(Any, each.config)).split("/")[-1]
+        if isinstance(each, nn.Module)
+        else get_callable_name(each)
+        for each in sources
+    ]
+    names = told_apart([*voters, *own, *map(oracle_name, oracles)])[len(voters) :]
     scorers = in_micro_batches(placed, reward_batch_size)
-    return Panel(
-        RewardSources(of_sources, scorers, tokenizers, chat_template_kwargs, kind="judge"),
-        dict(zip(of_oracles, oracles, strict=True)),
-        accelerator,
-        **options,
-    )
+    reward_sources = RewardSources(names[: len(own)], scorers, tokenizers, chat_template_kwargs, kind="judge")
+    return Panel(reward_sources, dict(zip(names[len(own) :], oracles, strict=True)), accelerator, **options)
 
 
 def _check_call(judge: Callable[..., Any], own: list[str], columns: set[str]) -> None:

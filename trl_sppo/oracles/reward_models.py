@@ -216,8 +216,7 @@ def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSo
     """Raise `ValueError` if there is nothing to quantize here."""
     if not any(isinstance(source, str) and not is_url(source) for source in reward_funcs):
         raise ValueError(
-            f"reward_quantization={quantization!r} is about reward models that are loaded from a path here, and "
-            "there is none. Remove it."
+            f"reward_quantization={quantization!r} is about reward models that are loaded from a path, but none is."
         )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl.data_utils import apply_chat_template, is_conversational
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+from trl.trainer.utils import is_async_callable
 
 from ..errors import RunError, is_of_another_process
 from .asking import own_copy, run_coroutines
@@ -35,10 +35,7 @@ class RewardSources:
     tokenizers: Sequence[Any]  # of the reward models, else None
     chat_template_kwargs: dict[str, Any] | None = None
     kind: str = "reward source"  # what messages call one
-
-    def __post_init__(self):
-        self.tokenizers = list(self.tokenizers)
-        self._warned: set[str] = set()
+    _warned: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,9 +51,7 @@ class RewardSources:
         disable_tqdm: bool = True,
         **more: Any,
     ) -> torch.Tensor:
-        """
-        Scores of shape `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails.
-        """
+        """Scores `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails."""
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
         scores = torch.full((len(completions), len(self)), torch.nan)
         asked = {"prompts": prompts, "completions": completions, **columns, **more}
@@ -93,11 +88,10 @@ class RewardSources:
         device = next(devices, torch.device("cpu"))
         scores = []
         for start in tqdm(range(0, len(texts), TEXTS), desc=name, disable=disable_tqdm):
-            inputs = tokenizer(
-                text=texts[start : start + TEXTS], return_tensors="pt", padding=True, padding_side="right",
-                add_special_tokens=False,
-            )  # fmt: skip
-            scores.append(model(**inputs.to(device)).logits[:, 0].cpu())
+            part = texts[start : start + TEXTS]
+            padding: Any = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+            inputs = tokenizer(text=part, add_special_tokens=False, **padding).to(device)
+            scores.append(model(**inputs).logits[:, 0].cpu())
         return torch.cat(scores)
 
     def score_everywhere(
@@ -131,16 +125,6 @@ class RewardSources:
                 f"number, or None, for each completion. Each is {form} here, and the columns are {list(columns)}."
                 f"{advice}"
             ) from error
-
-
-def names_of(sources: Sequence[Any]) -> list[str]:
-    """Names of loaded reward sources, as TRL makes them."""
-    return [
-        get_config_model_id(cast(Any, source.config)).split("/")[-1]
-        if isinstance(source, nn.Module)
-        else get_callable_name(source)
-        for source in sources
-    ]
 
 
 async def _timed(coroutine: Coroutine, timed: Callable[[str], AbstractContextManager], name: str) -> Any:

@@ -96,7 +96,7 @@ class ServedRewardModel(Endpoint):
         if conversational:
             trial = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
         try:
-            with OpenAI(**self._client_options) as client:
+            with OpenAI(base_url=self.base_url, **self._client_options) as client:
                 if self.model is None:
                     self.model = _first_model(client.get("/v1/models", cast_to=str))
                     self.__name__ = last_part(self.model)

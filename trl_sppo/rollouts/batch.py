@@ -36,15 +36,14 @@ class Rollout:
         """Rows of the dataset, with what a `rollout_func` has returned besides the completions, as in TRL."""
         rows = [{name: value for name, value in row.items() if name != ROW} for row in self.inputs]
         for name, value in extra_fields.items():
-            for i, row in enumerate(rows):
-                if not isinstance(value, list) or i < len(value):
-                    row[name] = value[i] if isinstance(value, list) else value
+            for row, each in zip(rows, value if isinstance(value, list) else [value] * len(rows), strict=False):
+                row[name] = each
         return rows
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        Per completion, of shape `(N, 3)`: the tokens that the policy sampled, whether it ends with one of `ends`, and
-        a number that is equal for equal completions. A completion without tokens is stored as one token `pad`.
+        Per completion, of shape `(N, 3)`: the number of tokens that the policy sampled, whether it ends, and a number
+        that is equal for equal completions. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None

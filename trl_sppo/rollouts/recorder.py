@@ -64,10 +64,8 @@ class RolloutRecorder:
         if self.given:
             # All of the preferences, but only this process's completions
             rows = gather_object([row[ROW] for row in self._first_of_groups(inputs)])
-            columns = [name for name in ("preferences", "scores") if name in self.rollouts.column_names]
-            self.groups = [{} for _ in rows]
-            if columns:
-                self.groups = self.rollouts.select_columns(columns).select(rows).to_list()
+            columns = {"prompt", "preferences", "scores"} & set(self.rollouts.column_names)
+            self.groups = self.rollouts.select_columns(list(columns)).select(rows).to_list()
             start = self.accelerator.process_index * len(inputs)
             mine = range(start // group_size, (start + len(inputs) - 1) // group_size + 1)
             self._mine = dict(zip(mine, self.rollouts.select([rows[g] for g in mine]).to_list(), strict=True))
@@ -251,10 +249,7 @@ class RolloutRecorder:
         return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
 
     def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
-        """
-        Write log-probabilities down, or put given ones into TRL's batch of this process's completions. `kept`, of
-        shape `(N,)`, says which of them are trained on.
-        """
+        """Write log-probabilities down, or put given ones into TRL's batch. `kept`, `(N,)`: those trained on."""
         if self.given:
             self._put_logps(batch, kept.tolist())
         elif self._writes:
