@@ -176,9 +176,9 @@ def test_one_that_was_made_before_is_checked_too(server):
     ("models", "reason"),
     [
         ((404, {}), "NotFoundError: "),
-        ((200, "<html>"), "the answer is no list of models: '<html>'"),
-        ((200, {"data": "no"}), "the answer is no list of models"),
-        ((200, {"data": []}), "the answer is no list of models"),
+        ((200, "<html>"), "the answer lacks what was asked for: '<html>'"),
+        ((200, {"data": "no"}), "the answer lacks what was asked for"),
+        ((200, {"data": []}), "the answer lacks what was asked for"),
     ],
 )
 def test_no_vllm_server(server, models, reason):
@@ -200,8 +200,8 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer is no score, which is one finite"),
-        ((200, logits(math.nan)), "BadAnswerError: the answer is no score, .*NaN"),
+        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer lacks what was asked for"),
+        ((200, logits(math.nan)), "BadAnswerError: the answer lacks what was asked for: .*NaN"),
         ((404, {"detail": "Not Found"}), "NotFoundError: Error code: 404"),
         ((400, {"error": {"message": "no chat template"}}), "BadRequestError: .*no chat template"),
     ],

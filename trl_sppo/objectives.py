@@ -140,9 +140,8 @@ def sppo_loss(
     Returns:
         `tuple` of the scalar loss and a `dict` of detached metrics of shape `(2,)`, numerator and denominator, to be
         added up over micro-batches before dividing: the mean log-ratio in nats (`log_ratio`), that of targets above
-        and below 0 (`winner_log_ratio`, `loser_log_ratio`), and how far towards the targets the policy has moved
-        (`log_ratio_to_target`: sum of log-ratio times target over the sum of squared targets, 0 at the start, 1 at the
-        minimum).
+        and below 0 (`winner_log_ratio`, `loser_log_ratio`), and the sum of log-ratio times target over the sum of
+        squared targets, which is 0 at the start and 1 at the minimum (`log_ratio_to_target`).
 
     Raises:
         `ValueError`: if `eta` is not positive, or the shapes differ.
@@ -196,10 +195,10 @@ def kl_to_initial_policy(
         reverse   KL(pi_theta || pi_0) = E_{pi_t} [ pi_theta/pi_t ( pi_0/pi_theta - 1 - log(pi_0/pi_theta) ) ]
         forward   KL(pi_0 || pi_theta) = E_{pi_t} [ pi_0/pi_t ( pi_theta/pi_0 - 1 - log(pi_theta/pi_0) ) ]
 
-    Both are never negative and corrected for the policy having moved away from pi_t, so that not only the values but
-    also the gradients are those of the divergences. `logps`, `old_logps` and `ref_logps` are the samples'
-    log-probabilities under pi_theta, pi_t and pi_0, of one shape; the result is one estimate per sample, in nats.
-    `forward_share`, in [0, 1], is the weight of the forward direction; the reverse one has the rest.
+    Both are never negative and corrected for the policy having moved away from pi_t, so that the gradients too are
+    those of the divergences. `logps`, `old_logps` and `ref_logps` are the samples' log-probabilities under pi_theta,
+    pi_t and pi_0, of one shape; the result is one estimate per sample, in nats. `forward_share`, in [0, 1], is the
+    weight of the forward direction.
     """
     reverse = _exp(logps - old_logps) * _k3(ref_logps - logps)
     forward = _exp(ref_logps - old_logps) * _k3(logps - ref_logps)

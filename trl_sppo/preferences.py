@@ -129,8 +129,7 @@ def mean_preferences(preferences: Sequence[torch.Tensor], weights: Sequence[floa
     `preferences` are one matrix of shape `(groups, K, K)` per oracle, NaN where that oracle could not compare. The
     result is NaN where none could. `weights` are not negative, and equal by default.
 
-    Raises:
-        `ValueError`: if the numbers of matrices and weights differ, or a weight is negative, or all are zero.
+    Raises `ValueError` if the numbers of matrices and weights differ, or a weight is negative, or all are zero.
     """
     weights = [1.0] * len(preferences) if weights is None else list(weights)
     if len(weights) != len(preferences):

@@ -42,8 +42,7 @@ from .rollouts.batch import (
 )
 from .rollouts.given import is_judged, load_rollouts, prompts_of
 from .rollouts.recorder import make_rollouts
-from .rollouts.step_metrics import StepMetrics
-from .rollouts.targets import RolloutTargets
+from .rollouts.targets import RolloutTargets, StepMetrics
 from .rollouts.weight_sync import prepare_weight_sync
 from .runs.checkpoints import check_resume
 from .runs.forms import form_of

@@ -43,17 +43,15 @@ def check_oracle(oracle: PreferenceFunc) -> None:
         inspect.signature(oracle).bind_partial(prompts=[], first=[], second=[], log_metric=None, a_column=[])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"preference_func {oracle_name(oracle)!r} must be callable as "
-            f"`{oracle_name(oracle)}(prompts, first, second, **kwargs)`, with the dataset's other columns by name: "
-            f"{error}."
+            f"preference_func {oracle_name(oracle)!r} must be callable as `(prompts, first, second, **kwargs)`, with "
+            f"the dataset's other columns by name: {error}."
         ) from error
 
 
 def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
     """
-    The comparisons to ask for, of shape `(comparisons, 3)`: group, first and second completion, by groups. `same`, of
-    shape `(groups, K, K)`, marks identical completions, which need no comparison. In one order, the first place
-    alternates, so that each completion has it in about half of its comparisons.
+    The comparisons to ask for, `(comparisons, 3)`: group, first and second completion, by groups. `same`, of shape
+    `(groups, K, K)`, marks those not to ask for. In one order, the first place alternates.
     """
     ask = ~same
     if not both_orders:

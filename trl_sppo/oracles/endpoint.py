@@ -1,6 +1,7 @@
 """Concurrent requests to a server, for judges and reward models behind an endpoint."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -19,6 +20,14 @@ T = TypeVar("T")
 
 class BadAnswerError(Exception):
     """A server's response lacks what was requested."""
+
+
+def read_answer(body: str, read: Callable[[Any], T]) -> T:
+    """What `read` finds in a server's JSON, of which nothing is taken for granted."""
+    try:
+        return read(json.loads(body))
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise BadAnswerError(f"the answer lacks what was asked for: {body!r}") from error
 
 
 class Endpoint:

@@ -48,10 +48,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class MicroBatchedRewardModel(nn.Module):
-    """
-    A reward model, whose first logit is the score, in micro-batches of texts of similar length. Scores do not depend
-    on the split. Memory is bounded by `batch_size` times the longest text.
-    """
+    """A reward model, whose first logit is the score, in micro-batches of texts of similar length."""
 
     def __init__(self, model: nn.Module, batch_size: int):
         super().__init__()
@@ -110,8 +107,8 @@ def load_reward_models(
     check: Callable[[list[Any], list[Any]], None] | None = None,  # gets sources and tokenizers before weights load
 ) -> tuple[list[Any], list[Any]]:
     """
-    Check all reward models, and only then load those given by path: from safetensors only, in their own dtype. Returns
-    all reward sources and their tokenizers. Raises `ValueError` for one that cannot be found or used.
+    Check all reward models, and only then load those given by path, in their own dtype. Returns all reward sources and
+    their tokenizers. Raises `ValueError` for one that cannot be found or used.
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
@@ -126,8 +123,8 @@ def load_reward_models(
         if isinstance(source, ServedRewardModel):
             if tokenizer is not None:
                 raise ValueError(
-                    f"the reward model at {source.base_url!r} has a tokenizer and a chat template of its own (`vllm "
-                    "serve --chat-template FILE`): its entry in `reward_processing_classes` must be None."
+                    f"the reward model at {source.base_url!r} has a tokenizer and a chat template of its own: its "
+                    "entry in `reward_processing_classes` must be None."
                 )
             source.check(conversational)
         elif isinstance(source, (str, nn.Module)):

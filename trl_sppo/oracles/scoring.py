@@ -37,9 +37,6 @@ class RewardSources:
     kind: str = "reward source"  # what messages call one
     _warned: set[str] = field(default_factory=set)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def score(
         self,
         prompts: Sequence[Any],
@@ -53,7 +50,7 @@ class RewardSources:
     ) -> torch.Tensor:
         """Scores `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails."""
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
-        scores = torch.full((len(completions), len(self)), torch.nan)
+        scores = torch.full((len(completions), len(self.names)), torch.nan)
         asked = {"prompts": prompts, "completions": completions, **columns, **more}
         coroutines: dict[int, Coroutine] = {}  # asked together
         for i, (name, source, tokenizer) in enumerate(zip(self.names, self.sources, self.tokenizers, strict=True)):
@@ -98,7 +95,7 @@ class RewardSources:
         self, accelerator: Accelerator, prompts: Sequence[Any], completions: Sequence[Any], columns: dict, **more: Any
     ) -> torch.Tensor:
         """Scores of all processes' completions, `(completions, sources)`. Warns once of each source without some."""
-        if not len(self):
+        if not self.names:
             return torch.zeros(len(completions) * accelerator.num_processes, 0, device=accelerator.device)
         scores = accelerator.gather(self.score(prompts, completions, columns, **more).to(accelerator.device))
         for name, column in zip(self.names, scores.T, strict=True):

@@ -1,13 +1,12 @@
 """A reward model behind a vLLM server, on another GPU or another machine."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from .endpoint import BadAnswerError, Endpoint
+from .endpoint import BadAnswerError, Endpoint, read_answer
 from .texts import Messages, last_part
 
 
@@ -75,7 +74,7 @@ class ServedRewardModel(Endpoint):
         requests = [(self._request(*pair),) for pair in zip(prompts, completions, strict=True)]
 
         async def ask(client: Any, request: dict[str, Any]) -> float:
-            return _score(await client.post("/classify", body=request, cast_to=str))
+            return read_answer(await client.post("/classify", body=request, cast_to=str), _score)
 
         scores, problems = await self._ask_all(ask, requests)
         if len(problems) < len(scores):
@@ -98,9 +97,10 @@ class ServedRewardModel(Endpoint):
         try:
             with OpenAI(base_url=self.base_url, **self._client_options) as client:
                 if self.model is None:
-                    self.model = _first_model(client.get("/v1/models", cast_to=str))
+                    models = client.get("/v1/models", cast_to=str)
+                    self.model = read_answer(models, lambda answer: str(answer["data"][0]["id"]))
                     self.__name__ = last_part(self.model)
-                _score(client.post("/classify", body=self._request(*trial), cast_to=str))
+                read_answer(client.post("/classify", body=self._request(*trial), cast_to=str), _score)
         except (OpenAIError, BadAnswerError) as error:
             raise ValueError(
                 f"no vLLM server at {self.base_url!r} gives a score. Start one with `vllm serve MODEL --runner "
@@ -133,21 +133,10 @@ def _text_message(message: Any) -> dict[str, str]:
     return fields
 
 
-def _first_model(body: str) -> str:
-    """The first name in a server's list of models."""
-    try:
-        return str(json.loads(body)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadAnswerError(f"the answer is no list of models: {body!r}") from error
-
-
-def _score(body: str) -> float:
-    """The score from the answer of a classification endpoint."""
-    try:
-        (result,) = json.loads(body)["data"]
-        (score,) = result["probs"]
-        if type(score) not in (int, float) or not math.isfinite(score):
-            raise ValueError(score)
-        return float(score)
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise BadAnswerError(f"the answer is no score, which is one finite number: {body!r}") from error
+def _score(answer: Any) -> float:
+    """The score in the answer of a classification endpoint: one finite number."""
+    (result,) = answer["data"]
+    (score,) = result["probs"]
+    if type(score) not in (int, float) or not math.isfinite(score):
+        raise ValueError(score)
+    return float(score)

@@ -67,11 +67,9 @@ class Voters:
 
     def describe(self) -> dict[str, Any]:
         """What the model card and the rollout files say about the voters."""
-        return {
-            "reward_sources": self.sources.names,
-            "preference_funcs": list(self.oracles),
-            "without_vote": [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0],
-        }
+        without_vote = [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0]
+        oracles = list(self.oracles)
+        return {"reward_sources": self.sources.names, "preference_funcs": oracles, "without_vote": without_vote}
 
     def compare(
         self,
@@ -115,7 +113,7 @@ class Voters:
     def check_silence(self, scores: torch.Tensor, answers: dict[str, Answers], group_size: int) -> None:
         """Raise `RunError` if a voter has given no score or answer for too many prompts."""
         voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
-        if len(self.sources) and not self.oracles:
+        if self.sources.names and not self.oracles:
             prompts = (~scores[:, voting].isnan()).any(dim=1).view(-1, group_size).any(dim=1)
             is_model = any(isinstance(self.sources.sources[i], (nn.Module, Endpoint)) for i in voting)
             num_silent = self.silent_prompts("reward sources", prompts, may_pass=not is_model)
@@ -141,8 +139,7 @@ class Voters:
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
         The number of prompts in a row without a score or answer of a voter if it is too large, else 0. A voter that
-        may pass has as long as its kind of prompts may take to come, by their share so far; any other three rollouts,
-        and none at the start.
+        may pass has as long as its kind of prompts may take to come; any other three rollouts, and none at the start.
         """
         seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
         if scored.any() or len(scored) == 0:
