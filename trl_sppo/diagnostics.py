@@ -86,15 +86,6 @@ def length_correlation(win_rates: torch.Tensor, lengths: torch.Tensor) -> torch.
     """
     Pearson correlation of win rate and length within the groups: both are centred on their group's mean. NaN if all
     win rates or all lengths of each group are equal.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> length_correlation(torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[30, 20, 10]]))
-    tensor(1.)
-
-    ```
     """
     lengths = lengths.to(win_rates.dtype).masked_fill(win_rates.isnan(), torch.nan)
     x = (win_rates - win_rates.nanmean(dim=1, keepdim=True)).flatten()

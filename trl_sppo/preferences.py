@@ -152,7 +152,7 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
 
     Args:
         preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Preference matrix. NaN where two completions could not be compared.
+            Preference matrix, else `ValueError`. NaN where two completions could not be compared.
         include_self (`bool`, *optional*, defaults to `False`):
             Whether a completion's tie with itself (the diagonal, 1/2) counts, as in the paper's estimator and its
             code. It pulls win rates towards 1/2 by a factor (K - 1) / K, which is a rescale of eta.
@@ -160,9 +160,6 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
     Returns:
         `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], with a mean of 1/2 if all were compared. NaN where
         a completion could be compared with no other one.
-
-    Raises:
-        `ValueError`: if `preferences` is not a batch of square matrices.
 
     Example:
 

@@ -21,8 +21,8 @@ class GeneralPreferenceJudge(LocalJudge):
         v = normalised value_head(last token),   b = softmax(prompt_head(last token of the prompt))
         score = sum_k b_k (v1[2k] v2[2k+1] - v1[2k+1] v2[2k]),   P(first beats second | prompt) = sigmoid(score / tau)
 
-    Each distinct completion of a prompt is read once per call, so the cost is linear in the number of completions, not
-    of pairs. P(a, b) + P(b, a) = 1 by construction, and cycles (a beats b, b beats c, c beats a) can be expressed.
+    Each distinct completion of a prompt is read once per call, so the cost is linear in the number of completions.
+    P(a, b) + P(b, a) = 1 by construction, and cycles (a beats b, b beats c, c beats a) can be expressed.
 
     Args:
         model (`str`):
@@ -143,10 +143,8 @@ def _load_general_preference_model(path: str, embedding_dim: int) -> Any:
 
     model, info = load(CustomRewardModel, path, config=config, ignore_mismatched_sizes=True)
     for key, saved, _ in info["mismatched_keys"]:
-        raise ValueError(
-            f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}: set it "
-            "to the first dimension of value_head.weight."
-        )
+        problem = f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}"
+        raise ValueError(f"{problem}: set it to the first dimension of value_head.weight.")
     missing = set(info["missing_keys"])
     # b = 1 without a prompt head, but not with one of another form
     if "prompt_head.weight" in missing and not any(key.startswith("prompt_head.") for key in info["unexpected_keys"]):

@@ -115,14 +115,15 @@ def ask_oracle(
         group, first, second = call.unbind(dim=1)
         first, second = (group * group_size + first).tolist(), (group * group_size + second).tolist()
         try:
-            output = ask(
-                oracle,
-                prompts=[prompts[i] for i in first],
-                first=[completions[i] for i in first],
-                second=[completions[i] for i in second],
-                log_metric=log_metric,
+            asked = {
+                "prompts": [prompts[i] for i in first],
+                "first": [completions[i] for i in first],
+                "second": [completions[i] for i in second],
                 **{column: [values[i] for i in first] for column, values in columns.items()},
-            )
+            }
+            output = oracle(**own_copy(asked), log_metric=log_metric)
+            if inspect.iscoroutine(output):
+                (output,) = run_coroutines([output])
             answers += _read_answers(output, len(first), problems)
         except Exception as error:  # whatever it is: rollouts are too dear to be thrown away for one bad call
             answers += [torch.nan] * len(first)
@@ -154,16 +155,6 @@ def own_copy(value: Any) -> Any:
     return [own_copy(item) for item in value] if type(value) is list else value
 
 
-def ask(oracle: PreferenceFunc, **kwargs) -> Any:
-    """What an oracle returns. It gets copies; a coroutine is awaited."""
-    output = oracle(**own_copy(kwargs))
-    if inspect.iscoroutine(output):
-        (output,) = run_coroutines([output])
-        if isinstance(output, BaseException):
-            raise output
-    return output
-
-
 def run_coroutines(
     coroutines: Sequence[Coroutine[Any, Any, Any]], loop: asyncio.AbstractEventLoop | None = None
 ) -> list[Any]:
@@ -187,6 +178,8 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:
     """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
+    if isinstance(output, BaseException):
+        raise output
     values = list(output)
     if len(values) != expected:
         raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")

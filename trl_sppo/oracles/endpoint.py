@@ -31,10 +31,7 @@ def read_answer(body: str, read: Callable[[Any], T]) -> T:
 
 
 class Endpoint:
-    """
-    A server that receives many requests at a time, with retries and time-outs. Failed requests are counted in
-    `num_lost` and reported once. The key is never shown.
-    """
+    """A server that receives many requests at a time. Those that fail are counted in `num_lost`, and reported once."""
 
     __name__: str
     _url_option, _extra = "base_url", "judges"

@@ -29,8 +29,7 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
         num_generations (`int`):
             K.
 
-    Raises:
-        `ValueError`: if there is nothing, or not what is needed.
+    Raises `ValueError` if there is nothing, or not what is needed.
     """
     try:
         if os.path.isfile(path):

@@ -310,10 +310,8 @@ def make_rollouts(trainer: Any) -> str:
     if trainer._is_sharded:
         raise ValueError("rollouts are sampled with whole models. Launch without FSDP or DeepSpeed, which shard them.")
     if not recorder.recalls:
-        raise ValueError(
-            "rollouts are to be written, but save_rollouts=False, save_strategy='no', rollouts=..., tools, "
-            "environments or a rollout_func rule that out. Remove that option."
-        )
+        options = "save_rollouts=False, save_strategy='no', rollouts=..., tools, environments or a rollout_func"
+        raise ValueError(f"rollouts are to be written, but {options} rule that out. Remove that option.")
     period = trainer._micro_steps_per_iteration
     batches = trainer.get_train_dataloader()
     total = len(batches) // period if isinstance(trainer.train_dataset, Dataset) else None

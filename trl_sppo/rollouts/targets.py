@@ -108,8 +108,7 @@ class StepMetrics:
         return copy.deepcopy({"of_rollout": self._of_rollout, "sums": self._sums})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = copy.deepcopy(state)
-        self._of_rollout, self._sums = state["of_rollout"], state["sums"]
+        self._of_rollout, self._sums = copy.deepcopy((state["of_rollout"], state["sums"]))
 
     def begin_rollout(self, mode: str) -> None:
         """Forget the metrics of the rollout before, and sums of a step that was interrupted."""
