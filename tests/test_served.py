@@ -215,7 +215,7 @@ def test_a_server_without_scores(server, answer, reason):
 
 
 def test_a_tokenizer_for_a_served_reward_model(server):
-    with pytest.raises(ValueError, match=r"has a tokenizer and a chat template of its own .* must be None"):
+    with pytest.raises(ValueError, match=r"has a tokenizer and a chat template of its own.* must be None"):
         load(server.url, tokenizer=make_tokenizer())
 
 

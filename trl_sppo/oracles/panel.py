@@ -64,12 +64,10 @@ def load_panel(
             _check_call(function, ["prompts", "completions"], set(columns) - scoring.NO_COLUMNS)
         for oracle in preference_funcs:
             _check_call(oracle, ["prompts", "first", "second", "log_metric"], set(columns) - NO_COLUMNS)
-    reward_funcs, no_tokenizers = without_slash(reward_funcs), [None] * len(reward_funcs)
+    reward_funcs, unknown = without_slash(reward_funcs), [None] * len(reward_funcs)
     trusted = [name.rstrip("/") for name in trust_remote_code]
     accelerator = Accelerator()
-    sources, tokenizers = load_reward_models(
-        reward_funcs, no_tokenizers, conversational, trusted, chat_template_kwargs
-    )
+    sources, tokenizers = load_reward_models(reward_funcs, unknown, conversational, trusted, chat_template_kwargs)
     return make_panel(
         sources, tokenizers, preference_funcs, accelerator, batch_size, chat_template_kwargs, both_orders=both_orders
     )
@@ -106,6 +104,8 @@ def _check_call(judge: Callable[..., Any], own: list[str], columns: set[str]) ->
     """Raise `ValueError` if a judge could not be called with its own arguments and these columns of the prompts."""
     try:
         inspect.signature(judge).bind(**dict.fromkeys([*own, *columns]))
+    except ValueError:  # a built-in function without a signature
+        return
     except TypeError as error:
         raise ValueError(
             f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {', '.join(own)}, and the columns "
