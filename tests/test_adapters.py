@@ -553,7 +553,7 @@ def test_quantized(make_trainer, tmp_path, bits, noise):
     [
         (
             lambda a: spoil(a, lambda t: t.pop("base_model.model.score.weight")),
-            "has no scoring head: the adapter has no",
+            "has no scoring head: the config.json of",
         ),
         (
             lambda a: spoil(a, lambda t: t.update({"base_model.model.score.weight": torch.zeros(2, 16)})),

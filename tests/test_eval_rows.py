@@ -234,7 +234,7 @@ def takes_no_more(prompts, completions):
     ("judge", "message"),
     [
         (("--reward_funcs", "test_eval_rows.needs_rubric"), "'needs_rubric' cannot be called: missing a required "
-         "argument: 'rubric'. It gets prompts and completions, and the columns ['"),
+         "argument: 'rubric'. It gets prompts, completions, and the columns ['"),
         (("--preference_funcs", "test_eval_rows.needs_rubric_too"), "'needs_rubric_too' cannot be called: missing a"),
         (("--reward_funcs", "test_eval_rows.takes_no_more"), "got an unexpected keyword argument"),
     ],

@@ -105,9 +105,8 @@ async def raising_later(completions, **kwargs):
     [
         (
             raising,
-            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number for each "
-            "completion, or None where it has none. Here each completion is a list of messages, and the columns are "
-            "[]. What was sampled",
+            "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number, or None, for "
+            "each completion. Each is a list of messages here, and the columns are []. What was sampled",
         ),
         (
             lambda completions, **kwargs: [1.0],
@@ -173,7 +172,7 @@ def served(server, run_until):
 def test_a_served_reward_model_that_is_not_there(run_until):
     status, words, trainer = run_until(reward_funcs=None, reward_model_name_or_path="http://127.0.0.1:9")
     assert status == 2 and trainer is None and not Path("out").exists()
-    assert "no vLLM server answers at 'http://127.0.0.1:9', where a reward model should be. Start one with" in words
+    assert "no vLLM server at 'http://127.0.0.1:9' gives a score. Start one with" in words
 
 
 @pytest.mark.parametrize(

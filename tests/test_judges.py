@@ -205,7 +205,7 @@ def test_truncated_comparisons_are_counted(pairrm, caplog):
     judge(*columns(pairs), log_metric=log_metric)
     assert sorted([token for token in row if token] for row in seen) == sorted(pair_ids(*pair) for pair in cut)
     assert logged == [("PairRM-tiny/truncated", 0.5)] and judge.num_truncated == 2
-    message = "judged truncated texts in 2 of 4 comparisons: with max_length=24 and max_prompt_length=8"
+    message = "judged truncated texts in 2 of 4 comparisons. Raise its max_length=24"
     assert message in caplog.text
     caplog.clear()
     judge(*columns(pairs[1:2]))  # outside the trainer there is no log_metric
@@ -251,13 +251,9 @@ def test_a_sequence_classifier_reads_the_same_input(tmp_path):
     [
         ({"drop": ["head_layer.4.bias"]}, r"lacks the weights head_layer.4.bias, .*judge at random"),
         ({"drop": ["pretrained_model.encoder.layer.0.output.dense.bias"]}, "lacks the weights pretrained_model.enc"),
-        (
-            {"cand1_prefix_id": None, "n_tasks": None},
-            "config.json of judge .* lacks n_tasks, cand1_prefix_id, without",
-        ),
-        ({"cand2_prefix_id": 7}, r"id of '<\|candidate2\|>' is \d+, but judge .* trained with cand2_prefix_id=7"),
-        ({"architectures": ["DebertaV2Model"]}, "is no pairwise classifier: its config.json names DebertaV2Model"),
-        ({"architectures": None}, "names no architecture"),
+        ({"cand2_prefix_id": 7}, r"has the id \d+ for '<\|candidate2\|>', which is not the one"),
+        ({"architectures": ["DebertaV2Model"]}, "lacks the weights classifier.bias, .*judge at random"),
+        ({"architectures": None}, "lacks the weights classifier.bias"),
     ],
 )
 def test_checkpoints_that_cannot_judge(tmp_path, options, message):
@@ -268,11 +264,9 @@ def test_checkpoints_that_cannot_judge(tmp_path, options, message):
 def test_what_pairrm_refuses(pairrm, tmp_path):
     with pytest.raises(ValueError, match=r"judge './nowhere' is neither a folder with a config.json nor"):
         PairRMJudge("./nowhere")
-    with pytest.raises(ValueError, match=r"has no token '<\|candidate1\|>'"):
+    with pytest.raises(ValueError, match=r"has the id 3 for '<\|candidate1\|>'"):  # that of [UNK]
         PairRMJudge(pairrm, tokenizer=pair_tokenizer(["<|source|>"]))
-    with pytest.raises(
-        ValueError, match=r"BertForSequenceClassification with 2 labels, but the verdict is the single"
-    ):
+    with pytest.raises(ValueError, match=r"is a BertForSequenceClassification with num_labels=2 and pad_token_id=0"):
         PairRMJudge(classifier(num_labels=2), pair_tokenizer(), **SHORT)
     with pytest.raises(ValueError, match=r"max_length=2048 is more than the 64 positions of judge"):
         PairRMJudge(classifier(), pair_tokenizer())
@@ -282,7 +276,7 @@ def test_what_pairrm_refuses(pairrm, tmp_path):
         PairRMJudge(pairrm, batch_size=0)
     model = classifier()
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="has no padding token"):
+    with pytest.raises(ValueError, match="and pad_token_id=None"):
         PairRMJudge(model, pair_tokenizer(), **SHORT)
     # A checkpoint without its trained head
     classifier().bert.save_pretrained(tmp_path / "bare")
@@ -429,7 +423,7 @@ def test_gpm_truncates_as_the_official_code(tmp_path, caplog):
     ids = make_tokenizer()("u:xy a:abc").input_ids  # 10 tokens, the last of which gives way to EOS
     assert seen[0] == [*ids[:9], 1]
     assert logged == [("gpm/truncated", 0.5)] and judge.num_truncated == 1
-    assert "truncated texts in 1 of 2 comparisons: with max_length=10 it does not see" in caplog.text
+    assert "truncated texts in 1 of 2 comparisons. Raise its max_length=10" in caplog.text
 
 
 def test_gpm_answers_cannot_end_their_turn(tmp_path):
@@ -453,7 +447,7 @@ def test_gpm_with_a_head_of_another_form_is_refused(tmp_path):
     path, state = save_gpm(tmp_path / "gpm", prompt_head=False)
     state["prompt_head.0.weight"], state["prompt_head.2.weight"] = torch.ones(16, 16), torch.ones(2, 16)
     save_file(state, tmp_path / "gpm" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"heads of another form \(prompt_head.0.weight, prompt_head.2.weight\)"):
+    with pytest.raises(ValueError, match=r"lacks the weights prompt_head.weight"):
         GeneralPreferenceJudge(path, embedding_dim=4)
 
 
@@ -467,7 +461,7 @@ def test_what_gpm_refuses(tmp_path):
         GeneralPreferenceJudge(path, embedding_dim=3)
     with pytest.raises(ValueError, match=r"tau must be positive, got 0.0"):
         GeneralPreferenceJudge(path, embedding_dim=4, tau=0.0)
-    with pytest.raises(ValueError, match="needs a chat template and an EOS token"):
+    with pytest.raises(ValueError, match="needs a `tokenizer` with a chat template and an EOS token"):
         GeneralPreferenceJudge(path, embedding_dim=4, tokenizer=make_tokenizer(chat_template=None))
     with pytest.raises(ValueError, match=r"judge './nowhere' is neither a folder with a config.json nor"):
         GeneralPreferenceJudge("./nowhere", embedding_dim=4)
@@ -607,7 +601,7 @@ def test_answers_without_a_verdict_are_lost(endpoint, body, caplog):
     judge = LLMJudge("judge", endpoint.url)
     assert ask(judge, ["x"] * 2, ["a", "c"], ["b", "d"]) == [None, pytest.approx(0.2)]
     assert judge.num_lost == 1
-    assert "judge gave no verdict in 1 of 2 comparisons" in caplog.text and "NoVerdictError: " in caplog.text
+    assert "judge gave no verdict in 1 of 2 comparisons" in caplog.text and "BadAnswerError: " in caplog.text
 
 
 def test_one_letter_alone_is_a_verdict(endpoint):
@@ -663,7 +657,7 @@ def test_the_key_is_sent_and_not_shown(endpoint, caplog, monkeypatch, given):
 
 def test_what_the_llm_judge_refuses(monkeypatch):
     url = "http://localhost:1/v1"
-    with pytest.raises(ValueError, match=r"base_url must be an http\(s\) URL .*, got 'localhost:1'"):
+    with pytest.raises(ValueError, match=r"base_url must be an http\(s\) URL, got 'localhost:1'"):
         LLMJudge("judge", "localhost:1")
     with pytest.raises(ValueError, match="max_concurrency must be positive, got 0"):
         LLMJudge("judge", url, max_concurrency=0)
@@ -671,8 +665,6 @@ def test_what_the_llm_judge_refuses(monkeypatch):
         LLMJudge("judge", url, timeout=-1)
     with pytest.raises(ValueError, match=r"max_retries must not be negative, got -1.*set it to 0"):
         LLMJudge("judge", url, max_retries=-1)
-    with pytest.raises(ValueError, match="api_key must be ASCII"):
-        LLMJudge("judge", url, api_key="sk-…")
-    monkeypatch.setattr("trl_sppo.judges.llm.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_sppo.oracles.endpoint.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"LLMJudge needs openai.*pip install trl-sppo\[judges\]"):
         LLMJudge("judge", url)

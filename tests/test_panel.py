@@ -369,7 +369,7 @@ def test_a_vote_that_ends_even_is_even(weights):
             rock_paper_scissors,
             "missing_eos_penalty=1.0 is subtracted from scores, but there are only pairwise oracles",
         ),
-        ({}, "PairRM", r"preference_func 'str' must be callable as `str\(prompts, first, second, \*\*kwargs\)`"),
+        ({}, "PairRM", r"preference_func 'str' must be callable as `\(prompts, first, second, \*\*kwargs\)`"),
     ],
 )
 def test_messages_before_a_model_is_loaded(make_trainer, monkeypatch, options, oracles, message):

@@ -15,8 +15,6 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from trl_sppo.oracles.reward_models import load_reward_models
-
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
@@ -121,11 +119,8 @@ def test_reward_models_in_8_and_4_bit(make_trainer, reward_model, bits, bytes_pe
         assert weight.nbytes == bytes_per_weight * linear[name].in_features * linear[name].out_features, name
 
 
-def test_messages(make_trainer, reward_model, monkeypatch):
+def test_messages(make_trainer):
     with pytest.raises(ValueError, match="reward_quantization must be '8bit' or '4bit', got 4"):
         make_trainer(reward_quantization=4)
     with pytest.raises(ValueError, match="reward_quantization='4bit' is about reward models that are loaded from a "):
         make_trainer(reward_quantization="4bit")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"reward_quantization='8bit' needs bitsandbytes.*trl-sppo\[quantization\]"):
-        load_reward_models([reward_model], [None], conversational=False, quantization="8bit")

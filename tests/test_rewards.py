@@ -203,9 +203,9 @@ def test_refused_by_the_trainer_before_the_policy_is_loaded(make_trainer, saved,
 
 
 def test_a_model_whose_tokenizer_nobody_knows(reward_model):
-    with pytest.raises(ValueError, match="was not loaded from a checkpoint, so no tokenizer is known for it"):
+    with pytest.raises(ValueError, match=r"no tokenizer is known for reward model .* was not loaded from"):
         load(reward_model)
-    with pytest.raises(ValueError, match=r"Sequential is no PreTrainedModel.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"no tokenizer is known for reward model Sequential"):
         load(torch.nn.Sequential(reward_model))
 
 

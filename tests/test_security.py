@@ -127,7 +127,7 @@ def test_a_reward_models_own_code(make_trainer, tmp_path, own_code):
     for options in ({"trust_remote_code": True}, {"reward_trust_remote_code": [first]}):
         with pytest.raises(
             ValueError,
-            match=rf"reward model '{second}' brings Python code.*`reward_trust_remote_code`: \['{second}'\]",
+            match=rf"reward model '{second}' brings Python code.*set `reward_trust_remote_code`: \['{second}'\]",
         ):
             make_trainer(reward_funcs=[first, second] if "reward_trust_remote_code" in options else second, **options)
         assert not has_run(second)

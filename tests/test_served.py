@@ -141,11 +141,7 @@ def test_the_key_is_sent_and_not_shown(server, caplog, monkeypatch, given):
     with pytest.raises(RuntimeError, match=r"AuthenticationError: .*wrong key \*\*\*") as error:
         ask(reward, ["x"], ["a"])
     said.append(error)
-    with pytest.raises(ValueError, match=r"gives no score.*\(AuthenticationError: .*wrong key \*\*\*") as error:
-        reward.check(conversational=False)
-    said.append(error)
-    server.models = (401, {"error": {"message": f"wrong key {key}"}})
-    with pytest.raises(ValueError, match=r"no vLLM server answers .*VLLM_API_KEY.*wrong key \*\*\*") as error:
+    with pytest.raises(ValueError, match=r"gives a score.*\(AuthenticationError: .*wrong key \*\*\*") as error:
         reward.check(conversational=False)
     said.append(error)
     ours = "".join(record.getMessage() for record in caplog.records if record.name.startswith("trl_sppo"))
@@ -174,24 +170,20 @@ def test_a_url_becomes_a_served_reward_model(server, conversational):
 def test_one_that_was_made_before_is_checked_too(server):
     reward = ServedRewardModel(server.url, "other")
     assert load(reward)[0] == [reward] and server.requests[0]["model"] == "other"
-    with pytest.raises(
-        ValueError, match=r"serves \['org/Reward-8B', 'other'\], not model='mine'. Correct `model`, or"
-    ):
-        load(ServedRewardModel(server.url, "mine"))
 
 
 @pytest.mark.parametrize(
     ("models", "reason"),
     [
         ((404, {}), "NotFoundError: "),
-        ((200, "<html>"), "the answer is no list of models: '<html>'"),
-        ((200, {"data": "no"}), "the answer is no list of models"),
-        ((200, {"data": []}), "it serves no model"),
+        ((200, "<html>"), "the answer lacks what was asked for: '<html>'"),
+        ((200, {"data": "no"}), "the answer lacks what was asked for"),
+        ((200, {"data": []}), "the answer lacks what was asked for"),
     ],
 )
 def test_no_vllm_server(server, models, reason):
     server.models = models
-    with pytest.raises(ValueError, match=rf"no vLLM server answers at '{server.url}', .*`vllm serve MODEL.*{reason}"):
+    with pytest.raises(ValueError, match=rf"no vLLM server at '{server.url}' gives .*`vllm serve MODEL.*{reason}"):
         load(server.url)
 
 
@@ -200,32 +192,30 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
     server.server.server_close()
     monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("loaded"))
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
-    cure = r"Start one with `vllm serve MODEL --runner pooling` and wait .*\(APIConnectionError: "
-    with pytest.raises(ValueError, match=rf"no vLLM server answers at '{server.url}', .*{cure}"):
+    cure = r"Start one with `vllm serve MODEL --runner pooling`.*\(APIConnectionError: "
+    with pytest.raises(ValueError, match=rf"no vLLM server at '{server.url}' gives a score.*{cure}"):
         make_trainer(reward_funcs=[count_abc, server.url])
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: it gives 3 numbers, but a reward is one"),
-        ((200, logits(math.nan)), "BadAnswerError: the score is no finite number, but nan"),
+        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer lacks what was asked for"),
+        ((200, logits(math.nan)), "BadAnswerError: the answer lacks what was asked for: .*NaN"),
         ((404, {"detail": "Not Found"}), "NotFoundError: Error code: 404"),
         ((400, {"error": {"message": "no chat template"}}), "BadRequestError: .*no chat template"),
     ],
 )
 def test_a_server_without_scores(server, answer, reason):
     server.answer = lambda *args: answer
-    what = rf"'org/Reward-8B' at '{server.url}' gives no score. .* a classifier with one label .*num_labels=1\)"
-    cure = rf"Serve one with `vllm serve MODEL --runner pooling`. \({reason}"
-    with pytest.raises(ValueError, match=rf"{what}, with a chat template, since .*\. {cure}"):
-        load(server.url)
-    with pytest.raises(ValueError, match=rf"{what}\. {cure}"):
-        load(server.url, conversational=False)
+    message = rf"no vLLM server at '{server.url}' gives a score. .* a classifier with one label, .*\({reason}"
+    for conversational in (True, False):
+        with pytest.raises(ValueError, match=message):
+            load(server.url, conversational)
 
 
 def test_a_tokenizer_for_a_served_reward_model(server):
-    with pytest.raises(ValueError, match=r"has a tokenizer and a chat template of its own: .* must be None"):
+    with pytest.raises(ValueError, match=r"has a tokenizer and a chat template of its own.* must be None"):
         load(server.url, tokenizer=make_tokenizer())
 
 
@@ -245,9 +235,7 @@ def test_messages_that_the_server_would_render_otherwise(server, message):
 
 def test_what_it_refuses(monkeypatch):
     url = "http://localhost:1"
-    with pytest.raises(
-        ValueError, match=r"^url must be an http\(s\) URL such as 'http://localhost:8000', got 'localh"
-    ):
+    with pytest.raises(ValueError, match=r"^url must be an http\(s\) URL, got 'localh"):
         ServedRewardModel("localhost:1")
     with pytest.raises(ValueError, match=r"url must hold no user name, password or query.*Pass a key") as error:
         ServedRewardModel("http://me:secret@localhost:1")
@@ -258,9 +246,7 @@ def test_what_it_refuses(monkeypatch):
         ServedRewardModel(url, timeout=-1)
     with pytest.raises(ValueError, match=r"max_retries must not be negative, got -1.*set it to 0"):
         ServedRewardModel(url, max_retries=-1)
-    with pytest.raises(ValueError, match="api_key must be ASCII"):
-        ServedRewardModel(url, api_key="sk-…")
-    monkeypatch.setattr("trl_sppo.oracles.served.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_sppo.oracles.endpoint.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"ServedRewardModel needs openai.*pip install trl-sppo\[served\]"):
         ServedRewardModel(url)
 

@@ -132,6 +132,6 @@ def test_training_with_the_server(server, make_trainer):
 def test_the_key(server, monkeypatch):
     ServedRewardModel(server).check(conversational=True)
     monkeypatch.setenv("VLLM_API_KEY", "another-key")
-    with pytest.raises(ValueError, match=r"no vLLM server answers at .*VLLM_API_KEY.*AuthenticationError: ") as error:
+    with pytest.raises(ValueError, match=r"no vLLM server at .*VLLM_API_KEY.*AuthenticationError: ") as error:
         ServedRewardModel(server).check(conversational=True)
     assert "another-key" not in str(error.value)

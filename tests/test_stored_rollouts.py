@@ -318,8 +318,7 @@ def test_columns_of_the_dataset_with_the_same_names_are_left_out(make_trainer, t
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"prompt": "a"}], "have no column 'completions', but ['prompt']"),
-        ([{"text": "a"}], "have no column 'prompt' and no 'completions', but ['text']"),
+        ([{"prompt": "a"}], "must have columns 'prompt' and 'completions': ['prompt']"),
         ([{"prompt": "a", "completions": ["b", "c"]}, {"prompt": "a", "completions": ["b"]}],
          "row 1 of rollouts='{path}' has 1 completions, but num_generations is 2"),
         ([{"prompt": "a", "completions": ["b", "c"]}, {"prompt": "a", "completions": None}],
@@ -348,7 +347,7 @@ def test_nobody_says_what_is_better(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"preferences": [[0.5]]}, r"the preferences in the rollouts have shape \(1, 1\) per group, but groups"),
+        ({"preferences": [[0.5]]}, r"the preferences in the rollouts must be 2 x 2 per group, got \(1, 1\)"),
         ({"scores": [1.0, 2.0, 3.0]}, "the scores in the rollouts must be 2 per group and source, got 3"),
         ({"preferences": [[0.5, 1], [0, 0.5]], "completion_ids": [[3], [4]], "logps": [[-1.0], [-1.0, -1.0]]},
          "have log-probabilities for other tokens than those of their completions"),

@@ -201,7 +201,7 @@ def test_unscorable_completions_take_no_part(fixed, tiny_model, caplog, bad):
 @pytest.mark.parametrize("bad", [None, NAN, math.inf])
 def test_nothing_scorable_at_all(fixed, tiny_model, bad):
     trainer = fixed(model=tiny_model, reward_funcs=lambda completions, **kwargs: [bad] * len(completions))
-    with pytest.raises(RunError, match="for any completion of the last 4 prompts: there is nothing to compare"):
+    with pytest.raises(RunError, match="for any completion of the last 4 prompts"):
         trainer.train()
 
 

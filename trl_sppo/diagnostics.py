@@ -1,4 +1,9 @@
-"""What the preferences of a rollout say about the oracles behind them, at no extra forward pass. Pure torch."""
+"""
+What the preferences of a rollout say about the oracles behind them, at no extra forward pass. Pure torch.
+
+Preferences are matrices of shape `(groups, K, K)`, win rates and lengths have shape `(groups, K)`. NaN marks what
+could not be compared, and is left out. Each function returns a scalar `torch.Tensor`, NaN if nothing is left.
+"""
 
 from collections.abc import Sequence
 
@@ -8,13 +13,6 @@ import torch
 def share_of_ties(preferences: torch.Tensor) -> torch.Tensor:
     """
     Share of the compared pairs that are even, P = 1/2.
-
-    Args:
-        preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Preference matrix. NaN where two completions could not be compared.
-
-    Returns:
-        Scalar `torch.Tensor` in [0, 1], NaN if nothing was compared.
 
     Example:
 
@@ -30,34 +28,19 @@ def share_of_ties(preferences: torch.Tensor) -> torch.Tensor:
 
 def share_saturated(preferences: torch.Tensor, certainty: float = 0.95) -> torch.Tensor:
     """
-    Share of the compared pairs about which there is next to no doubt: P above `certainty` or below 1 - `certainty`.
-
-    Args:
-        preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Preference matrix. NaN where two completions could not be compared.
-        certainty (`float`, *optional*, defaults to `0.95`):
-            In [0.5, 1].
-
-    Returns:
-        Scalar `torch.Tensor` in [0, 1], NaN if nothing was compared. Hard comparisons saturate wherever they do not
-        tie.
+    Share of the compared pairs about which there is next to no doubt: P above `certainty`, which is in [0.5, 1], or
+    below 1 - `certainty`. Hard comparisons saturate wherever they do not tie.
     """
     return ((_pairs(preferences) - 0.5).abs() > certainty - 0.5).float().mean()
 
 
 def share_intransitive(preferences: torch.Tensor) -> torch.Tensor:
     """
-    Share of the triads of completions that beat each other in a circle: P[i, j], P[j, k] and P[k, i] all above 1/2.
-    Scores cannot do that, a vote of several oracles or a pairwise oracle can. A quarter would be pure chance.
+    Share of the triads of completions that beat each other in a circle: P[i, j], P[j, k] and P[k, i] all above 1/2,
+    of those whose three pairs were all compared. Scores cannot do that, a vote of several oracles or a pairwise oracle
+    can. A quarter would be pure chance.
 
         number of circular triads = trace(A^3) / 3        A[i, j] = [P[i, j] > 1/2]
-
-    Args:
-        preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Preference matrix. NaN where two completions could not be compared.
-
-    Returns:
-        Scalar `torch.Tensor` in [0, 1], of the triads whose three pairs were all compared. NaN if there is none.
 
     Example:
 
@@ -79,16 +62,9 @@ def share_intransitive(preferences: torch.Tensor) -> torch.Tensor:
 
 def panel_disagreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    How far the oracles of a panel are apart: mean |P_a[i, j] - P_b[i, j]| over the pairs of completions and the pairs
-    of oracles that both compared them.
-
-    Args:
-        preferences (sequence of `torch.Tensor` of shape `(groups, K, K)`):
-            One preference matrix per oracle.
-
-    Returns:
-        Scalar `torch.Tensor` in [0, 1], NaN with fewer than two oracles. With hard comparisons and no ties it is the
-        share of pairs on which two oracles disagree: 1/2 is pure chance.
+    How far the oracles of a panel are apart: mean |P_a[i, j] - P_b[i, j]|, in [0, 1], over the pairs of completions
+    and the pairs of oracles that both compared them. `preferences` has one matrix per oracle; NaN with fewer than two.
+    With hard comparisons and no ties it is the share of pairs on which two oracles disagree: 1/2 is pure chance.
     """
     if len(preferences) < 2:
         return torch.tensor(torch.nan)
@@ -99,41 +75,17 @@ def panel_disagreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def order_disagreement(answers: torch.Tensor) -> torch.Tensor:
     """
-    How much a pairwise oracle's answer depends on which completion it is shown first: mean |A[i, j] + A[j, i] - 1|.
-
-    Args:
-        answers (`torch.Tensor` of shape `(groups, K, K)`):
-            `A[g, i, j]` is the probability that completion i beats completion j when i is shown first, NaN where not
-            answered.
-
-    Returns:
-        Scalar `torch.Tensor` in [0, 1], NaN if no pair was answered in both orders. An oracle that always favours the
-        first place has 1.
+    How much a pairwise oracle's answer depends on which completion it is shown first: mean |A[i, j] + A[j, i] - 1|, in
+    [0, 1], over the pairs that were answered in both orders. `A[g, i, j]` is the probability that i beats j when i is
+    shown first. An oracle that always favours the first place has 1.
     """
     return _pairs((answers + answers.mT - 1).abs()).mean()
 
 
 def length_correlation(win_rates: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """
-    Pearson correlation of win rate and length within the groups: both are centred on their group's mean.
-
-    Args:
-        win_rates (`torch.Tensor` of shape `(groups, K)`):
-            Win rates in [0, 1], NaN where unscorable (left out).
-        lengths (`torch.Tensor` of shape `(groups, K)`):
-            Lengths of the completions, in tokens.
-
-    Returns:
-        Scalar `torch.Tensor` in [-1, 1]; NaN if all win rates or all lengths of each group are equal.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> length_correlation(torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[30, 20, 10]]))
-    tensor(1.)
-
-    ```
+    Pearson correlation of win rate and length within the groups: both are centred on their group's mean. NaN if all
+    win rates or all lengths of each group are equal.
     """
     lengths = lengths.to(win_rates.dtype).masked_fill(win_rates.isnan(), torch.nan)
     x = (win_rates - win_rates.nanmean(dim=1, keepdim=True)).flatten()
@@ -143,30 +95,15 @@ def length_correlation(win_rates: torch.Tensor, lengths: torch.Tensor) -> torch.
 
 def share_of_duplicates(fingerprints: torch.Tensor) -> torch.Tensor:
     """
-    Share of the completions that equal another one of their group.
-
-    Args:
-        fingerprints (`torch.Tensor` of shape `(groups, K)`):
-            Any number per completion that is equal for equal completions.
-
-    Returns:
-        Scalar `torch.Tensor` in [0, 1].
+    Share of the completions that equal another one of their group. `fingerprints`, of shape `(groups, K)`, are any
+    numbers that are equal for equal completions.
     """
     equal = fingerprints.unsqueeze(2) == fingerprints.unsqueeze(1)
     return (equal.sum(dim=2) > 1).float().mean()
 
 
 def win_rate_spread(win_rates: torch.Tensor) -> torch.Tensor:
-    """
-    How far apart the win rates of a group are: their standard deviation, the mean over groups.
-
-    Args:
-        win_rates (`torch.Tensor` of shape `(groups, K)`):
-            Win rates in [0, 1], NaN where unscorable (left out).
-
-    Returns:
-        Scalar `torch.Tensor`, at most 1/2. NaN if nothing is scorable.
-    """
+    """How far apart the win rates of a group are: their standard deviation, at most 1/2, the mean over groups."""
     centred = win_rates - win_rates.nanmean(dim=1, keepdim=True)
     return centred.square().nanmean(dim=1).sqrt().nanmean()
 

@@ -13,21 +13,18 @@ ROUNDING = 1e-6
 
 def sppo_targets(win_rates: torch.Tensor, eta: float, baseline: torch.Tensor | float = 0.5) -> torch.Tensor:
     """
-    The log-ratio that SPPO regresses to, log pi_{t+1}(y|x) / pi_t(y|x)
+    The log-ratio that SPPO regresses to, log pi_{t+1}(y|x) / pi_t(y|x), in nats
     (https://huggingface.co/papers/2405.00675, Eq. 4.3).
 
         target = eta W - log Z = eta (W - b)        b = log Z / eta, which the paper sets to 1/2 (Eq. 4.7)
 
     Args:
         win_rates (`torch.Tensor` of any shape):
-            Win rates in [0, 1].
+            Win rates W in [0, 1]. NaN gives a target of NaN.
         eta (`float`):
             Learning rate of the multiplicative-weights update. The official code's `beta` is 1 / eta.
         baseline (`float`, or `torch.Tensor` that broadcasts to `win_rates`, *optional*, defaults to `0.5`):
-            What stands for log Z / eta: the paper's constant, or [`log_mean_exp_baseline`].
-
-    Returns:
-        `torch.Tensor` of the shape of `win_rates`: targets in nats. NaN win rates give NaN targets.
+            The paper's constant, or [`log_mean_exp_baseline`].
     """
     return eta * (win_rates - baseline)
 
@@ -38,15 +35,8 @@ def log_mean_exp_baseline(win_rates: torch.Tensor, eta: float) -> torch.Tensor:
 
         b = 1/eta log( mean_j exp(eta W_j) )
 
-    Args:
-        win_rates (`torch.Tensor` of shape `(groups, K)`):
-            Win rates in [0, 1], NaN where unscorable (left out).
-        eta (`float`):
-            As in [`sppo_targets`].
-
-    Returns:
-        `torch.Tensor` of shape `(groups, 1)`: between the mean win rate, which small `eta` give, and the highest one.
-        NaN for a group without any win rate.
+    `win_rates` have shape `(groups, K)`, NaN where unscorable (left out). The result, of shape `(groups, 1)`, is
+    between the mean win rate (small `eta`) and the highest one, NaN for a group without any.
 
     Example:
 
@@ -65,19 +55,10 @@ def log_mean_exp_baseline(win_rates: torch.Tensor, eta: float) -> torch.Tensor:
 
 def head_to_head(preferences: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """
-    Win rates among the chosen completions only: for best and worst, how sure the oracle is that the one beats the
-    other (`sppo_single` of the official code).
+    Win rates of shape `(groups, K)` among the chosen completions only: for best and worst, how sure the oracle is that
+    the one beats the other (`sppo_single` of the official code). NaN for one that is not chosen, or meets none.
 
-        W_i = mean over the other chosen j of P[i, j]
-
-    Args:
-        preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Preference matrix.
-        chosen (`torch.Tensor` of bool, of shape `(groups, K)`):
-            The completions that meet.
-
-    Returns:
-        `torch.Tensor` of shape `(groups, K)`: NaN for a completion that is not chosen, or meets none.
+        W_i = mean over the other chosen j of P[i, j]        P of shape (groups, K, K)
 
     Example:
 
@@ -98,8 +79,7 @@ def select_completions(
     win_rates: torch.Tensor, train_on: TrainOn = "all", threshold: float | None = None
 ) -> torch.Tensor:
     """
-    Choose the completions of each group to train on. A group without two different win rates carries no signal, and
-    none of it is chosen.
+    Choose the completions to train on, as a bool tensor: none of a group without two different win rates.
 
     Args:
         win_rates (`torch.Tensor` of shape `(groups, K)`):
@@ -108,10 +88,7 @@ def select_completions(
             `"all"`, or `"best_and_worst"` for the completion with the highest and the one with the lowest win rate
             (the paper's experiments, Section 5; the first one where several tie).
         threshold (`float`, *optional*):
-            Win-rate threshold in [0.5, 1]: of those, only completions with W >= threshold or W <= 1 - threshold.
-
-    Returns:
-        `torch.Tensor` of bool, of shape `(groups, K)`.
+            In [0.5, 1]: of those, only completions with W >= threshold or W <= 1 - threshold.
 
     Example:
 
@@ -124,15 +101,11 @@ def select_completions(
     ```
     """
     scorable = ~win_rates.isnan()
-    best = win_rates.masked_fill(~scorable, -torch.inf)
-    worst = win_rates.masked_fill(~scorable, torch.inf)
-    has_signal = best.amax(dim=1, keepdim=True) > worst.amin(dim=1, keepdim=True)
-    chosen = scorable & has_signal
+    best, best_index = win_rates.masked_fill(~scorable, -torch.inf).max(dim=1, keepdim=True)
+    worst, worst_index = win_rates.masked_fill(~scorable, torch.inf).min(dim=1, keepdim=True)
+    chosen = scorable & (best > worst)
     if train_on == "best_and_worst":
-        extremes = torch.zeros_like(chosen)
-        extremes.scatter_(1, best.argmax(dim=1, keepdim=True), True)
-        extremes.scatter_(1, worst.argmin(dim=1, keepdim=True), True)
-        chosen &= extremes
+        chosen &= torch.zeros_like(chosen).scatter(1, torch.cat([best_index, worst_index], dim=1), True)
     if threshold is not None:
         chosen &= (win_rates >= threshold - ROUNDING) | (win_rates <= 1 - threshold + ROUNDING)
     return chosen
@@ -156,23 +129,19 @@ def sppo_loss(
             log pi_theta(y|x) / pi_t(y|x) of each completion, summed over its tokens, in nats.
         win_rates (`torch.Tensor` of shape `(N,)`):
             Win rate of each completion in its group, in [0, 1]. A NaN win rate carries no weight and no gradient.
-        eta (`float`):
-            The paper's eta (positive). `eta=1000` is the official code's `beta=0.001`.
-        baseline (`float`, or `torch.Tensor` of shape `(N,)`, *optional*, defaults to `0.5`):
-            What stands for log Z / eta, as in [`sppo_targets`].
+        eta, baseline:
+            As in [`sppo_targets`]. `eta` is positive.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
-            Weight of each completion, for example an importance ratio. Weighted completions still count as one in the
-            mean.
+            Weight of each completion, for example an importance ratio. Each still counts as one in the mean.
         num_items (`float`, *optional*):
-            What the sum is divided by. By default the number of completions with a win rate; a trainer that splits a
-            batch into micro-batches passes the number in the whole batch, so that the split does not matter.
+            What the sum is divided by. By default the number of completions with a win rate; for a micro-batch, pass
+            the number in the whole batch.
 
     Returns:
-        `tuple` of the scalar loss and a `dict` of detached metrics of shape `(2,)`: numerator and denominator, so that
-        those of micro-batches can be added up before dividing. `log_ratio` is the mean log-ratio in nats,
-        `winner_log_ratio` and `loser_log_ratio` are that of targets above and below 0, and `log_ratio_to_target`
-        says how far towards the targets the policy has moved (sum of log-ratio times target over the sum of squared
-        targets: 0 at the start, 1 at the minimum).
+        `tuple` of the scalar loss and a `dict` of detached metrics of shape `(2,)`, numerator and denominator, to be
+        added up over micro-batches before dividing: the mean log-ratio in nats (`log_ratio`), that of targets above
+        and below 0 (`winner_log_ratio`, `loser_log_ratio`), and the sum of log-ratio times target over the sum of
+        squared targets, which is 0 at the start and 1 at the minimum (`log_ratio_to_target`).
 
     Raises:
         `ValueError`: if `eta` is not positive, or the shapes differ.
@@ -190,15 +159,10 @@ def sppo_loss(
     ```
     """
     if not eta > 0:
-        raise ValueError(
-            f"eta must be positive, got {eta}: it scales the SPPO target. "
-            "The paper's beta = 1/eta = 0.001 is eta=1000."
-        )
+        raise ValueError(f"eta must be positive, got {eta}. The paper's beta = 1/eta = 0.001 is eta=1000.")
     if log_ratios.shape != win_rates.shape or log_ratios.ndim != 1:
-        raise ValueError(
-            f"log_ratios and win_rates must have the same shape (N,), got {tuple(log_ratios.shape)} and "
-            f"{tuple(win_rates.shape)}."
-        )
+        shapes = f"{tuple(log_ratios.shape)} and {tuple(win_rates.shape)}"
+        raise ValueError(f"log_ratios and win_rates must have the same shape (N,), got {shapes}.")
     counted = ~win_rates.isnan()
     # Not multiplied by zero: NaN times zero is NaN, forward and backward.
     log_ratios = torch.where(counted, log_ratios, 0.0)
@@ -231,17 +195,10 @@ def kl_to_initial_policy(
         reverse   KL(pi_theta || pi_0) = E_{pi_t} [ pi_theta/pi_t ( pi_0/pi_theta - 1 - log(pi_0/pi_theta) ) ]
         forward   KL(pi_0 || pi_theta) = E_{pi_t} [ pi_0/pi_t ( pi_theta/pi_0 - 1 - log(pi_theta/pi_0) ) ]
 
-    Both are never negative and corrected for the policy having moved away from pi_t, so that not only the values but
-    also the gradients are those of the divergences.
-
-    Args:
-        logps, old_logps, ref_logps (`torch.Tensor` of one shape):
-            Log-probabilities of the samples under pi_theta, pi_t and pi_0, in nats.
-        forward_share (`float`, *optional*, defaults to `0.0`):
-            Weight of the forward direction, in [0, 1]. The reverse one has the rest.
-
-    Returns:
-        `torch.Tensor` of that shape: one estimate per sample, in nats.
+    Both are never negative and corrected for the policy having moved away from pi_t, so that the gradients too are
+    those of the divergences. `logps`, `old_logps` and `ref_logps` are the samples' log-probabilities under pi_theta,
+    pi_t and pi_0, of one shape; the result is one estimate per sample, in nats. `forward_share`, in [0, 1], is the
+    weight of the forward direction.
     """
     reverse = _exp(logps - old_logps) * _k3(ref_logps - logps)
     forward = _exp(ref_logps - old_logps) * _k3(logps - ref_logps)
@@ -250,15 +207,9 @@ def kl_to_initial_policy(
 
 def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
     """
-    Estimate KL(pi_t || pi_theta) from samples of pi_t: r - 1 - log r with r = pi_theta / pi_t, which is never
-    negative, and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html).
-
-    Args:
-        log_ratios (`torch.Tensor` of any shape):
-            log pi_theta / pi_t of the samples, in nats.
-
-    Returns:
-        `torch.Tensor` of the shape of `log_ratios`: one estimate per sample, in nats.
+    Estimate KL(pi_t || pi_theta) from log-ratios of samples of pi_t, log r with r = pi_theta / pi_t: r - 1 - log r,
+    which is never negative, and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html). One
+    estimate per sample, in nats.
     """
     return _k3(log_ratios)
 

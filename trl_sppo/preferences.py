@@ -10,14 +10,13 @@ Comparison = Literal["hard", "bradley_terry"]
 
 
 def _check_scores(scores: torch.Tensor, comparison: str, temperature: float) -> None:
-    if scores.ndim != 2:
-        raise ValueError(f"scores must have shape (groups, K), got {tuple(scores.shape)}.")
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must be floating point (an unscorable completion is NaN), got {scores.dtype}.")
+    if scores.ndim != 2 or not scores.is_floating_point():
+        found = f"{scores.dtype} of shape {tuple(scores.shape)}"
+        raise ValueError(f"scores must be floating point (unscorable is NaN), of shape (groups, K), got {found}.")
     if comparison not in ("hard", "bradley_terry"):
         raise ValueError(f"comparison must be 'hard' or 'bradley_terry', got {comparison!r}.")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: it divides the difference of two scores.")
+        raise ValueError(f"temperature must be positive, got {temperature}.")
 
 
 def preferences_from_scores(
@@ -31,9 +30,9 @@ def preferences_from_scores(
 
     Args:
         scores (`torch.Tensor` of shape `(groups, K)`):
-            Score of each completion, on any real scale. NaN marks a completion that could not be scored.
+            Scores, on any real scale. NaN marks a completion that could not be scored.
         comparison (`str`, *optional*, defaults to `"hard"`):
-            `"hard"` uses only the order of the scores, `"bradley_terry"` also their distance.
+            `"hard"` or `"bradley_terry"`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Bradley-Terry temperature, in units of the score. Unused by `"hard"`.
 
@@ -56,10 +55,8 @@ def preferences_from_scores(
     ```
     """
     _check_scores(scores, comparison, temperature)
-    difference = scores.unsqueeze(2) - scores.unsqueeze(1)
-    # inf - inf is NaN, but two equal scores are a tie
-    equal = scores.unsqueeze(2) == scores.unsqueeze(1)
-    difference = torch.where(equal, 0.0, difference)
+    rows, columns = scores.unsqueeze(2), scores.unsqueeze(1)
+    difference = torch.where(rows == columns, 0.0, rows - columns)  # inf - inf is NaN, but they tie
     if comparison == "hard":
         preferences = (torch.sign(difference) + 1) / 2
         return preferences.masked_fill(difference.isnan(), torch.nan)  # sign(NaN) is 0, a tie
@@ -72,15 +69,8 @@ def sum_of_scores(scores: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 
         s_i = sum_k w_k s_ki        over the sources k that scored any completion of the group
 
-    Args:
-        scores (`torch.Tensor` of shape `(sources, groups, K)`):
-            Scores, NaN where a source could not score. A source that scored nothing in a group does not apply to it
-            and is left out; a completion that lacks one of the others is unscorable.
-        weights (sequence of `float`):
-            Weight of each source. One of weight 0 takes no part.
-
-    Returns:
-        `torch.Tensor` of shape `(groups, K)`: summed scores, NaN where unscorable.
+    `scores` have shape `(sources, groups, K)`, NaN where a source could not score; a source of weight 0 takes no part.
+    The sums have shape `(groups, K)`, NaN for a completion that lacks one of those k scores.
 
     Example:
 
@@ -99,8 +89,8 @@ def sum_of_scores(scores: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 
 def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
     """
-    Preferences from a pairwise oracle that was asked about ordered pairs. What it says of a pair in the two orders is
-    averaged, which cancels a liking for the first or the second place.
+    Preferences from a pairwise oracle that was asked about ordered pairs. Averaging the two orders of a pair cancels a
+    liking for the first or the second place.
 
         P[i, j] = mean of  A[i, j]  and  1 - A[j, i]        of those that were answered
 
@@ -110,7 +100,7 @@ def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
             first. NaN where it was not asked or gave no answer. The diagonal does not matter.
 
     Returns:
-        `torch.Tensor` of shape `(groups, K, K)`: preferences with `P + P.mT == 1` and a diagonal of 1/2, which may be
+        `torch.Tensor` of shape `(groups, K, K)`: preferences as in [`preferences_from_scores`], which may be
         intransitive. NaN where neither order was answered.
 
     Example:
@@ -125,8 +115,7 @@ def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
 
     ```
     """
-    both_orders = torch.stack([answers, 1 - answers.mT])
-    preferences = both_orders.nanmean(dim=0)
+    preferences = torch.stack([answers, 1 - answers.mT]).nanmean(dim=0)
     diagonal = torch.eye(answers.size(1), dtype=torch.bool, device=answers.device)
     return preferences.masked_fill(diagonal, 0.5)
 
@@ -137,17 +126,10 @@ def mean_preferences(preferences: Sequence[torch.Tensor], weights: Sequence[floa
 
         P[i, j] = sum_k w_k P_k[i, j] / sum_k w_k        over the oracles k that could compare i and j
 
-    Args:
-        preferences (sequence of `torch.Tensor` of shape `(groups, K, K)`):
-            One preference matrix per oracle. NaN where that oracle could not compare.
-        weights (sequence of `float`, *optional*):
-            Weight of each oracle, not negative. Equal weights by default.
+    `preferences` are one matrix of shape `(groups, K, K)` per oracle, NaN where that oracle could not compare. The
+    result is NaN where none could. `weights` are not negative, and equal by default.
 
-    Returns:
-        `torch.Tensor` of shape `(groups, K, K)`: the mean preferences, NaN where no oracle could compare.
-
-    Raises:
-        `ValueError`: if the numbers of matrices and weights differ, or a weight is negative, or all are zero.
+    Raises `ValueError` if the numbers of matrices and weights differ, or a weight is negative, or all are zero.
     """
     weights = [1.0] * len(preferences) if weights is None else list(weights)
     if len(weights) != len(preferences):
@@ -168,21 +150,16 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
 
         W_i = mean over j of P[i, j],  j != i unless `include_self`
 
-    Without self-comparison win rates span [0, 1]. With it (the paper's estimator and its code) they are pulled towards
-    1/2 by a factor (K - 1) / K, which is a rescale of eta.
-
     Args:
         preferences (`torch.Tensor` of shape `(groups, K, K)`):
-            Preference matrix. NaN where two completions could not be compared.
+            Preference matrix, else `ValueError`. NaN where two completions could not be compared.
         include_self (`bool`, *optional*, defaults to `False`):
-            Whether a completion's tie with itself (the diagonal, 1/2) counts.
+            Whether a completion's tie with itself (the diagonal, 1/2) counts, as in the paper's estimator and its
+            code. It pulls win rates towards 1/2 by a factor (K - 1) / K, which is a rescale of eta.
 
     Returns:
-        `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], whose mean over a fully compared group is 1/2. NaN
-        where a completion could be compared with no other one.
-
-    Raises:
-        `ValueError`: if `preferences` is not a batch of square matrices.
+        `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], with a mean of 1/2 if all were compared. NaN where
+        a completion could be compared with no other one.
 
     Example:
 
@@ -217,46 +194,19 @@ def win_rates_from_scores(
 
         W_i = (#{j: s_j < s_i} + 1/2 #{j != i: s_j = s_i}) / (n - 1)        n scorable completions
 
-    Args:
-        scores (`torch.Tensor` of shape `(groups, K)`):
-            Score of each completion. NaN marks a completion that could not be scored.
-        comparison, temperature:
-            As in [`preferences_from_scores`].
-        include_self (`bool`, *optional*, defaults to `False`):
-            As in [`win_rates`].
-
-    Returns:
-        `torch.Tensor` of shape `(groups, K)`: win rates in [0, 1], NaN where nothing could be compared.
-
-    Raises:
-        `ValueError`: as in [`preferences_from_scores`].
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> win_rates_from_scores(torch.tensor([[3.0, 1.0, torch.nan, 1.0]]))
-    tensor([[1.0000, 0.2500,    nan, 0.2500]])
-
-    ```
+    Arguments, result and errors are those of [`preferences_from_scores`] and [`win_rates`].
     """
     _check_scores(scores, comparison, temperature)
     if comparison == "bradley_terry":
         return win_rates(preferences_from_scores(scores, comparison, temperature), include_self)
-    below, tied, num_scorable = _rank(scores)
-    wins = below + 0.5 * tied
-    comparisons = num_scorable - 1
-    if include_self:
-        wins, comparisons = wins + 0.5, comparisons + 1
-    rates = wins.to(scores.dtype) / comparisons
-    return rates.masked_fill(scores.isnan() | (num_scorable < 2), torch.nan)
-
-
-def _rank(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each score: how many of its group are lower, how many others are equal; and how many are scorable at all."""
     num_scorable = (~scores.isnan()).sum(dim=1, keepdim=True)
     # Unscorable completions sort behind everything, so that no finite score counts them; `minimum` does that for +inf
     ordered, _ = torch.sort(scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), dim=1)
     below = torch.searchsorted(ordered, scores.contiguous(), side="left")
     up_to = torch.searchsorted(ordered, scores.contiguous(), side="right").minimum(num_scorable)
-    return below, up_to - below - 1, num_scorable
+    wins = below + 0.5 * (up_to - below - 1)
+    comparisons = num_scorable - 1
+    if include_self:
+        wins, comparisons = wins + 0.5, comparisons + 1
+    rates = wins.to(scores.dtype) / comparisons
+    return rates.masked_fill(scores.isnan() | (num_scorable < 2), torch.nan)

@@ -23,15 +23,14 @@ from .models.adapters import continue_adapter, is_adapter, keep_reference, load_
 from .models.generation import only_requested_generation
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .oracles.asking import PreferenceFunc, oracle_name, told_apart
-from .oracles.panel import Panel, place
+from .oracles.panel import make_panel
 from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
-from .oracles.scoring import RewardSources, names_of
+from .oracles.scoring import RewardSources
 from .oracles.voters import Voters
 from .rollouts.batch import Rollout, columns_of, count_kept, loss_mask, model_inputs, pin, rows_to_train_on, take_rows
 from .rollouts.given import is_judged, load_rollouts, prompts_of
-from .rollouts.sample_only import make_rollouts
-from .rollouts.step_metrics import StepMetrics
-from .rollouts.targets import RolloutTargets
+from .rollouts.recorder import make_rollouts
+from .rollouts.targets import RolloutTargets, StepMetrics
 from .rollouts.weight_sync import prepare_weight_sync
 from .runs.checkpoints import check_resume, form_of
 from .runs.model_card import PAPER, add_to_card
@@ -209,7 +208,19 @@ class SPPOTrainer(ResumableTrainer):
             del self.reward_func_names[0], cast(list, self.reward_processing_classes)[0]
         self.reward_funcs = in_micro_batches(self.reward_funcs, args.reward_batch_size)
         self.voters = self._make_voters(preference_funcs)
-        self.panel = self._make_panel(sources[: len(judges)], tokenizers[: len(judges)], eval_preference_funcs)
+        self.panel = make_panel(
+            sources[: len(judges)],
+            tokenizers[: len(judges)],
+            eval_preference_funcs,
+            self.accelerator,
+            args.reward_batch_size,
+            cast(dict, self.chat_template_kwargs),
+            voters=[*self.reward_func_names, *map(oracle_name, preference_funcs)],
+            both_orders=args.both_orders,
+            batch_size=args.preference_batch_size,
+            log_metric=self._log_metric,
+            disable_tqdm=bool(args.disable_tqdm),
+        )
         choose_metric(args, [*self.panel.names, *self.voters.names], self.eval_dataset)
         self._step_metrics = StepMetrics(self.accelerator)
         self._parts |= {"voters": self.voters, "step_metrics": self._step_metrics}
@@ -228,22 +239,6 @@ class SPPOTrainer(ResumableTrainer):
         oracle_names = told_apart([*names, *map(oracle_name, oracles)])[len(names) :]
         by_name = dict(zip(oracle_names, oracles, strict=True))
         return Voters(self.args, sources, self.reward_weights, by_name, self.accelerator, self.train_dataset)
-
-    def _make_panel(self, sources: list, tokenizers: list, oracles: list[PreferenceFunc]) -> Panel:
-        # A judge gives way: it must not change the names of what is trained on
-        voters = [*self.reward_func_names, *map(oracle_name, self.voters.oracles.values())]
-        names = told_apart([*voters, *names_of(sources), *map(oracle_name, oracles)])[len(voters) :]
-        sources = in_micro_batches(place(sources, self.accelerator), self.args.reward_batch_size)
-        template_kwargs = cast(dict, self.chat_template_kwargs)
-        return Panel(
-            RewardSources(names[: len(sources)], sources, tokenizers, template_kwargs, kind="judge"),
-            dict(zip(names[len(sources) :], oracles, strict=True)),
-            self.accelerator,
-            both_orders=self.args.both_orders,
-            batch_size=self.args.preference_batch_size,
-            log_metric=self._log_metric,
-            disable_tqdm=bool(self.args.disable_tqdm),
-        )
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self.voters.describe(), "judges": self.panel.names}
@@ -407,17 +402,14 @@ class SPPOTrainer(ResumableTrainer):
 
     def _ask_judges(self, rollout: Rollout, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
-        sources = self.panel.sources
-        if not len(sources):
-            return {}
         asked = rollout.prompts, rollout.completions, columns_of(rows)
-        scores = sources.score(*asked, **self._for_reward_functions(rollout.completion_ids))
-        scores = self.accelerator.gather(scores.to(self.accelerator.device))
-        sources.warn(scores)
+        for_functions = self._for_reward_functions(rollout.completion_ids)
+        sources = self.panel.sources
+        scores = sources.score_everywhere(self.accelerator, *asked, **for_functions)
         for name, column in zip(sources.names, scores.T, strict=True):
             if not column.isnan().all():
                 self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
-        return dict(zip(sources.names, scores.T.reshape(len(sources), -1, rollout.group_size), strict=True))
+        return dict(zip(sources.names, scores.T.reshape(len(sources.names), -1, rollout.group_size), strict=True))
 
     def _ask_oracles(self, rollout: Rollout, rows: list[dict[str, Any]], known: Any):
         if not self.voters.oracles:
@@ -447,8 +439,9 @@ class SPPOTrainer(ResumableTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         if self._rollout is not None and self._rollout.scores is not None:
             return self._rollout.scores  # `_generate` has asked, before TRL's log-probability passes
-        more = self._for_reward_functions(completion_ids_list)
-        return self.voters.score(prompts, completions, columns_of(inputs), **more)
+        asked = prompts, completions, columns_of(inputs)
+        for_functions = self._for_reward_functions(completion_ids_list)
+        return self.voters.sources.score_everywhere(self.accelerator, *asked, **for_functions)
 
     def _local(self, values: torch.Tensor) -> torch.Tensor:
         """This process's part of values over the completions of all processes."""
@@ -464,7 +457,7 @@ class SPPOTrainer(ResumableTrainer):
         # which TRL's vLLM importance correction reads as "unknown", and which would not stay unnoticed in a loss.
         if not self.model.training:
             return torch.full((len(input_ids), args[0]), torch.nan, device=input_ids.device), None, None
-        rows = rollout.rows_with_logps(len(input_ids))
+        rows = rollout.rows_with_logps()
         known, *_ = logps_of(model, input_ids[rows], attention_mask[rows], *args, **kwargs)
         logps = known.new_full((len(input_ids), known.size(1)), torch.nan)
         logps[rows] = known

@@ -19,7 +19,7 @@ def score_groups(panel: Panel, groups: Groups) -> None:
     """Give `"scores"` to groups, by each reward source of a panel: nested lists `{name: [S of them]}`."""
     for group in groups:
         group.pop("scores", None)
-    if not len(panel.sources):
+    if not panel.sources.names:
         return
     rows = [row for group in groups for row in [row_of(group)] * len(group["completions"])]
     scores = panel.sources.score(

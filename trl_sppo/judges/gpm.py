@@ -1,15 +1,16 @@
 """General preference models, which embed completions."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import check_positive
-from ..oracles.texts import Messages, break_up, break_up_messages, completion_text, last_part, special_tokens
-from .local import LocalJudge, check_loaded, load, load_tokenizer, no_own_code, not_found
+from ..oracles.texts import Messages, break_up_messages
+from .local import LocalJudge, check_loaded, load, load_config, load_tokenizer
 
 
 class GeneralPreferenceJudge(LocalJudge):
@@ -20,14 +21,13 @@ class GeneralPreferenceJudge(LocalJudge):
         v = normalised value_head(last token),   b = softmax(prompt_head(last token of the prompt))
         score = sum_k b_k (v1[2k] v2[2k+1] - v1[2k+1] v2[2k]),   P(first beats second | prompt) = sigmoid(score / tau)
 
-    Each distinct completion of a prompt is read once per call, so the cost is linear in the number of completions, not
-    of pairs. P(a, b) + P(b, a) = 1 by construction, and cycles (a beats b, b beats c, c beats a) can be expressed.
+    Each distinct completion of a prompt is read once per call, so the cost is linear in the number of completions.
+    P(a, b) + P(b, a) = 1 by construction, and cycles (a beats b, b beats c, c beats a) can be expressed.
 
     Args:
         model (`str`):
             Path or hub id of a checkpoint with the weights `model.*`, `value_head.weight` and optionally
-            `prompt_head.weight`, such as `general-preference/GPM-Gemma-2-2B`. Without a prompt head b = 1. Loaded from
-            safetensors only, without remote code.
+            `prompt_head.weight` (without it b = 1). Loaded from safetensors only, without remote code.
         embedding_dim (`int`):
             Length of v: the first dimension of `value_head.weight`, an even number.
         tau (`float`, *optional*, defaults to `0.1`):
@@ -40,8 +40,8 @@ class GeneralPreferenceJudge(LocalJudge):
             Tokens of a prompt with its completion.
 
     Raises:
-        `ValueError`: if the checkpoint cannot be found, lacks a value head or other weights, or its value head has
-        another dimension; if the tokenizer has no chat template; or if an option is out of range.
+        `ValueError`: if the checkpoint cannot be found, or lacks weights or a chat template; or if an option is out of
+        range or does not fit it.
 
     Example:
 
@@ -62,21 +62,13 @@ class GeneralPreferenceJudge(LocalJudge):
     ):
         check_positive(embedding_dim=embedding_dim, tau=tau, batch_size=batch_size, max_length=max_length)
         if embedding_dim % 2:
-            raise ValueError(
-                f"embedding_dim must be even, got {embedding_dim}: the form compares pairs of dimensions."
-            )
-        super().__init__(last_part(model))
-        self.model = _load_general_preference_model(model, embedding_dim).eval()
-        self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-        if self.tokenizer.chat_template is None or self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer of judge {model!r} needs a chat template and an EOS token: the model was trained on "
-                "whole conversations, and reads its verdict at the EOS token. Pass such a `tokenizer`."
-            )
+            raise ValueError(f"embedding_dim must be even, got {embedding_dim}: dimensions are compared in pairs.")
+        loaded = _load_general_preference_model(model, embedding_dim)
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+        if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+            raise ValueError(f"judge {model!r} needs a `tokenizer` with a chat template and an EOS token.")
+        super().__init__(model, loaded, tokenizer, batch_size, max_length)
         self.tau = tau
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self._special = special_tokens(self.tokenizer)
 
     def __call__(
         self, prompts: Sequence[Messages], first: Sequence[Messages], second: Sequence[Messages], **kwargs: Any
@@ -84,20 +76,18 @@ class GeneralPreferenceJudge(LocalJudge):
         """P(first beats second | prompt) for each of N comparisons. Uses `log_metric`, and ignores other arguments."""
         if not prompts:
             return []
-        pairs = [
-            tuple(self._render(prompt, completion) for completion in pair)
+        texts = [
+            self._render(prompt, completion)
             for prompt, *pair in zip(prompts, first, second, strict=True)
+            for completion in pair
         ]
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         ids, ends, truncated = self._encode(list(distinct))
-        self._count_truncated(
-            [any(truncated[distinct[text]] for text in pair) for pair in pairs], kwargs.get("log_metric")
-        )
+        left, right = torch.tensor([distinct[text] for text in texts]).view(-1, 2).T
+        self._count_truncated((truncated[left] | truncated[right]).tolist(), kwargs.get("log_metric"))
         embeddings, weights = self._embed(ids, ends)
-        left, right = (torch.tensor([distinct[pair[i]] for pair in pairs]) for i in (0, 1))
-        # score = sum_k b_k (v1[2k] v2[2k+1] - v1[2k+1] v2[2k]): <R v1, v2> with R = diag([[0, -b_k], [b_k, 0]])
         v1, v2 = embeddings[left], embeddings[right]
-        blocks = v1[:, 0::2] * v2[:, 1::2] - v1[:, 1::2] * v2[:, 0::2]
+        blocks = v1[:, 0::2] * v2[:, 1::2] - v1[:, 1::2] * v2[:, 0::2]  # v1[2k] v2[2k+1] - v1[2k+1] v2[2k]
         # Both completions have the same prompt, and the model is causal: b is the same for both
         scores = (weights[left] * blocks).sum(dim=1)
         return torch.sigmoid(scores / self.tau).tolist()
@@ -106,20 +96,18 @@ class GeneralPreferenceJudge(LocalJudge):
         """The text of the prompt alone, and with the completion."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = break_up_messages(self._special, messages)
-        reply = {"role": "assistant", "content": break_up(self._special, completion_text(completion))}
-        alone, whole = (
-            self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in (messages, [*messages, reply])
-        )
-        return alone, whole
+        reply = {"role": "assistant", "content": self._said(completion)}
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
+        return render(messages), render([*messages, reply])
 
-    def _encode(self, texts: list[tuple[str, str]]) -> tuple[list[list[int]], list[int], list[bool]]:
+    def _encode(self, texts: list[tuple[str, str]]) -> tuple[list[list[int]], list[int], torch.Tensor]:
         """Token ids, the index of the prompt's last token, and whether the text was truncated."""
         # Like the official code (GPMPipeline): the rendered template is tokenized with special tokens, so where the
         # template writes a BOS token there are two; and the last token, whatever it is, is overwritten by EOS
         alone, whole = (self.tokenizer([text[i] for text in texts], verbose=False).input_ids for i in (0, 1))
         ids = [[*row[: min(len(row), self.max_length) - 1], self.tokenizer.eos_token_id] for row in whole]
         ends = [min(len(prompt), len(row)) - 1 for prompt, row in zip(alone, ids, strict=True)]
-        return ids, ends, [len(row) > self.max_length for row in whole]
+        return ids, ends, torch.tensor([len(row) > self.max_length for row in whole])
 
     @torch.inference_mode()
     def _embed(self, ids: list[list[int]], ends: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,11 +126,7 @@ class GeneralPreferenceJudge(LocalJudge):
 
 
 def _load_general_preference_model(path: str, embedding_dim: int) -> Any:
-    try:
-        with no_own_code(path):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise not_found(path, error) from error
+    config = load_config(path)
     backbone: Any = MODEL_MAPPING[type(config)]
     base: Any = next(parent for parent in backbone.__mro__[1:] if issubclass(parent, PreTrainedModel))
 
@@ -158,21 +142,13 @@ def _load_general_preference_model(path: str, embedding_dim: int) -> Any:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     model, info = load(CustomRewardModel, path, config=config, ignore_mismatched_sizes=True)
-    others = sorted(key for key in info["unexpected_keys"] if key.startswith(("value_head.", "prompt_head.")))
-    if others:
-        raise ValueError(
-            f"judge {path!r} has heads of another form ({', '.join(others)}): only linear ones, value_head.weight and "
-            "prompt_head.weight, can be loaded."
-        )
     for key, saved, _ in info["mismatched_keys"]:
-        if not key.startswith(("value_head.", "prompt_head.")):
-            raise ValueError(f"the {key} of judge {path!r} has shape {tuple(saved)}, which its config.json denies.")
-        raise ValueError(
-            f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}: set "
-            "embedding_dim to the first dimension of value_head.weight."
-        )
+        problem = f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}"
+        raise ValueError(f"{problem}: set it to the first dimension of value_head.weight.")
     missing = set(info["missing_keys"])
-    if "prompt_head.weight" in missing:
-        model.prompt_head = None  # b = 1
-    check_loaded(path, missing - {"prompt_head.weight"})
+    # b = 1 without a prompt head, but not with one of another form
+    if "prompt_head.weight" in missing and not any(key.startswith("prompt_head.") for key in info["unexpected_keys"]):
+        model.prompt_head = None
+        missing.remove("prompt_head.weight")
+    check_loaded(path, missing)
     return model

@@ -4,10 +4,9 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from ..oracles.endpoint import BadAnswerError, Endpoint
+from ..oracles.endpoint import BadAnswerError, Endpoint, read_answer
 from ..oracles.texts import Messages, completion_text, last_part, prompt_text
 
 
@@ -20,8 +19,7 @@ DEFAULT_INSTRUCTIONS = (
 )
 
 
-# Below it, the model was about to write something other than a verdict
-MIN_VERDICT_MASS = 0.01
+MIN_VERDICT_MASS = 0.01  # below it, the model was about to write something else (such as <think>)
 
 
 class LLMJudge(Endpoint):
@@ -30,10 +28,8 @@ class LLMJudge(Endpoint):
 
         P(first beats second | prompt) = p(A) / (p(A) + p(B))        at the first token of its verdict
 
-    There is no verdict if p(A) + p(B) is below 0.01.
-
-    Language models favour a position: compare in both orders and average, as [`SPPOTrainer`] does. The verdict must be
-    the first token, so switch off the thinking of a model that thinks first.
+    There is no verdict if p(A) + p(B) is below 0.01. Language models favour a position: compare in both orders and
+    average, as [`SPPOTrainer`] does. The verdict must be the first token, so switch off the thinking of a model.
 
     Args:
         model (`str`):
@@ -74,10 +70,7 @@ class LLMJudge(Endpoint):
         max_retries: int = 3,
         instructions: str = DEFAULT_INSTRUCTIONS,
     ):
-        if find_spec("openai") is None:
-            raise ImportError("LLMJudge needs openai, which is not installed: `pip install trl-sppo[judges]`.")
-        api_key = api_key or os.environ.get("OPENAI_API_KEY")
-        super().__init__(base_url, api_key, max_concurrency, timeout, max_retries)
+        super().__init__(base_url, api_key or os.environ.get("OPENAI_API_KEY"), max_concurrency, timeout, max_retries)
         self.__name__ = last_part(model)
         self.model = model
         self.instructions = instructions
@@ -97,7 +90,7 @@ class LLMJudge(Endpoint):
                 logprobs=True,
                 top_logprobs=20,  # the most that OpenAI and vLLM give
             )
-            p_a, p_b = _verdict(response.text)
+            p_a, p_b = read_answer(response.text, _verdict)
             masses.append(p_a + p_b)
             # P = p(A) / (p(A) + p(B))
             return p_a / (p_a + p_b)
@@ -112,10 +105,8 @@ class LLMJudge(Endpoint):
     def _request(self, prompt: Messages, first_text: Messages, second_text: Messages) -> str:
         """The message that is sent for one comparison."""
         # Completions are data. In a JSON string a completion cannot close a quote, so it stays inside its own field.
-        # The endpoint also renders this message with a chat template and then looks for control tokens: a completion
-        # that spells <|im_end|>, </s>, <start_of_turn> or [INST] would end the turn and speak for somebody else. All
-        # of these begin with "<" or "[", so both are written as JSON escapes (the object itself has no list). Letters
-        # beyond ASCII stay readable.
+        # Control tokens of chat templates (<|im_end|>, </s>, [INST]), by which it could speak for somebody else, begin
+        # with "<" or "[": both are written as JSON escapes.
         data = {
             "prompt": prompt_text(prompt),
             "answer_A": completion_text(first_text),
@@ -126,19 +117,11 @@ class LLMJudge(Endpoint):
         return f"{self.instructions}\n\n{text}\n\nWhich answer is better? Reply with one letter, A or B."
 
 
-class _NoVerdictError(BadAnswerError):
-    """An endpoint's response holds no verdict."""
-
-
-def _verdict(body: str) -> tuple[float, float]:
-    """p(A) and p(B) from the response of a chat completion endpoint, which may hold anything."""
-    try:
-        top = json.loads(body)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        likeliest = [(str(entry["token"]).strip(), math.exp(entry["logprob"])) for entry in top]
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise _NoVerdictError(f"the answer has no log-probabilities of the first token: {body!r}") from error
+def _verdict(answer: Any) -> tuple[float, float]:
+    """p(A) and p(B) in the answer of a chat completion endpoint."""
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    likeliest = [(str(entry["token"]).strip(), math.exp(entry["logprob"])) for entry in top]
     p_a, p_b = (sum(probability for token, probability in likeliest if token == letter) for letter in "AB")
-    # A model that was about to write something else (such as <think>) gave no verdict
     if not MIN_VERDICT_MASS <= p_a + p_b < math.inf:
-        raise _NoVerdictError(f"its first token is hardly A or B, but one of {[token for token, _ in likeliest]}")
+        raise BadAnswerError(f"its first token is hardly A or B, but one of {[token for token, _ in likeliest]}")
     return p_a, p_b

@@ -17,16 +17,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import check_positive
-from ..oracles.texts import (
-    Messages,
-    break_up,
-    break_up_messages,
-    completion_text,
-    last_part,
-    prompt_text,
-    special_tokens,
-)
-from .local import LocalJudge, check_loaded, load, load_tokenizer, not_found
+from ..oracles.texts import Messages, break_up, break_up_messages, prompt_text
+from .local import LocalJudge, check_loaded, load, load_config, load_tokenizer
 
 
 # PairRM's prefixes: field of the config with the token's id -> token (https://huggingface.co/llm-blender/PairRM-hf)
@@ -67,8 +59,7 @@ class PairRMJudge(LocalJudge):
         P(first beats second | prompt) = sigmoid(logit of [source, prompt, candidate1, first, candidate2, second])
 
     PairRM reads both completions at once, so its preferences may be intransitive, and they depend on the order: ask in
-    both orders and average, as [`SPPOTrainer`] does. Special tokens that a text spells out are broken up, so that a
-    completion cannot pose as another one.
+    both orders and average, as [`SPPOTrainer`] does. Special tokens that a text spells out are broken up.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`], *optional*, defaults to `"llm-blender/PairRM-hf"`):
@@ -76,8 +67,8 @@ class PairRMJudge(LocalJudge):
             `...ForSequenceClassification` model with one label that was trained on the same input form. Or such a
             model, loaded; `tokenizer` is then required. Loaded from safetensors only, without remote code.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the model, with the tokens `<|source|>`, `<|candidate1|>` and `<|candidate2|>`. The
-            default is the one saved with the model. Its chat template, if it has one, renders conversational prompts.
+            Tokenizer of the model, with the tokens `<|source|>`, `<|candidate1|>` and `<|candidate2|>`. The default is
+            the one saved with the model. Its chat template, if there is one, renders conversational prompts.
         batch_size (`int`, *optional*, defaults to `8`):
             Comparisons per forward pass.
         max_length (`int`, *optional*, defaults to `2048`):
@@ -87,8 +78,8 @@ class PairRMJudge(LocalJudge):
             Tokens of the prompt.
 
     Raises:
-        `ValueError`: if the model cannot be found, is no such classifier, or its checkpoint lacks weights; if the
-        tokenizer lacks the prefix tokens; or if the lengths do not fit.
+        `ValueError`: if the model cannot be found, is no such classifier or lacks weights; if the tokenizer lacks the
+        prefix tokens; or if the lengths do not fit.
 
     Example:
 
@@ -109,17 +100,15 @@ class PairRMJudge(LocalJudge):
     ):
         check_positive(batch_size=batch_size, max_length=max_length, max_prompt_length=max_prompt_length)
         name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        super().__init__(last_part(name), ("max_length", "max_prompt_length"))
-        if tokenizer is None and not isinstance(model, str):
+        if isinstance(model, str):
+            path, model = model, _load_pair_classifier(model)
+            tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+        elif tokenizer is None:
             raise ValueError(f"judge {name!r} was given as a loaded model, so pass its `tokenizer` too.")
-        self.model = (_load_pair_classifier(model) if isinstance(model, str) else model).eval()
-        self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-        self.batch_size = batch_size
-        self.max_length = max_length
+        super().__init__(name, model, tokenizer, batch_size, max_length, PREFIXES.values())
         self.max_prompt_length = max_prompt_length
         _check_pair_classifier(name, self.model, max_length)
         self._prefix_ids = _prefix_ids(name, self.tokenizer, self.model.config)
-        self._special = special_tokens(self.tokenizer, *PREFIXES.values())
         # What the tokenizer puts before and after a text: [CLS] and [SEP]
         plain, full = (self.tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
         start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
@@ -128,8 +117,7 @@ class PairRMJudge(LocalJudge):
         if min(max_prompt_length, (max_length - max_prompt_length) // 2) <= self._frame:
             raise ValueError(
                 f"max_length={max_length} and max_prompt_length={max_prompt_length} leave a text no more than its "
-                f"{self._frame} special tokens: each completion gets (max_length - max_prompt_length) // 2 tokens. "
-                "Lower max_prompt_length, or raise max_length."
+                f"{self._frame} special tokens. Raise max_length."
             )
 
     def __call__(
@@ -138,7 +126,8 @@ class PairRMJudge(LocalJudge):
         """P(first beats second | prompt) for each of N comparisons. Uses `log_metric`, and ignores other arguments."""
         texts = [
             [self._render(prompt) for prompt in prompts],
-            *([break_up(self._special, completion_text(text)) for text in texts] for texts in (first, second)),
+            [self._said(completion) for completion in first],
+            [self._said(completion) for completion in second],
         ]
         inputs = [self._input(*texts) for texts in zip(*map(self._encode, texts), strict=True)]
         ids, truncated = [row for row, _ in inputs], [cut for _, cut in inputs]
@@ -182,62 +171,29 @@ class PairRMJudge(LocalJudge):
 
 def _prefix_ids(name: str, tokenizer: Any, config: PreTrainedConfig) -> list[int]:
     """Ids of PairRM's prefix tokens, on which tokenizer and model must agree."""
-    ids: list[int] = []
-    for field, token in PREFIXES.items():
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id is None or token_id == tokenizer.unk_token_id:
+    ids = tokenizer.convert_tokens_to_ids(list(PREFIXES.values()))
+    for (field, token), token_id in zip(PREFIXES.items(), ids, strict=True):
+        if token_id in (None, tokenizer.unk_token_id) or getattr(config, field, token_id) != token_id:
             raise ValueError(
-                f"the tokenizer of judge {name!r} has no token {token!r}, by which the model tells the prompt and the "
-                "two candidates apart. Use the tokenizer that the model was trained with."
+                f"the tokenizer of judge {name!r} has the id {token_id} for {token!r}, which is not the one that its "
+                "model was trained with. Use the model's own tokenizer."
             )
-        if getattr(config, field, token_id) != token_id:
-            raise ValueError(
-                f"the tokenizer's id of {token!r} is {token_id}, but judge {name!r} was trained with {field}="
-                f"{getattr(config, field)}. Use the tokenizer that the model was trained with."
-            )
-        ids.append(token_id)
     return ids
 
 
 def _load_pair_classifier(path: str) -> PreTrainedModel:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(path)
-    except OSError as error:
-        raise not_found(path, error) from error
-    architecture = (config.get("architectures") or ["no architecture"])[0]
-    if architecture == "DebertaV2PairRM":
-        missing = [field for field in ("n_tasks", "drop_out", *PREFIXES) if field not in config]
-        if missing:
-            raise ValueError(
-                f"the config.json of judge {path!r} lacks {', '.join(missing)}, without which PairRM cannot be built. "
-                "Use a checkpoint with PairRM's config, such as llm-blender/PairRM-hf (llm-blender/PairRM has another "
-                "format)."
-            )
-        kind: Any = DebertaV2PairRM
-    elif architecture.endswith("ForSequenceClassification"):
-        kind = AutoModelForSequenceClassification
-    else:
-        raise ValueError(
-            f"judge {path!r} is no pairwise classifier: its config.json names {architecture}. Use "
-            "llm-blender/PairRM-hf or another DebertaV2PairRM, or a ...ForSequenceClassification model with one "
-            "label, trained on PairRM's input form."
-        )
-    model, info = load(kind, path)
+    is_pairrm = "DebertaV2PairRM" in (load_config(path).architectures or ())
+    model, info = load(DebertaV2PairRM if is_pairrm else AutoModelForSequenceClassification, path)
     check_loaded(path, info["missing_keys"])
     return model
 
 
 def _check_pair_classifier(name: str, model: PreTrainedModel, max_length: int) -> None:
-    if not isinstance(model, DebertaV2PairRM):
-        if not type(model).__name__.endswith("ForSequenceClassification") or model.config.num_labels != 1:
-            raise ValueError(
-                f"judge {name!r} is a {type(model).__name__} with {model.config.num_labels} labels, but the verdict "
-                "is the single logit of a DebertaV2PairRM, or of a ...ForSequenceClassification with num_labels=1."
-            )
-    if model.config.pad_token_id is None:
+    config = model.config
+    if config.pad_token_id is None or not (isinstance(model, DebertaV2PairRM) or config.num_labels == 1):
         raise ValueError(
-            f"judge {name!r} has no padding token, so it cannot judge texts of different lengths in one batch: set "
-            "`pad_token_id` in its config."
+            f"judge {name!r} is a {type(model).__name__} with num_labels={config.num_labels} and pad_token_id="
+            f"{config.pad_token_id}. It needs a padding token, and is a DebertaV2PairRM or a classifier of one label."
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and path.endswith("position_embeddings"):
@@ -245,6 +201,5 @@ def _check_pair_classifier(name: str, model: PreTrainedModel, max_length: int) -
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
             if max_length > limit:
                 raise ValueError(
-                    f"max_length={max_length} is more than the {limit} positions of judge {name!r}: lower max_length "
-                    "and max_prompt_length."
+                    f"max_length={max_length} is more than the {limit} positions of judge {name!r}. Lower it."
                 )

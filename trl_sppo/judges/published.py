@@ -1,8 +1,4 @@
-"""
-Published pairwise oracles by name, for recipes: `preference_funcs: trl_sppo.judges.published.pairrm`.
-
-Each is loaded when it is asked for. Options other than the defaults take a module of your own (docs/judges.md).
-"""
+"""Published pairwise oracles by name, for recipes. Each is loaded when it is asked for."""
 
 from typing import Any
 

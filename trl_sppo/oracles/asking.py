@@ -43,17 +43,15 @@ def check_oracle(oracle: PreferenceFunc) -> None:
         inspect.signature(oracle).bind_partial(prompts=[], first=[], second=[], log_metric=None, a_column=[])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"preference_func {oracle_name(oracle)!r} must be callable as "
-            f"`{oracle_name(oracle)}(prompts, first, second, **kwargs)`: {error}. It gets lists of prompts and of two "
-            "completions each, the dataset's other columns by name, and returns P(first beats second) of each."
+            f"preference_func {oracle_name(oracle)!r} must be callable as `(prompts, first, second, **kwargs)`, with "
+            f"the dataset's other columns by name: {error}."
         ) from error
 
 
 def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
     """
-    The comparisons to ask for, of shape `(comparisons, 3)`: group, first and second completion, by groups. `same`, of
-    shape `(groups, K, K)`, marks identical completions, which need no comparison. In one order, the first place
-    alternates, so that each completion has it in about half of its comparisons.
+    The comparisons to ask for, `(comparisons, 3)`: group, first and second completion, by groups. `same`, of shape
+    `(groups, K, K)`, marks those not to ask for. In one order, the first place alternates.
     """
     ask = ~same
     if not both_orders:
@@ -106,30 +104,26 @@ def ask_oracle(
         needless = same | (is_first[:, None] == is_first)
     pairs = ordered_pairs(needless, both_orders)
     if known is not None:
-        lost = int(known[pairs.unbind(dim=1)].isnan().sum())
-        return Answers(known, same, num_asked=len(pairs), num_lost=lost)
+        return Answers(known, same, len(pairs), num_lost=int(known[pairs.unbind(dim=1)].isnan().sum()))
     share = -(-len(pairs) // accelerator.num_processes)
     calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
 
     answers: list[float] = []
     problems: list[str] = []
-    for call in tqdm(
-        calls,
-        desc=f"{oracle_name(oracle)}: calls with comparisons",
-        leave=False,
-        disable=disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process,
-    ):
+    hidden = disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process
+    for call in tqdm(calls, desc=f"{oracle_name(oracle)}: calls with comparisons", leave=False, disable=hidden):
         group, first, second = call.unbind(dim=1)
         first, second = (group * group_size + first).tolist(), (group * group_size + second).tolist()
         try:
-            output = ask(
-                oracle,
-                prompts=[prompts[i] for i in first],
-                first=[completions[i] for i in first],
-                second=[completions[i] for i in second],
-                log_metric=log_metric,
+            asked = {
+                "prompts": [prompts[i] for i in first],
+                "first": [completions[i] for i in first],
+                "second": [completions[i] for i in second],
                 **{column: [values[i] for i in first] for column, values in columns.items()},
-            )
+            }
+            output = oracle(**own_copy(asked), log_metric=log_metric)
+            if inspect.iscoroutine(output):
+                (output,) = run_coroutines([output])
             answers += _read_answers(output, len(first), problems)
         except Exception as error:  # whatever it is: rollouts are too dear to be thrown away for one bad call
             answers += [torch.nan] * len(first)
@@ -139,13 +133,8 @@ def ask_oracle(
     problems = gather_object(problems)
     matrix = torch.full(same.shape, torch.nan)
     matrix[pairs.unbind(dim=1)] = said
-    return Answers(
-        matrix=matrix,
-        same=same,
-        num_asked=len(pairs),
-        num_lost=int(said.isnan().sum()),
-        problem=problems[0] if problems else SAYS_NOTHING,
-    )
+    num_lost = int(said.isnan().sum())
+    return Answers(matrix, same, len(pairs), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
 
 
 def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
@@ -164,16 +153,6 @@ def own_copy(value: Any) -> Any:
     if type(value) is dict:
         return {key: own_copy(item) for key, item in value.items()}
     return [own_copy(item) for item in value] if type(value) is list else value
-
-
-def ask(oracle: PreferenceFunc, **kwargs) -> Any:
-    """What an oracle returns. It gets copies; a coroutine is awaited."""
-    output = oracle(**own_copy(kwargs))
-    if inspect.iscoroutine(output):
-        (output,) = run_coroutines([output])
-        if isinstance(output, BaseException):
-            raise output
-    return output
 
 
 def run_coroutines(
@@ -199,7 +178,9 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:
     """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
-    values = output.tolist() if isinstance(output, torch.Tensor) else list(output)
+    if isinstance(output, BaseException):
+        raise output
+    values = list(output)
     if len(values) != expected:
         raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")
     answers = [None if value is None else float(value) for value in values]

@@ -1,10 +1,12 @@
 """Concurrent requests to a server, for judges and reward models behind an endpoint."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from tqdm.asyncio import tqdm
 from transformers.utils import logging
 
 from ..errors import check_positive
@@ -20,38 +22,36 @@ class BadAnswerError(Exception):
     """A server's response lacks what was requested."""
 
 
+def read_answer(body: str, read: Callable[[Any], T]) -> T:
+    """What `read` finds in a server's JSON, of which nothing is taken for granted."""
+    try:
+        return read(json.loads(body))
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise BadAnswerError(f"the answer lacks what was asked for: {body!r}") from error
+
+
 class Endpoint:
-    """
-    A server that receives many requests at a time, with retries and time-outs. Failed requests are counted in
-    `num_lost` and reported once. The key is never shown.
-    """
+    """A server that receives many requests at a time. Those that fail are counted in `num_lost`, and reported once."""
 
     __name__: str
-    _url_option, _example = "base_url", "http://localhost:8000/v1"
+    _url_option, _extra = "base_url", "judges"
 
     def __init__(self, base_url: str, api_key: str | None, max_concurrency: int, timeout: float, max_retries: int):
+        if find_spec("openai") is None:
+            raise ImportError(
+                f"{type(self).__name__} needs openai, which is not installed: `pip install trl-sppo[{self._extra}]`."
+            )
         check_positive(max_concurrency=max_concurrency, timeout=timeout)
         if max_retries < 0:
             raise ValueError(f"max_retries must not be negative, got {max_retries}. For one attempt, set it to 0.")
         check_url(self._url_option, base_url, "Pass a key as `api_key`.")
         if not is_url(base_url):
-            raise ValueError(f"{self._url_option} must be an http(s) URL such as {self._example!r}, got {base_url!r}.")
-        if api_key is not None and not api_key.isascii():
-            raise ValueError("api_key must be ASCII, like the header that carries it. Check that it is a key.")
+            raise ValueError(f"{self._url_option} must be an http(s) URL, got {base_url!r}.")
         self.base_url = base_url
         self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
         self.num_lost = 0
         self._api_key = api_key or "no-key"  # the client wants one
-
-    def _client_options(self) -> dict[str, Any]:
-        return {
-            "base_url": self.base_url,
-            "api_key": self._api_key,
-            "timeout": self.timeout,
-            "max_retries": self.max_retries,
-        }
+        self._client_options: Any = {"api_key": self._api_key, "timeout": timeout, "max_retries": max_retries}
 
     async def _ask_all(
         self, ask: Callable[..., Awaitable[T]], questions: Sequence[tuple]
@@ -62,20 +62,17 @@ class Endpoint:
         problems: list[Exception] = []
         limit = asyncio.Semaphore(self.max_concurrency)
         # One client per call: a client belongs to an event loop, and each call may run in one of its own
-        async with AsyncOpenAI(**self._client_options()) as client:
-            with tqdm(total=len(questions), desc=self.__name__, disable=None, leave=False) as progress:
+        async with AsyncOpenAI(base_url=self.base_url, **self._client_options) as client:
 
-                async def ask_one(question: tuple) -> T | None:
-                    async with limit:
-                        try:
-                            return await ask(client, *question)
-                        except (OpenAIError, BadAnswerError) as error:
-                            problems.append(error)
-                            return None
-                        finally:
-                            progress.update()
+            async def ask_one(question: tuple) -> T | None:
+                async with limit:
+                    try:
+                        return await ask(client, *question)
+                    except (OpenAIError, BadAnswerError) as error:
+                        problems.append(error)
+                        return None
 
-                results = await asyncio.gather(*(ask_one(question) for question in questions))
+            results = await tqdm.gather(*map(ask_one, questions), desc=self.__name__, disable=None, leave=False)
         return results, problems
 
     def _count_lost(self, problems: Sequence[Exception], what: str) -> None:

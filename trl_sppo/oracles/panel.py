@@ -4,18 +4,19 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed
+from trl.trainer.utils import get_callable_name, get_config_model_id
 
-from . import scoring as reward_sources
-from .asking import NO_COLUMNS, PreferenceFunc, check_oracle, oracle_name, told_apart
+from . import scoring
+from .asking import NO_COLUMNS, PreferenceFunc, oracle_name, told_apart
 from .reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
-from .scoring import RewardSources, names_of
+from .scoring import RewardSources
 
 
 @dataclass(eq=False)
@@ -42,10 +43,8 @@ class Panel:
                 try:
                     self.sources.text(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
                 except Exception as error:  # templates raise whatever they like
-                    raise ValueError(
-                        f"prompt {i} is refused by the chat template of judge {name!r}: {error} Leave out such "
-                        "prompts, or change them."
-                    ) from error
+                    problem = f"prompt {i} is refused by the chat template of judge {name!r}"
+                    raise ValueError(f"{problem}: {error} Leave out such prompts, or change them.") from error
 
 
 def load_panel(
@@ -58,63 +57,57 @@ def load_panel(
     columns: Sequence[str] | None = None,  # of the prompts, if known: functions that need others are refused
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Panel:
-    """
-    Check judges, and load those that are reward models. Reward sources and oracles are given as to [`SPPOTrainer`].
-    Raises `ValueError` if a judge could not be called.
-    """
-    for oracle in preference_funcs:
-        check_oracle(oracle)
+    """Check judges, and load those that are reward models. Raises `ValueError` if a judge could not be called."""
     if columns is not None:
-        for source in reward_funcs:
-            if callable(source) and not isinstance(source, nn.Module):
-                given = [name for name in columns if name not in reward_sources.NO_COLUMNS]
-                _check_call(source, "prompts and completions", ["prompts", "completions"], given)
+        functions = [source for source in reward_funcs if callable(source) and not isinstance(source, nn.Module)]
+        for function in functions:
+            _check_call(function, ["prompts", "completions"], set(columns) - scoring.NO_COLUMNS)
         for oracle in preference_funcs:
-            given = [name for name in columns if name not in NO_COLUMNS]
-            own = ["prompts", "first", "second", "log_metric"]
-            _check_call(oracle, "prompts, first, second and log_metric", own, given)
+            _check_call(oracle, ["prompts", "first", "second", "log_metric"], set(columns) - NO_COLUMNS)
+    reward_funcs, unknown = without_slash(reward_funcs), [None] * len(reward_funcs)
+    trusted = [name.rstrip("/") for name in trust_remote_code]
     accelerator = Accelerator()
-    reward_funcs = without_slash(reward_funcs)
-    sources, tokenizers = load_reward_models(
-        reward_funcs,
-        [None] * len(reward_funcs),
-        conversational,
-        [name.rstrip("/") for name in trust_remote_code],
-        chat_template_kwargs,
-    )
-    names = told_apart([*names_of(sources), *map(oracle_name, preference_funcs)])
-    return Panel(
-        RewardSources(
-            names[: len(sources)],
-            in_micro_batches(place(sources, accelerator), batch_size),
-            tokenizers,
-            chat_template_kwargs,
-            kind="judge",
-        ),
-        dict(zip(names[len(sources) :], preference_funcs, strict=True)),
-        accelerator,
-        both_orders=both_orders,
+    sources, tokenizers = load_reward_models(reward_funcs, unknown, conversational, trusted, chat_template_kwargs)
+    return make_panel(
+        sources, tokenizers, preference_funcs, accelerator, batch_size, chat_template_kwargs, both_orders=both_orders
     )
 
 
-def place(sources: Sequence[Any], accelerator: Accelerator) -> list[Any]:
-    """Put the reward models among these on their device, as TRL does."""
+def make_panel(
+    sources: Sequence[Any],
+    tokenizers: Sequence[Any],
+    oracles: Sequence[PreferenceFunc],
+    accelerator: Accelerator,
+    reward_batch_size: int,  # completions per forward pass
+    chat_template_kwargs: dict[str, Any] | None,
+    voters: Sequence[str] = (),  # names that judges must not have
+    **options: Any,
+) -> Panel:
+    """Put reward models on their device, as TRL does, and name judges."""
     prepare = partial(accelerator.prepare_model, evaluation_mode=True, device_placement=True)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         prepare = partial(prepare_deepspeed, accelerator=accelerator)
-    return [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
+    placed = [prepare(source) if isinstance(source, nn.Module) else source for source in sources]
+    own = [  # as TRL names reward sources
+        get_config_model_id(cast(Any, each.config)).split("/")[-1]
+        if isinstance(each, nn.Module)
+        else get_callable_name(each)
+        for each in sources
+    ]
+    names = told_apart([*voters, *own, *map(oracle_name, oracles)])[len(voters) :]
+    scorers = in_micro_batches(placed, reward_batch_size)
+    reward_sources = RewardSources(names[: len(own)], scorers, tokenizers, chat_template_kwargs, kind="judge")
+    return Panel(reward_sources, dict(zip(names[len(own) :], oracles, strict=True)), accelerator, **options)
 
 
-def _check_call(judge: Callable[..., Any], what: str, own: list[str], columns: list[str]) -> None:
+def _check_call(judge: Callable[..., Any], own: list[str], columns: set[str]) -> None:
     """Raise `ValueError` if a judge could not be called with its own arguments and these columns of the prompts."""
     try:
-        signature = inspect.signature(judge)
-    except (TypeError, ValueError):  # of some built-in functions
+        inspect.signature(judge).bind(**dict.fromkeys([*own, *columns]))
+    except ValueError:  # a built-in function without a signature
         return
-    try:
-        signature.bind(**dict.fromkeys([*own, *columns]))
     except TypeError as error:
         raise ValueError(
-            f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {what}, and the columns {columns} of "
-            "the prompts. Add what is missing to the prompts, or let the judge take `**kwargs`."
+            f"judge {oracle_name(judge)!r} cannot be called: {error}. It gets {', '.join(own)}, and the columns "
+            f"{sorted(columns)} of the prompts. Add what is missing to them, or let the judge take `**kwargs`."
         ) from error

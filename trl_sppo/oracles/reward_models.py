@@ -1,6 +1,5 @@
 """Reward models: checked before they are loaded, and run in micro-batches."""
 
-import importlib.util
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -49,10 +48,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class MicroBatchedRewardModel(nn.Module):
-    """
-    A reward model, whose first logit is the score, in micro-batches of texts of similar length. Scores do not depend
-    on the split. Memory is bounded by `batch_size` times the longest text.
-    """
+    """A reward model, whose first logit is the score, in micro-batches of texts of similar length."""
 
     def __init__(self, model: nn.Module, batch_size: int):
         super().__init__()
@@ -76,9 +72,8 @@ class MicroBatchedRewardModel(nn.Module):
         if self._context is not None and input_ids.size(1) > self._context:
             logger.warning(
                 f"{self._name} has a context of {self._context} tokens, and is given texts of up to "
-                f"{input_ids.size(1)}, with prompt and chat template: it fails on them, or its scores of them mean "
-                "little. Leave out long prompts, lower max_completion_length, or take a reward model with a longer "
-                "context. Said once."
+                f"{input_ids.size(1)}: it fails on them, or their scores mean little. Leave out long prompts, lower "
+                "max_completion_length, or take a reward model with a longer context. Said once."
             )
             self._context = None
         scores = torch.empty(len(input_ids), device=input_ids.device)
@@ -112,9 +107,8 @@ def load_reward_models(
     check: Callable[[list[Any], list[Any]], None] | None = None,  # gets sources and tokenizers before weights load
 ) -> tuple[list[Any], list[Any]]:
     """
-    Check all reward models, and only then load those given by path: from safetensors only, in their own dtype. Returns
-    all reward sources and their tokenizers. Raises `ValueError` for one that cannot be found or used, and
-    `ImportError` if `quantization` (`"8bit"` or `"4bit"`) needs bitsandbytes and it is not installed.
+    Check all reward models, and only then load those given by path, in their own dtype. Returns all reward sources and
+    their tokenizers. Raises `ValueError` for one that cannot be found or used.
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
@@ -124,48 +118,18 @@ def load_reward_models(
     ]
     if quantization is not None:
         check_reward_quantization(quantization, reward_funcs)
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(
-                f"reward_quantization={quantization!r} needs bitsandbytes, which is not installed: "
-                "`pip install trl-sppo[quantization]`."
-            )
     tokenizers = []
     for source, tokenizer in zip(reward_funcs, processing_classes, strict=True):
         if isinstance(source, ServedRewardModel):
             if tokenizer is not None:
                 raise ValueError(
                     f"the reward model at {source.base_url!r} has a tokenizer and a chat template of its own: its "
-                    "entry in `reward_processing_classes` must be None. For another template, start the server with "
-                    "`--chat-template FILE`."
+                    "entry in `reward_processing_classes` must be None."
                 )
             source.check(conversational)
-        elif isinstance(source, str):
-            check_config(source, source in trust_remote_code)
-        elif isinstance(source, PreTrainedModel):
-            _check_labels(source.config._name_or_path, source.config.num_labels)
-        elif isinstance(source, nn.Module) and tokenizer is None:
-            raise ValueError(
-                f"reward model {type(source).__name__} is no PreTrainedModel, so no tokenizer is known for it: pass "
-                "one in `reward_processing_classes` (of an adapter give the path, or merge it first, with "
-                "`merge_and_unload`)."
-            )
-        if isinstance(source, (str, PreTrainedModel)):
-            name = source if isinstance(source, str) else source.config._name_or_path
-            if tokenizer is None:
-                if not name:
-                    raise ValueError(
-                        f"reward model {type(source).__name__} was not loaded from a checkpoint, so no tokenizer is "
-                        "known for it: pass one in `reward_processing_classes`."
-                    )
-                with own_code_is_refused(*_own_code(name)):
-                    tokenizer = AutoTokenizer.from_pretrained(
-                        tokenizer_of(name), trust_remote_code=source in trust_remote_code
-                    )
-            check_tokenizer(name, tokenizer, conversational)
+        elif isinstance(source, (str, nn.Module)):
+            tokenizer = check_reward_model(source, tokenizer, conversational, source in trust_remote_code)
         tokenizers.append(tokenizer)
-    for source in reward_funcs:
-        if isinstance(source, str):
-            check_reward_weights(source, source in trust_remote_code)
     if check is not None:
         check(reward_funcs, tokenizers)
     models: list[Any] = []
@@ -179,12 +143,46 @@ def load_reward_models(
     return models, tokenizers
 
 
+def check_reward_model(source: str | nn.Module, tokenizer: Any, conversational: bool, trusted: bool) -> Any:
+    """Raise `ValueError` if a reward model, given by path or loaded, cannot be used. Returns its tokenizer."""
+    name = source if isinstance(source, str) else ""
+    if isinstance(source, str):
+        _check_config(source, trusted)
+    elif isinstance(source, PreTrainedModel):
+        name = source.config._name_or_path
+        _check_labels(name, source.config.num_labels)
+    if tokenizer is None and not name:
+        raise ValueError(
+            f"no tokenizer is known for reward model {type(source).__name__}, which was not loaded from a "
+            "checkpoint: pass one in `reward_processing_classes`. Of an adapter give the path, or merge it first."
+        )
+    with own_code_is_refused(*_own_code(name)):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_of(name), trust_remote_code=trusted)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of reward model {name!r} has no padding token. Set `tokenizer.pad_token` to a token that "
+            "never ends a text (the EOS token would move the position that is scored) and save it beside the model, "
+            "or pass it in `reward_processing_classes`."
+        )
+    if conversational and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template. Set "
+            "`tokenizer.chat_template` to the one of its training and save it beside the model, or pass such a "
+            "tokenizer in `reward_processing_classes`."
+        )
+    if isinstance(source, str):
+        kind, brought = AutoModelForSequenceClassification, _head_of(source)
+        with own_code_is_refused(*_own_code(name)):
+            check_weights("reward model", base_of(name), kind, brought, num_labels=1, trust_remote_code=trusted)
+    return tokenizer
+
+
 def _load(path: str, trusted: bool, quantization: str | None) -> PreTrainedModel:
     head = _head_of(path)
     # The dtype that it was trained in: no weight of the head is rounded
     dtype = {"dtype": DTYPES[next(iter(head.values()))[1]]} if head else {}
-    # For FSDP, transformers may load weights in the first process only, and leave zeros in the others: accelerate then
-    # fills the policy's, but not those of reward models
+    # For FSDP, transformers may load weights in the first process only, and nobody would fill the others'
     environment = patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
     with environment, own_code_is_refused(*_own_code(path)), silent() if head else nullcontext():
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -211,51 +209,36 @@ def _head_of(path: str) -> dict[str, tuple[list[int], str]]:
     return {name: value for name, value in weights.items() if name.split(".")[0] in HEADS and "lora_" not in name}
 
 
-def check_reward_weights(path: str, trust_remote_code: bool = False) -> None:
-    """Raise `ValueError` if a reward model lacks weights."""
-    with own_code_is_refused(*_own_code(path)):
-        check_weights(
-            "reward model",
-            base_of(path),
-            AutoModelForSequenceClassification,
-            brought=_head_of(path),
-            num_labels=1,
-            trust_remote_code=trust_remote_code,
-        )
-
-
 def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSource]) -> None:
     """Raise `ValueError` if there is nothing to quantize here."""
     if not any(isinstance(source, str) and not is_url(source) for source in reward_funcs):
         raise ValueError(
-            f"reward_quantization={quantization!r} is about reward models that are loaded from a path here, and "
-            "there is none. Remove it; a reward model behind a server is quantized when that is started."
+            f"reward_quantization={quantization!r} is about reward models that are loaded from a path, but none is."
         )
 
 
 def _own_code(name: str) -> tuple[str, str]:
     """What brings code of its own, and the cure, for messages."""
     return f"reward model {name!r}", (
-        f"If you trust it, name this model in `reward_trust_remote_code`: [{name!r}]. To a model that is already "
-        "loaded, pass its tokenizer in `reward_processing_classes`."
+        f"If you trust it, set `reward_trust_remote_code`: [{name!r}]. Of a loaded model, pass its tokenizer in "
+        "`reward_processing_classes`."
     )
 
 
 def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=HEADS,  # despite its name it is heeded in 4 bit too
-        )
-    return None
+    if quantization is None:
+        return None
+    return BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=HEADS,  # despite its name it is heeded in 4 bit too
+    )
 
 
-def check_config(path: str, trusted: bool) -> None:
+def _check_config(path: str, trusted: bool) -> None:
     """Raise `ValueError` if a checkpoint would not load as a classifier with a trained head of one label."""
     check_safetensors("reward model", path)
     check_whole_model("reward model", path)
@@ -267,8 +250,8 @@ def check_config(path: str, trusted: bool) -> None:
         check_safetensors("reward model", base_of(path))
         if config_of(path).is_prompt_learning:
             raise ValueError(
-                f"reward model {path!r} is an adapter of learned prompts ({kind_of(config_of(path))}), which "
-                "is not supported here. Use LoRA, or wrap the model in a reward function."
+                f"reward model {path!r} is an adapter of learned prompts ({kind_of(config_of(path))}), which is not "
+                "supported here. Use LoRA, or wrap the model in a reward function."
             )
         head = _head_of(path)
         if head:
@@ -280,12 +263,11 @@ def check_config(path: str, trusted: bool) -> None:
     if own_code and not trusted and not any(hasattr(transformers, name) for name in heads):
         raise own_code_error(*_own_code(path))
     if not heads and not own_code:
-        of_base = f"the adapter has no weights of one, and of its base model {base_of(path)!r} "
         raise ValueError(
-            f"reward model {path!r} has no scoring head: {of_base * is_adapter(path)}its config.json names "
-            f"{architectures or 'no architecture'}, and a head made now would give random scores. Use a checkpoint of "
-            "a `...ForSequenceClassification` model with one label, such as those that TRL's RewardTrainer saves"
-            + (", or an adapter that was trained with lora_task_type SEQ_CLS." if is_adapter(path) else ".")
+            f"reward model {path!r} has no scoring head: the config.json of {base_of(path)!r} names "
+            f"{architectures or 'no architecture'}, and a head made now would give random scores. Use a "
+            "`...ForSequenceClassification` model with one label, as TRL's RewardTrainer saves it, or an adapter that "
+            "was trained with lora_task_type SEQ_CLS."
         )
     # Two labels are the default, and then not written to config.json
     labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})
@@ -296,22 +278,5 @@ def _check_labels(name: str, labels: int | None) -> None:
     if labels != 1:
         raise ValueError(
             f"reward model {name!r} has {labels} labels, but a reward is one number: it must have num_labels=1. To "
-            "use one of a classifier's labels as the reward, wrap it in a reward function that returns that logit."
-        )
-
-
-def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"the tokenizer of reward model {name!r} has no padding token, so it cannot score texts of different "
-            "lengths in one batch. Set `tokenizer.pad_token` to a token that never ends a text (the EOS token would "
-            "move the position that is scored) and save it beside the model, or pass it in "
-            "`reward_processing_classes`."
-        )
-    if conversational and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the prompts are conversational, but the tokenizer of reward model {name!r} has no chat template to turn "
-            "messages into the text it was trained on. Set `tokenizer.chat_template` (for a model that reads only the "
-            "completion, a template that renders the assistant's turn) and save it beside the model, or pass such a "
-            "tokenizer in `reward_processing_classes`."
+            "use one of several logits, wrap it in a reward function."
         )

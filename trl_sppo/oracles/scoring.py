@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl.data_utils import apply_chat_template, is_conversational
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
+from trl.trainer.utils import is_async_callable
 
 from ..errors import RunError, is_of_another_process
 from .asking import own_copy, run_coroutines
@@ -34,13 +35,7 @@ class RewardSources:
     tokenizers: Sequence[Any]  # of the reward models, else None
     chat_template_kwargs: dict[str, Any] | None = None
     kind: str = "reward source"  # what messages call one
-
-    def __post_init__(self):
-        self.tokenizers = list(self.tokenizers)
-        self._warned: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self.names)
+    _warned: set[str] = field(default_factory=set)
 
     def score(
         self,
@@ -53,11 +48,9 @@ class RewardSources:
         disable_tqdm: bool = True,
         **more: Any,
     ) -> torch.Tensor:
-        """
-        Scores of shape `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails.
-        """
+        """Scores `(N, sources)`, NaN where a source gave no finite one. Raises `RunError` if a source fails."""
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
-        scores = torch.full((len(completions), len(self)), torch.nan)
+        scores = torch.full((len(completions), len(self.names)), torch.nan)
         asked = {"prompts": prompts, "completions": completions, **columns, **more}
         coroutines: dict[int, Coroutine] = {}  # asked together
         for i, (name, source, tokenizer) in enumerate(zip(self.names, self.sources, self.tokenizers, strict=True)):
@@ -92,15 +85,19 @@ class RewardSources:
         device = next(devices, torch.device("cpu"))
         scores = []
         for start in tqdm(range(0, len(texts), TEXTS), desc=name, disable=disable_tqdm):
-            inputs = tokenizer(
-                text=texts[start : start + TEXTS], return_tensors="pt", padding=True, padding_side="right",
-                add_special_tokens=False,
-            )  # fmt: skip
-            scores.append(model(**inputs.to(device)).logits[:, 0].cpu())
+            part = texts[start : start + TEXTS]
+            padding: Any = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+            inputs = tokenizer(text=part, add_special_tokens=False, **padding).to(device)
+            scores.append(model(**inputs).logits[:, 0].cpu())
         return torch.cat(scores)
 
-    def warn(self, scores: torch.Tensor) -> None:
-        """Warn once of each source without a finite score for some completions. `scores`: `(N, sources)`."""
+    def score_everywhere(
+        self, accelerator: Accelerator, prompts: Sequence[Any], completions: Sequence[Any], columns: dict, **more: Any
+    ) -> torch.Tensor:
+        """Scores of all processes' completions, `(completions, sources)`. Warns once of each source without some."""
+        if not self.names:
+            return torch.zeros(len(completions) * accelerator.num_processes, 0, device=accelerator.device)
+        scores = accelerator.gather(self.score(prompts, completions, columns, **more).to(accelerator.device))
         for name, column in zip(self.names, scores.T, strict=True):
             unscorable = int(column.isnan().sum())
             if unscorable and name not in self._warned:
@@ -108,8 +105,9 @@ class RewardSources:
                 logger.warning(
                     f"{self.kind} {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
                     f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
-                    "metric win_rate/unscorable continues to count the completions that no source could score."
+                    "metric win_rate/unscorable counts the completions that no source could score."
                 )
+        return scores
 
     @contextmanager
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
@@ -121,19 +119,9 @@ class RewardSources:
             form = "a text" if isinstance(completions[0], str) else "a list of messages"
             raise RunError(
                 f"{self.kind} {name!r} failed: {type(error).__name__}: {str(error).rstrip('.')}. It must return one "
-                f"number for each completion, or None where it has none. Here each completion is {form}, and the "
-                f"columns are {list(columns)}.{advice}"
+                f"number, or None, for each completion. Each is {form} here, and the columns are {list(columns)}."
+                f"{advice}"
             ) from error
-
-
-def names_of(sources: Sequence[Any]) -> list[str]:
-    """Names of loaded reward sources, as TRL makes them."""
-    return [
-        get_config_model_id(cast(Any, source.config)).split("/")[-1]
-        if isinstance(source, nn.Module)
-        else get_callable_name(source)
-        for source in sources
-    ]
 
 
 async def _timed(coroutine: Coroutine, timed: Callable[[str], AbstractContextManager], name: str) -> Any:

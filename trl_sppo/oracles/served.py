@@ -1,14 +1,12 @@
 """A reward model behind a vLLM server, on another GPU or another machine."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
-from .endpoint import BadAnswerError, Endpoint
+from .endpoint import BadAnswerError, Endpoint, read_answer
 from .texts import Messages, last_part
 
 
@@ -18,9 +16,7 @@ class ServedRewardModel(Endpoint):
 
     The score of a completion is the model's logit, without an activation function. The server renders messages with
     its own chat template, and adds no special tokens to a text, so the model reads what it would read in this process.
-
-    Where the server gives no score (after the retries, or because a text is longer than the served model's limit), the
-    score is `None`, and the completion takes part in no comparison. It is not truncated.
+    Texts are not truncated. Where the server gives no score, also because a text is too long, it is `None`.
 
     Args:
         url (`str`):
@@ -29,18 +25,16 @@ class ServedRewardModel(Endpoint):
             Name of the model at the server. By default the first one that the server names.
         api_key (`str`, *optional*):
             Key for the server. By default the environment variable `VLLM_API_KEY`, if there. It is never shown.
-        max_concurrency (`int`, *optional*, defaults to `32`):
-            Requests under way at a time, per process.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds to wait for an answer, per attempt.
-        max_retries (`int`, *optional*, defaults to `3`):
-            Further attempts, with growing pauses, after a time-out, a lost connection or an error of the server.
+        max_concurrency, timeout, max_retries:
+            As in [`LLMJudge`]: 32 requests at a time, 60 seconds, 3 further attempts.
         chat_template_kwargs (`dict`, *optional*):
             Further arguments of the served model's chat template.
 
     Raises:
         `ImportError`: if `openai` is not installed.
         `ValueError`: if an option is out of range.
+        `RuntimeError`: from a call for which the server gave no score at all, unless it has given some before and only
+        refuses these texts.
 
     Example:
 
@@ -52,7 +46,7 @@ class ServedRewardModel(Endpoint):
     ```
     """
 
-    _url_option, _example = "url", "http://localhost:8000"
+    _url_option, _extra = "url", "served"
 
     def __init__(
         self,
@@ -64,10 +58,6 @@ class ServedRewardModel(Endpoint):
         max_retries: int = 3,
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
-        if find_spec("openai") is None:
-            raise ImportError(
-                "ServedRewardModel needs openai, which is not installed: `pip install trl-sppo[served]`."
-            )
         api_key = api_key or os.environ.get("VLLM_API_KEY")
         super().__init__(url.rstrip("/").removesuffix("/v1"), api_key, max_concurrency, timeout, max_retries)
         self.__name__ = last_part(model) if model else urlsplit(url).netloc
@@ -78,27 +68,13 @@ class ServedRewardModel(Endpoint):
     async def __call__(
         self, prompts: Sequence[Messages], completions: Sequence[Messages], **kwargs: Any
     ) -> list[float | None]:
-        """
-        Score N completions.
-
-        Args:
-            prompts, completions (sequence of `str` or `list[dict]`):
-                Texts, which are joined, or lists of messages.
-
-        Returns:
-            The N scores, `None` where the server gave none.
-
-        Raises:
-            `RuntimeError`: if the server gave none at all; not if it has given some before, and only refuses these
-            texts, which may all be too long.
-            `ValueError`: if a message has more than a role and a text.
-        """
+        """Scores of N completions, texts or lists of messages, `None` where the server gave none."""
         from openai import BadRequestError
 
         requests = [(self._request(*pair),) for pair in zip(prompts, completions, strict=True)]
 
         async def ask(client: Any, request: dict[str, Any]) -> float:
-            return _score(await client.post("/classify", body=request, cast_to=str))
+            return read_answer(await client.post("/classify", body=request, cast_to=str), _score)
 
         scores, problems = await self._ask_all(ask, requests)
         if len(problems) < len(scores):
@@ -112,50 +88,26 @@ class ServedRewardModel(Endpoint):
         return scores
 
     def check(self, conversational: bool) -> None:
-        """
-        Ask the server what it serves, and for one score. The trainer does so before it loads a model.
-
-        Args:
-            conversational (`bool`):
-                Whether prompts are lists of messages.
-
-        Raises:
-            `ValueError`: if the server does not answer, does not serve `model`, or gives no score.
-        """
+        """Raise `ValueError` if the server gives no score of a trial."""
         from openai import OpenAI, OpenAIError
 
-        serve = "`vllm serve MODEL --runner pooling`"
-        prompt: Messages = "a"
-        completion: Messages = "b"
+        trial: tuple[Messages, Messages] = "a", "b"
         if conversational:
-            prompt, completion = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-        with OpenAI(**self._client_options()) as client:
-            # `from None`: the client's own messages may repeat the key
-            try:
-                names = _model_names(client.get("/v1/models", cast_to=str))
-            except (OpenAIError, BadAnswerError) as error:
-                raise ValueError(
-                    f"no vLLM server answers at {self.base_url!r}, where a reward model should be. Start one with "
-                    f"{serve} and wait until it is ready, or correct the URL. If it wants a key, set the environment "
-                    f"variable VLLM_API_KEY. ({self._reason(error)})"
-                ) from None
-            if self.model is not None and self.model not in names:
-                raise ValueError(
-                    f"the vLLM server at {self.base_url!r} serves {names}, not model={self.model!r}. Correct `model`, "
-                    "or leave it out to take what is served."
-                )
-            self.model = self.model or names[0]
-            self.__name__ = last_part(self.model)
-            try:
-                _score(client.post("/classify", body=self._request(prompt, completion), cast_to=str))
-                self._has_scored = True
-            except (OpenAIError, BadAnswerError) as error:
-                template = ", with a chat template, since the prompts are conversational" if conversational else ""
-                raise ValueError(
-                    f"{self.model!r} at {self.base_url!r} gives no score. It must be a classifier with one label "
-                    f"(`...ForSequenceClassification` with num_labels=1){template}. Serve one with {serve}. "
-                    f"({self._reason(error)})"
-                ) from None
+            trial = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+        try:
+            with OpenAI(base_url=self.base_url, **self._client_options) as client:
+                if self.model is None:
+                    models = client.get("/v1/models", cast_to=str)
+                    self.model = read_answer(models, lambda answer: str(answer["data"][0]["id"]))
+                    self.__name__ = last_part(self.model)
+                read_answer(client.post("/classify", body=self._request(*trial), cast_to=str), _score)
+        except (OpenAIError, BadAnswerError) as error:
+            raise ValueError(
+                f"no vLLM server at {self.base_url!r} gives a score. Start one with `vllm serve MODEL --runner "
+                "pooling`: MODEL is a classifier with one label, and has a chat template if prompts are "
+                f"conversational. A key is the environment variable VLLM_API_KEY. ({self._reason(error)})"
+            ) from None  # the client's own messages may repeat the key
+        self._has_scored = True
 
     def _request(self, prompt: Messages, completion: Messages) -> dict[str, Any]:
         """What is sent for one completion."""
@@ -164,8 +116,7 @@ class ServedRewardModel(Endpoint):
         if self.model is not None:
             request["model"] = self.model
         if isinstance(prompt, str):
-            assert isinstance(completion, str)
-            return {**request, "input": prompt + completion}
+            return {**request, "input": prompt + cast(str, completion)}
         if self.chat_template_kwargs:
             request["chat_template_kwargs"] = self.chat_template_kwargs
         return {**request, "messages": [_text_message(message) for message in [*prompt, *completion]]}
@@ -176,33 +127,16 @@ def _text_message(message: Any) -> dict[str, str]:
     fields = {name: value for name, value in message.items() if value is not None}
     if fields.keys() - {"role", "name", "content"} or not isinstance(fields.get("content"), str):
         raise ValueError(
-            f"a served reward model reads messages of a role and a text, but got one with {sorted(fields)}, whose "
-            f"content is of type {type(fields.get('content')).__name__}. Remove what else the dataset's messages "
-            "have. For tool calls and images, load the reward model in this process."
+            f"a served reward model reads messages of a role and a text, but got one with {sorted(fields)}. Remove "
+            "what else there is; for tool calls and images, load the reward model in this process."
         )
     return fields
 
 
-def _model_names(body: str) -> list[str]:
-    """The names in a server's list of models, of which nothing is taken for granted."""
-    try:
-        names = [str(model["id"]) for model in json.loads(body)["data"]]
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadAnswerError(f"the answer is no list of models: {body!r}") from error
-    if not names:
-        raise BadAnswerError("it serves no model")
-    return names
-
-
-def _score(body: str) -> float:
-    """The score from the answer of a classification endpoint, of which nothing is taken for granted."""
-    try:
-        (result,) = json.loads(body)["data"]
-        scores = result["probs"]
-        if len(scores) != 1:
-            raise BadAnswerError(f"it gives {len(scores)} numbers, but a reward is one")
-        if type(scores[0]) in (int, float) and math.isfinite(scores[0]):
-            return float(scores[0])
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise BadAnswerError(f"the answer has no score: {body!r}") from error
-    raise BadAnswerError(f"the score is no finite number, but {scores[0]!r}")
+def _score(answer: Any) -> float:
+    """The score in the answer of a classification endpoint: one finite number."""
+    (result,) = answer["data"]
+    (score,) = result["probs"]
+    if type(score) not in (int, float) or not math.isfinite(score):
+        raise ValueError(score)
+    return float(score)

@@ -67,20 +67,9 @@ class Voters:
 
     def describe(self) -> dict[str, Any]:
         """What the model card and the rollout files say about the voters."""
-        return {
-            "reward_sources": self.sources.names,
-            "preference_funcs": list(self.oracles),
-            "without_vote": [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0],
-        }
-
-    def score(self, prompts: list, completions: list, columns: dict[str, list], **more: Any) -> torch.Tensor:
-        """Score this process's completions. Returns all processes' scores, `(completions, sources)`."""
-        if not len(self.sources):
-            return torch.zeros(len(completions) * self.accelerator.num_processes, 0, device=self.accelerator.device)
-        scores = self.sources.score(prompts, completions, columns, **more).to(self.accelerator.device)
-        scores = self.accelerator.gather(scores)
-        self.sources.warn(scores)
-        return scores
+        without_vote = [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0]
+        oracles = list(self.oracles)
+        return {"reward_sources": self.sources.names, "preference_funcs": oracles, "without_vote": without_vote}
 
     def compare(
         self,
@@ -116,7 +105,7 @@ class Voters:
                 logger.warning(
                     f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
                     f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
-                    f"preferences/{name}/lost continues to count them."
+                    f"preferences/{name}/lost counts them."
                 )
             found[name] = answers
         return found, metrics
@@ -124,36 +113,33 @@ class Voters:
     def check_silence(self, scores: torch.Tensor, answers: dict[str, Answers], group_size: int) -> None:
         """Raise `RunError` if a voter has given no score or answer for too many prompts."""
         voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
-        if len(self.sources) and not self.oracles:
-            scored = ~scores[:, voting].isnan()
-            prompts = scored.any(dim=1).view(-1, group_size).any(dim=1)
+        if self.sources.names and not self.oracles:
+            prompts = (~scores[:, voting].isnan()).any(dim=1).view(-1, group_size).any(dim=1)
             is_model = any(isinstance(self.sources.sources[i], (nn.Module, Endpoint)) for i in voting)
             num_silent = self.silent_prompts("reward sources", prompts, may_pass=not is_model)
             if num_silent:
                 names = ", ".join(repr(self.sources.names[i]) for i in voting)
                 raise RunError(
                     f"reward source {names} gave no finite score (None, NaN or infinite) for any completion of the "
-                    f"last {num_silent} prompts: there is nothing to compare. It must return one number for each "
-                    "completion, None only where it has none."
+                    f"last {num_silent} prompts. It must return one number for each completion that it can score."
                 )
         alone = sum(weight > 0 for weight in self.weights) == 1
         for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
-            known = (~answers[name].matrix.isnan()).flatten(1).any(dim=1)
-            asked = (~answers[name].same).flatten(1).any(dim=1)  # not about groups of identical completions
-            may_pass = answers[name].problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
+            said = answers[name]
+            known = (~said.matrix.isnan()).flatten(1).any(dim=1)
+            asked = (~said.same).flatten(1).any(dim=1)  # not about groups of identical completions
+            may_pass = said.problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
             num_silent = self.silent_prompts(name, known[asked], may_pass, alone) if weight > 0 else 0
             if num_silent:
                 raise RunError(
                     f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
-                    f"prompts: {answers[name].problem}. It must return one probability in [0, 1] for each comparison "
-                    "(None where it cannot say)."
+                    f"prompts: {said.problem}. It must return one probability in [0, 1] for each."
                 )
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
         The number of prompts in a row without a score or answer of a voter if it is too large, else 0. A voter that
-        may pass has as long as its kind of prompts may take to come, by their share so far; any other three rollouts,
-        and none at the start.
+        may pass has as long as its kind of prompts may take to come; any other three rollouts, and none at the start.
         """
         seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
         if scored.any() or len(scored) == 0:
@@ -184,7 +170,7 @@ class Voters:
 def preferences_of_sources(
     scores: torch.Tensor, weights: Sequence[float], ended: torch.Tensor, args: SPPOConfig
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """The votes of the reward sources: preference matrices of shape `(groups, K, K)`, and their weights."""
+    """The votes of the reward sources, as in `Voters.panel`."""
     weights = list(weights)
     if args.reward_aggregation == "sum" and len(scores) > 0:
         watching = [k for k, weight in enumerate(weights) if weight == 0]  # logged and compared, without a vote

@@ -24,7 +24,7 @@ from ..checks.readers import policy_reader, reward_readers
 from ..checks.sources import check_columns, check_datasets, check_judges, check_sources, named_datasets
 from ..config import SPPOConfig
 from ..models.adapters import adopt_options, base_of, check_policy, is_adapter, not_found, tokenizer_of
-from ..oracles.reward_models import check_config, check_reward_quantization, check_reward_weights, check_tokenizer
+from ..oracles.reward_models import check_reward_model, check_reward_quantization
 from ..rollouts.given import is_judged, load_rollouts, prompts_of
 from ..runs.checkpoints import check_resume, form_of
 from ..trust import is_url
@@ -168,9 +168,7 @@ def _look_at_models(plan: Plan) -> None:
             config, tokenizer = _files(plan, "reward model", model, trusted)
             size = None
             if config is not None:
-                check_config(model, trusted)
-                check_reward_weights(model, trusted)
-                check_tokenizer(model, tokenizer, bool(plan.conversational))
+                check_reward_model(model, tokenizer, bool(plan.conversational), trusted)
                 readers += reward_readers(args, [model], [tokenizer], num_judges=are_judges)
                 size = _size(plan, model, config, None, True)
             rewards.append(size)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from ..rows import ROW
 from .targets import RolloutTargets
@@ -35,15 +36,14 @@ class Rollout:
         """Rows of the dataset, with what a `rollout_func` has returned besides the completions, as in TRL."""
         rows = [{name: value for name, value in row.items() if name != ROW} for row in self.inputs]
         for name, value in extra_fields.items():
-            for i, row in enumerate(rows):
-                if not isinstance(value, list) or i < len(value):
-                    row[name] = value[i] if isinstance(value, list) else value
+            for row, each in zip(rows, value if isinstance(value, list) else [value] * len(rows), strict=False):
+                row[name] = each
         return rows
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        Per completion, of shape `(N, 3)`: the tokens that the policy sampled, whether it ends with one of `ends`, and
-        a number that is equal for equal completions. A completion without tokens is stored as one token `pad`.
+        Per completion, of shape `(N, 3)`: the number of tokens that the policy sampled, whether it ends, and a number
+        that is equal for equal completions. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None
@@ -52,12 +52,10 @@ class Rollout:
             for ids, row in zip(self.completion_ids, mask, strict=True)
         ])  # fmt: skip
 
-    def rows_with_logps(self, num_rows: int) -> torch.Tensor:
+    def rows_with_logps(self) -> torch.Tensor | slice:
         """Of this process's rows, those that need log-probabilities under the policy that sampled them."""
         assert self.targets is not None
-        if self.only_sampled:
-            return torch.arange(num_rows, device=self.targets.rows.device)
-        return self.targets.rows[: self.targets.num_logps]
+        return slice(None) if self.only_sampled else self.targets.rows[: self.targets.num_logps]
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
@@ -75,10 +73,7 @@ def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with all its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    return send_to_device(batch, device, non_blocking=device.type == "cuda")
 
 
 def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

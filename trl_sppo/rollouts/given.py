@@ -1,17 +1,14 @@
 """Given rollouts: stored groups to train on."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
-import torch
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from ..rows import ROW, to_tensor
+from ..rows import ROW
 from .files import COLUMNS
 
 
@@ -32,11 +29,7 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
         num_generations (`int`):
             K.
 
-    Returns:
-        [`~datasets.Dataset`].
-
-    Raises:
-        `ValueError`: if there is nothing, or not what is needed.
+    Raises `ValueError` if there is nothing, or not what is needed.
     """
     try:
         if os.path.isfile(path):
@@ -44,36 +37,27 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             loaded = datasets.load_dataset(kind, data_files=path)
         else:
             loaded = datasets.load_dataset(path)
-    except (
-        OSError,
-        ValueError,
-        IndexError,
-        DatasetGenerationError,
-        DatasetNotFoundError,
-    ) as error:
+    except (OSError, ValueError, IndexError, DatasetGenerationError) as error:
         raise ValueError(
-            f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. Give the folder `rollouts` of a "
-            f"run's output_dir. ({error})"
+            f"rollouts={path!r} is neither a folder nor a file that `datasets` reads. ({error})"
         ) from error
     dataset = datasets.concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
-    missing = [name for name in ("prompt", "completions") if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"rollouts={path!r} have no column {' and no '.join(map(repr, missing))}, but {dataset.column_names}. One "
-            "row is a 'prompt' with its 'completions'."
-        )
-    dataset = _judged_rows(dataset, path)
+    if not {"prompt", "completions"} <= set(dataset.column_names):
+        raise ValueError(f"rollouts={path!r} must have columns 'prompt' and 'completions': {dataset.column_names}.")
+    unscored = dataset.data.column("preferences").null_count if _some(dataset, "preferences") else 0
+    if unscored:  # yet, when their run ended
+        logger.warning(f"rollouts={path!r}: {unscored} rows without preferences are left out.")
+        dataset = dataset.filter(lambda preferences: preferences is not None, input_columns="preferences")
     if _some(dataset, "tool_mask"):
         raise ValueError(
-            f"rollouts={path!r} have tokens of tools in their completions (column 'tool_mask'), which a training "
-            "without these tools would take for the policy's. Train where they are sampled."
+            f"rollouts={path!r} have tokens of tools in their completions (column 'tool_mask'), which would be taken "
+            "for the policy's. Train where they are sampled."
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completions"])):
         found = None if row["completions"] is None else len(row["completions"])
         if row["prompt"] is None or found != num_generations:
             raise ValueError(
-                f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}. Set "
-                "num_generations to the size of the groups, which must be the same in all rows."
+                f"row {i} of rollouts={path!r} has {found} completions, but num_generations is {num_generations}."
             )
     return dataset
 
@@ -81,15 +65,6 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
 def _some(dataset: Dataset, name: str) -> bool:
     """Whether a column is there with something in it."""
     return name in dataset.column_names and dataset.data.column(name).null_count < len(dataset)
-
-
-def _judged_rows(dataset: Dataset, path: str) -> Dataset:
-    """The rows without those that a run had sampled and not yet scored when it ended, if others are scored."""
-    if not _some(dataset, "preferences") or dataset.data.column("preferences").null_count == 0:
-        return dataset
-    judged = dataset.filter(lambda preferences: preferences is not None, input_columns="preferences")
-    logger.warning(f"rollouts={path!r}: {len(dataset) - len(judged)} rows without preferences are left out.")
-    return judged
 
 
 def is_judged(dataset: Dataset) -> bool:
@@ -101,24 +76,3 @@ def prompts_of(rollouts: Dataset) -> Dataset:
     """The prompts of rollouts, and where each stands: TRL copies rows many times, so it gets no more."""
     light = [name for name in rollouts.column_names if name not in COLUMNS]
     return rollouts.select_columns(light).add_column(ROW, list(range(len(rollouts))))
-
-
-def stored_panel(groups: Sequence[dict[str, Any]], size: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """
-    The preferences of stored groups: matrices of shape `(groups, K, K)`, one or none; or else their scores, of shape
-    `(sources, groups, K)`. Raises `ValueError` if they have another shape.
-    """
-    if groups[0].get("preferences") is not None:
-        preferences = to_tensor([group["preferences"] for group in groups])
-        if preferences.shape[1:] != (size, size):
-            raise ValueError(
-                f"the preferences in the rollouts have shape {tuple(preferences.shape[1:])} per group, but groups "
-                f"have {size} completions: they must be {size} x {size}, [i][j] for P(i beats j)."
-            )
-        return [preferences], None
-    scores = [group["scores"] for group in groups]
-    sources = list(scores[0]) if isinstance(scores[0], dict) else [None]
-    table = to_tensor([[row if name is None else row[name] for row in scores] for name in sources])
-    if table.shape[2:] != (size,):
-        raise ValueError(f"the scores in the rollouts must be {size} per group and source, got {table.size(2)}.")
-    return [], table

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -15,7 +16,6 @@ from ..oracles.asking import Answers
 from ..oracles.voters import preferences_of_sources
 from ..rows import IMAGES, ROW, same_prompts, to_lists, to_tensor, without_nulls
 from .files import COLUMNS, RolloutFiles, installed_versions
-from .given import stored_panel
 from .targets import RolloutTargets
 
 
@@ -32,9 +32,8 @@ NEUTRAL = (
 class RolloutRecorder:
     """
     Writes the rollouts of a training as they are made, finds them again when the run is resumed, or returns those of
-    `args.rollouts` (`given`).
-
-    For each iteration the trainer calls, on all processes: `begin`, `completion_ids`, `sampled`, `scored`, `finish`.
+    `args.rollouts` (`given`). For each iteration the trainer calls, on all processes: `begin`, `completion_ids`,
+    `sampled`, `scored`, `finish`.
     """
 
     def __init__(self, trainer: Any, given: Dataset | None):
@@ -65,10 +64,8 @@ class RolloutRecorder:
         if self.given:
             # All of the preferences, but only this process's completions
             rows = gather_object([row[ROW] for row in self._first_of_groups(inputs)])
-            columns = [name for name in ("preferences", "scores") if name in self.rollouts.column_names]
-            self.groups = [{} for _ in rows]
-            if columns:
-                self.groups = self.rollouts.select_columns(columns).select(rows).to_list()
+            columns = {"prompt", "preferences", "scores"} & set(self.rollouts.column_names)
+            self.groups = self.rollouts.select_columns(list(columns)).select(rows).to_list()
             start = self.accelerator.process_index * len(inputs)
             mine = range(start // group_size, (start + len(inputs) - 1) // group_size + 1)
             self._mine = dict(zip(mine, self.rollouts.select([rows[g] for g in mine]).to_list(), strict=True))
@@ -153,9 +150,8 @@ class RolloutRecorder:
             )["input_ids"]  # fmt: skip
             if whole[: len(prompt_ids)] != prompt_ids:
                 raise ValueError(
-                    "the policy's chat template does not render a conversation as its prompt and then the completion, "
-                    f"so the completions of rollouts={self.args.rollouts!r} cannot be told from their prompts. Add a "
-                    "column 'completion_ids' with their tokens."
+                    f"the policy's chat template does not render the completions of rollouts={self.args.rollouts!r} "
+                    "after their prompts. Add a column 'completion_ids' with their tokens."
                 )
             ids = whole[len(prompt_ids) :]
         ends = [i for i, token in enumerate(ids) if token in trainer.eos_token_ids]
@@ -176,13 +172,6 @@ class RolloutRecorder:
         if self._recalled or not self._writes:
             return
         trainer, inputs = self.trainer, self._inputs
-        taken = sorted(inputs[0].keys() & COLUMNS.keys())
-        if taken and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                f"the dataset's columns {taken} are left out of the files of rollouts, which have columns of their "
-                "own with these names."
-            )
         columns = [name for name in inputs[0] if name not in (*COLUMNS, *IMAGES)]
         if trainer.tools or trainer.environment_factories:  # messages of many shapes
             completions = [json.dumps(completion, default=str) for completion in completions]
@@ -244,20 +233,23 @@ class RolloutRecorder:
             self.files.write_scored(self._iteration, self.groups)
 
     def given_votes(self, ended: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
-        """
-        Preference matrices of shape `(groups, K, K)` that given rollouts bring, and their weights. `ended`, of shape
-        `(groups, K)`, says whether a completion ends with an EOS token.
-        """
-        panel, scores = stored_panel(self.groups, ended.size(1))
-        if scores is not None:
-            return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
-        return [preferences.to(ended.device) for preferences in panel], [1.0] * len(panel)
+        """The votes that given rollouts bring, as `Voters.panel` returns them."""
+        size, first = ended.size(1), self.groups[0]
+        if first.get("preferences") is not None:
+            preferences = to_tensor([group["preferences"] for group in self.groups])
+            if preferences.shape[1:] != (size, size):
+                found = tuple(preferences.shape[1:])
+                raise ValueError(f"the preferences in the rollouts must be {size} x {size} per group, got {found}.")
+            return [preferences.to(ended.device)], [1.0]
+        names = list(first["scores"]) if isinstance(first["scores"], dict) else [None]
+        rows = [group["scores"] for group in self.groups]
+        scores = to_tensor([[row if name is None else row[name] for row in rows] for name in names])
+        if scores.shape[2:] != (size,):
+            raise ValueError(f"the scores in the rollouts must be {size} per group and source, got {scores.size(2)}.")
+        return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
 
     def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
-        """
-        Write log-probabilities down, or put given ones into TRL's batch of this process's completions. `kept`, of
-        shape `(N,)`, says which of them are trained on.
-        """
+        """Write log-probabilities down, or put given ones into TRL's batch. `kept`, `(N,)`: those trained on."""
         if self.given:
             self._put_logps(batch, kept.tolist())
         elif self._writes:
@@ -280,7 +272,7 @@ class RolloutRecorder:
         if any(row is not None and len(row) != length for row, length in zip(rows, self._lengths, strict=True)):
             raise ValueError(
                 f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than those of their "
-                "completions: they need one for each of 'completion_ids'. Correct them, or remove the column 'logps'."
+                "completions. Correct the column 'logps', or remove it."
             )
         missing = sum(row is None for row, is_kept in zip(rows, kept, strict=True) if is_kept)
         if self.trainer.agree(missing) == 0:
@@ -294,9 +286,8 @@ class RolloutRecorder:
             self._has_warned = True
             logger.warning(
                 f"rollouts={self.args.rollouts!r} lack log-probabilities of some completions that are trained on, so "
-                "the policy at hand is taken for the one that sampled them. That is right if it has: for its first "
-                "iteration. Let one iteration be the whole file (steps_per_generation), or make them with `trl-sppo "
-                "rollout`, which writes all. This is said once."
+                "the policy at hand is taken for the one that sampled them. That is right for its first iteration: "
+                "let it be the whole file (steps_per_generation), or use `trl-sppo rollout`. Said once."
             )
         if not self.trainer.agree(int(None in weights)):
             batch["importance_sampling_ratio"] = torch.tensor(weights).unsqueeze(1).to(ids.device)
@@ -311,3 +302,32 @@ class RolloutRecorder:
         if self.accelerator.is_main_process and self._on_disk != self.groups[0].keys():
             self.files.write(self._iteration, self.groups, getattr(self.trainer.train_dataset, "features", None))
             self._on_disk = set(self.groups[0])
+
+
+def make_rollouts(trainer: Any) -> str:
+    """Sample and score an [`SPPOTrainer`]'s prompts. Returns the folder. Raises `ValueError` if that cannot be."""
+    args, recorder = trainer.args, trainer._recorder
+    if trainer._is_sharded:
+        raise ValueError("rollouts are sampled with whole models. Launch without FSDP or DeepSpeed, which shard them.")
+    if not recorder.recalls:
+        options = "save_rollouts=False, save_strategy='no', rollouts=..., tools, environments or a rollout_func"
+        raise ValueError(f"rollouts are to be written, but {options} rule that out. Remove that option.")
+    period = trainer._micro_steps_per_iteration
+    batches = trainer.get_train_dataloader()
+    total = len(batches) // period if isinstance(trainer.train_dataset, Dataset) else None
+    if args.max_steps > 0:
+        total = -(-args.max_steps * args.gradient_accumulation_steps // period)
+    quiet = bool(args.disable_tqdm) or not trainer.is_world_process_zero()
+    trainer.model.train()
+    with tqdm(total=total, desc="generation batches", disable=quiet) as progress:
+        for iteration, inputs in enumerate(trainer.generation_batches(batches)):
+            if iteration == total:
+                break
+            trainer._interruption.check_time()
+            recorder.begin(iteration, inputs, trainer.num_generations, resumed=True)
+            if recorder.is_complete:
+                recorder.skip()
+            else:
+                trainer._generate_and_score_completions(inputs, iteration, only_sample=True)
+            progress.update()
+    return str(recorder.files.folder)

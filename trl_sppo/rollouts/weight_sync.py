@@ -14,10 +14,7 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def prepare_weight_sync(generation: VLLMGeneration) -> None:
-    """
-    Make the weight syncs of TRL's vLLM backend leave a LoRA policy's base weights as they were, and work on a CPU.
-    Only this instance is changed; without LoRA, on a GPU, it stays TRL's own.
-    """
+    """Make weight syncs to vLLM leave a LoRA policy's base weights as they were, and work on a CPU."""
     instance: Any = generation
     # Under FSDP this is refused. ZeRO-3 gathers into copies anyway
     if is_peft_model(generation.model) and not generation._dist.is_fsdp:
