@@ -162,6 +162,26 @@ def test_sections_of_other_frameworks(workdir, capsys, section):
     assert f"no option '{section}.n'. A recipe here is one flat" in message(capsys, workdir(**{f"{section}.n": 5}))
 
 
+def test_a_recipe_in_verls_form_is_translated(workdir, capsys):
+    sections = {
+        "algorithm": {"name": "sppo", "group_size": 8, "beta": 0.1, "win_rate_threshold": 0.6},
+        "actor": {"model_name": "Qwen/Qwen2.5-7B-Instruct", "learning_rate": 5e-7},
+        "rollout": {"engine": "vllm", "temperature": 0.8, "max_new_tokens": 1024},
+        "reward": {"type": "reward_model", "model_name": "/path/to/reward-model"},
+    }
+    lines = message(capsys, workdir(**sections)).splitlines()
+    assert len(lines) == 4
+    assert lines[0].endswith(
+        "by their names here. Here algorithm.name is left out, algorithm.group_size is num_generations, "
+        "algorithm.beta is eta (1 / beta), algorithm.win_rate_threshold is win_rate_threshold."
+    )
+    for line, (section, options) in zip(lines, sections.items(), strict=True):
+        for name in options:
+            assert re.search(rf"\b{section}\.{name} is \w+", line), line
+    nested = message(capsys, workdir(actor_rollout_ref={"actor": {"optim": {"lr": 1e-6}, "clip_ratio": 0.2}}))
+    assert nested.strip().endswith("Here actor_rollout_ref.actor.optim.lr is learning_rate.")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "nearest"),
     [
@@ -234,7 +254,9 @@ def test_the_quickstart_looks_at_its_options_before_it_prepares_anything(tmp_pat
     run = lambda argv: cli.main(["quickstart", *argv])  # noqa: E731
     assert "Did you mean learning_rate?" in message(capsys, ["--learning_rte", "1"], run)
     assert "eta must be positive" in message(capsys, ["--eta", "-1"], run)
-    assert "the quickstart shows the results of its evaluations" in message(capsys, ["--save_rollouts", "false"], run)
+    assert "the quickstart shows its evaluations, which save_rollouts=False" in message(
+        capsys, ["--save_rollouts", "false"], run
+    )
     with pytest.raises(SystemExit) as exit:
         run(["--help"])
     assert exit.value.code == 0 and "--win_rate_threshold" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from trl import GRPOTrainer, ModelConfig
 
 import trl_sppo
 from trl_sppo import judges, train
-from trl_sppo.arguments.launching import INSTEAD, launch_arguments
+from trl_sppo.arguments.launching import INSTEAD, VERL, launch_arguments
 from trl_sppo.arguments.options import check_arguments, make_parser
 from trl_sppo.commands import check
 from trl_sppo.commands.evaluate import EvalArguments
@@ -230,3 +230,12 @@ def test_what_the_migration_page_says_of_grpo(tmp_path):
             if name != "1e":
                 told, written = (set(re.findall(r"[a-z]\w{3,}", text.lower())) for text in (INSTEAD[name], here))
                 assert told & written, name
+
+
+def test_verls_options_are_translated_as_the_page_says():
+    page = (ROOT / "docs/migrating.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_]+\..*?) \| (.*?) \|$", page.partition("## From verl")[2], re.MULTILINE)
+    said = {name: here for theirs, here in rows for name in re.findall(r"`([\w.]+)(?:: [\w.]+)?`", theirs)}
+    assert set(VERL) == set(said) - {"data.train_batch_size"}
+    for name, ours in VERL.items():
+        assert ours.split(" ")[0].rstrip(":") in said[name], name

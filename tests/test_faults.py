@@ -106,7 +106,7 @@ async def raising_later(completions, **kwargs):
         (
             raising,
             "reward source 'count_abc' failed: ValueError: it has no idea. It must return one number, or None, for "
-            "each completion. Each is a list of messages here, and the columns are []. What was sampled",
+            "each completion. Each is a list of messages here, and the columns are []. A resumed run scores",
         ),
         (
             lambda completions, **kwargs: [1.0],
@@ -371,6 +371,14 @@ def test_completions_without_tokens(make_trainer, monkeypatch):
     log = trainer.state.log_history[0]
     assert log["win_rate/kept"] == 0.5 and log["win_rate/spread"] > 0.3
     assert batches[0]["completion_ids"][batches[0]["kept"]].tolist() == [[3, 4, 1]] * 4
+
+
+def test_a_rollout_func_that_gives_no_tokens(fixed):
+    def rollout(prompts, trainer):
+        return {"prompt_ids": [[3]] * len(prompts), "completion_ids": [[]] * len(prompts), "logprobs": None}
+
+    with pytest.raises(RunError, match=r"rollout_func gave a completion without tokens. Give at least the EOS token"):
+        fixed(trainer_kwargs={"rollout_func": rollout}).train()
 
 
 # ---- Prompts

@@ -153,9 +153,9 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapte
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (None, "adapter 'adapter' does not say which model it belongs to. Write the model's folder or id as "
-         "base_model_name_or_path into its adapter_config.json"),
-        ("", "does not say which model it belongs to"),
+        (None, "adapter 'adapter' does not name the model it belongs to. Write base_model_name_or_path into its "
+         "adapter_config.json"),
+        ("", "does not name the model it belongs to"),
         ("models/policy", "the base model 'models/policy' of adapter 'adapter' is neither"),
         ("models/gone/policy", "relative to the current directory, or base_model_name_or_path in adapter_config.json"),
         ("../policy", "the base model '../policy' of adapter 'adapter' is neither"),

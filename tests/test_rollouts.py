@@ -1,9 +1,10 @@
 """The verdict on a rollout: which rows each process carries on with. And where they live until they are used."""
 
 import torch
+from accelerate.utils import send_to_device
 
 from trl_sppo import SPPOConfig, preferences_from_scores
-from trl_sppo.rollouts.batch import pin, take_rows, to_device, trim_completions
+from trl_sppo.rollouts.batch import pin, take_rows, trim_completions
 from trl_sppo.rollouts.targets import RolloutTargets
 
 
@@ -69,13 +70,14 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
     """16 completions in 4 slices of which half is trained on: in CPU memory at once, on the device two at a time."""
     moves = []
 
-    def record(batch, device):
-        moves.append((len(batch["completion_ids"]), str(device)))
-        return to_device(batch, device)
+    def record(batch, device, **kwargs):
+        if isinstance(batch, dict):  # which calls itself for each of its tensors
+            moves.append((len(batch["completion_ids"]), str(device)))
+        return send_to_device(batch, device, **kwargs)
 
     taken = []
     for module in ("trainer", "rollouts.batch"):
-        monkeypatch.setattr(f"trl_sppo.{module}.to_device", record)
+        monkeypatch.setattr(f"trl_sppo.{module}.send_to_device", record)
         monkeypatch.setattr(f"trl_sppo.{module}.take_rows", lambda *args: taken.append(len(moves)) or take_rows(*args))
     trainer = fixed(
         per_device_train_batch_size=4, steps_per_generation=4, train_on="best_and_worst", max_steps=4, num_iterations=1

@@ -186,6 +186,8 @@ class SPPOTrainer(ResumableTrainer):
             check,
         )
         self._rollout: Rollout | None = None  # while it is being made
+        if (rollout_func := kwargs.get("rollout_func")) is not None:
+            kwargs["rollout_func"] = lambda prompts, trainer: _checked(rollout_func(prompts, trainer))
         # TRL insists on a reward source, also where all votes are those of oracles or of stored rollouts
         without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
         if without_source:
@@ -409,7 +411,7 @@ class SPPOTrainer(ResumableTrainer):
         for name, column in zip(sources.names, scores.T, strict=True):
             if not column.isnan().all():
                 self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
-        return dict(zip(sources.names, scores.T.reshape(len(sources.names), -1, rollout.group_size), strict=True))
+        return {name: scores[:, i].reshape(-1, rollout.group_size) for i, name in enumerate(sources.names)}
 
     def _ask_oracles(self, rollout: Rollout, rows: list[dict[str, Any]], known: Any):
         if not self.voters.oracles:
@@ -535,6 +537,13 @@ class SPPOTrainer(ResumableTrainer):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         cast(dict, output.metrics).update(self._opponents.finish())
         return output
+
+
+def _checked(output: dict[str, Any]) -> dict[str, Any]:
+    """What a `rollout_func` gave, if TRL can read it."""
+    if not all(output.get("completion_ids", ())):
+        raise RunError("rollout_func gave a completion without tokens. Give at least the EOS token.")
+    return output
 
 
 def _as_list(value) -> list:

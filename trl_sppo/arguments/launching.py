@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -45,6 +46,31 @@ INSTEAD = {
     "judge": "Write preference_funcs, with the import path of a judge (docs/judges.md).",
     "pref_beta": "Write eta, which is 1 / beta.",
 }
+# Options of verl, in its sections
+VERL = {
+    **dict.fromkeys(("algorithm.group_size", "actor_rollout_ref.rollout.n"), "num_generations"),
+    "algorithm.beta": "eta (1 / beta)",
+    "algorithm.sppo_eta": "eta",
+    "algorithm.win_rate_threshold": "win_rate_threshold",
+    **dict.fromkeys(("actor.model_name", "actor_rollout_ref.model.path"), "model_name_or_path"),
+    **dict.fromkeys(("actor.learning_rate", "actor_rollout_ref.actor.optim.lr"), "learning_rate"),
+    **dict.fromkeys(("rollout.engine", "actor_rollout_ref.rollout.name"), "use_vllm: true"),
+    **dict.fromkeys(("rollout.temperature", "actor_rollout_ref.rollout.temperature"), "temperature"),
+    **dict.fromkeys(("rollout.max_new_tokens", "data.max_response_length"), "max_completion_length"),
+    **dict.fromkeys(("reward.model_name", "reward_model.model.path"), "reward_model_name_or_path"),
+    **dict.fromkeys(("algorithm.name", "reward.type"), "left out"),
+    "custom_reward_function.path": "reward_funcs",
+    "data.train_files": "dataset_name",
+    "trainer.n_gpus_per_node": "num_processes",
+}
+
+
+def _translated(section: dict[str, Any], path: str) -> Iterator[str]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _translated(value, f"{path}.{name}")
+        elif f"{path}.{name}" in VERL:
+            yield f"{path}.{name} is {VERL[f'{path}.{name}']}"
 
 
 def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
@@ -55,6 +81,8 @@ def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
     nearest = get_close_matches(name, sorted(mappings if is_section else options), n=1, cutoff=0.8)
     if nearest:
         return f"Did you mean {nearest[0]}?"
+    if translated := ", ".join(_translated(value, name) if isinstance(value, dict) else ()):
+        return f"{_FLAT} Here {translated}."
     return _FLAT if is_section else "`trl-sppo train --help` lists all options."
 
 

@@ -42,7 +42,7 @@ def check_metric(metric: str | None, found: dict[str, float], judges: Sequence[s
     """Raise `RunError` if evaluations like this one, the first, which has no opponent yet, do not measure a metric."""
     sets = [name.removesuffix("_loss") for name in found if name.endswith("_loss")]
     opponents = [f"{each}_win_rate_vs_{label}" for each in sets for label in ("initial", "previous")]
-    rates = [f"{opponent}/{judge}" for opponent in opponents for judge in judges]
+    rates = [f"{opponent}/{judge}" for opponent in opponents for judge in (*judges, "opponent_mean_length")]
     name = f"eval_{str(metric).removeprefix('eval_')}"
     if metric is not None and name not in found and not name.startswith(tuple(rates)):
         known = ", ".join([*rates, *sorted(found)])

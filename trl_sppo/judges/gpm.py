@@ -144,7 +144,8 @@ def _load_general_preference_model(path: str, embedding_dim: int) -> Any:
     model, info = load(CustomRewardModel, path, config=config, ignore_mismatched_sizes=True)
     for key, saved, _ in info["mismatched_keys"]:
         problem = f"embedding_dim={embedding_dim} does not fit judge {path!r}, whose {key} has shape {tuple(saved)}"
-        raise ValueError(f"{problem}: set it to the first dimension of value_head.weight.")
+        fix = "set it to the first dimension of value_head.weight"
+        raise ValueError(f"{problem}: {fix if 'head.' in key else 'correct its config.json'}.")
     missing = set(info["missing_keys"])
     # b = 1 without a prompt head, but not with one of another form
     if "prompt_head.weight" in missing and not any(key.startswith("prompt_head.") for key in info["unexpected_keys"]):

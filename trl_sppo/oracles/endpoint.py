@@ -45,6 +45,8 @@ class Endpoint:
         if max_retries < 0:
             raise ValueError(f"max_retries must not be negative, got {max_retries}. For one attempt, set it to 0.")
         check_url(self._url_option, base_url, "Pass a key as `api_key`.")
+        if api_key is not None and not api_key.isascii():
+            raise ValueError("api_key must be ASCII, like the header that carries it. Check that it is a key.")
         if not is_url(base_url):
             raise ValueError(f"{self._url_option} must be an http(s) URL, got {base_url!r}.")
         self.base_url = base_url

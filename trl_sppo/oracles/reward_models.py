@@ -159,6 +159,7 @@ def check_reward_model(source: str | nn.Module, tokenizer: Any, conversational: 
     with own_code_is_refused(*_own_code(name)):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_of(name), trust_remote_code=trusted)
+    name = name or type(source).__name__
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"the tokenizer of reward model {name!r} has no padding token. Set `tokenizer.pad_token` to a token that "

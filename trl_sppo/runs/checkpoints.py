@@ -145,6 +145,8 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         problem = "was saved with save_only_model=True, without the optimizer"
     elif manifest.get("format") != FORMAT:
         problem = "was written by another version of trl_sppo, with its rollouts and counters in another form"
+    elif args.sync_ref_model and (form or {}).get("sharding"):
+        problem = "does not hold the reference model, which sync_ref_model=True has changed and which is sharded"
     else:
         changed = differences(manifest["layout"], layout_of(args)) + differences(manifest.get("form", {}), form or {})
         if not changed:
@@ -166,6 +168,8 @@ def check_resume(args: Any, form: dict[str, Any] | None = None) -> None:
 def how_to_go_on(output_dir: str) -> str:
     """How to continue a run that has ended."""
     checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is not None and not read_manifest(checkpoint)["can_be_resumed"]:
+        return f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with it."
     place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
     return (
         f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
