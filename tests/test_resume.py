@@ -23,7 +23,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from trl_sppo.runs.checkpoints import differences, find_checkpoint, fingerprint, last_whole_checkpoint, read_manifest
+from trl_sppo.runs.checkpoints import (
+    check_fits,
+    differences,
+    find_checkpoint,
+    fingerprint,
+    last_whole_checkpoint,
+    read_manifest,
+)
 
 
 def lora() -> LoraConfig:
@@ -117,6 +124,10 @@ def test_with_several_passes_a_moving_reference_oracles_and_evaluations(start, t
     assert_same(resumed, whole)
     for a, b in zip(resumed.ref_model.parameters(), whole.ref_model.parameters(), strict=True):
         assert torch.equal(a, b)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-5")
+    check_fits(checkpoint, whole.args, whole._form)
+    with pytest.raises(ValueError, match="does not hold the reference model, which sync_ref_model=True has changed"):
+        check_fits(checkpoint, whole.args, {**whole._form, "sharding": "fsdp"})
 
 
 def test_qlora(start, tmp_path):

@@ -47,7 +47,9 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
     unscored = dataset.data.column("preferences").null_count if _some(dataset, "preferences") else 0
     if unscored:  # yet, when their run ended
         logger.warning(f"rollouts={path!r}: {unscored} rows without preferences are left out.")
-        dataset = dataset.filter(lambda preferences: preferences is not None, input_columns="preferences").flatten_indices()
+        dataset = dataset.filter(
+            lambda preferences: preferences is not None, input_columns="preferences"
+        ).flatten_indices()
     if _some(dataset, "tool_mask"):
         raise ValueError(
             f"rollouts={path!r} have tokens of tools in their completions (column 'tool_mask'), which would be taken "

@@ -169,7 +169,9 @@ def how_to_go_on(output_dir: str) -> str:
     """How to continue a run that has ended."""
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is not None and not read_manifest(checkpoint)["can_be_resumed"]:
-        return f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with it."
+        return (
+            f"The last checkpoint is {checkpoint}, of the model alone (save_only_model): a new run can begin with it."
+        )
     place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
     return (
         f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
