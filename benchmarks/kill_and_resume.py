@@ -3,10 +3,11 @@ Kills runs with SIGKILL at random points, resumes them, and counts how many end 
 
     python benchmarks/kill_and_resume.py --points 50
 
-Half of the points lie anywhere in a run's time. The others are moments at which a file is opened for writing: those in
-which a checkpoint, or the rollouts of an iteration, are being written. A killed run is resumed by the same command
-with `resume_from_checkpoint=True`; every third is killed a second time before that. The policy is tiny and random, of
-float32 on a CPU; sampled by transformers; scored by a reward function and a pairwise oracle.
+About half of the points lie anywhere in a run's time. The others are moments at which a file is opened for writing:
+those in which a checkpoint, or the rollouts of an iteration, are being written; one in six is the manifest, which a
+checkpoint gets last. A killed run is resumed by the same command with `resume_from_checkpoint=True`; every third is
+killed a second time before that. The policy is tiny and random, of float32 on a CPU; sampled by transformers; scored
+by a reward function and a pairwise oracle.
 """
 
 import argparse
@@ -122,17 +123,17 @@ def train(case: tuple[str, float, int], policy: Path, folder: Path, resume: bool
     trainer.save_state()
 
 
-def launch(case, policy: Path, folder: Path, resume: bool, kill_at: float | None = None) -> list[int]:
+def launch(case, policy: Path, folder: Path, resume: bool, kill_at: float | str | None = None) -> list[int]:
     """
     Start the processes of a run, by forks of this one, and return their ids. One of them kills itself when it has
-    opened the share `kill_at` of the files that it opens in a whole run.
+    opened the share `kill_at` of the files that it opens in a whole run, or a file with that in its path.
     """
     world = case[2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    victim = random.randrange(world)
+    victim = 0 if isinstance(kill_at, str) else random.randrange(world)  # the first process writes the manifest
     children = []
     for rank in range(world):
         child = os.fork()
@@ -152,9 +153,9 @@ def launch(case, policy: Path, folder: Path, resume: bool, kill_at: float | None
                     MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
                 )  # fmt: skip
             whole = folder.parent.parent / "whole" / name(case) / f"opened{rank}.txt"
-            number = None
-            if kill_at is not None and rank == victim:
-                number = 1 + int(kill_at * int(whole.read_text()))
+            number = kill_at if rank == victim else None
+            if isinstance(number, float):
+                number = 1 + int(number * int(whole.read_text()))
             opened = _watch_files(number)
             train(case, policy, folder, resume)
             (folder / f"opened{rank}.txt").write_text(str(opened[0]))
@@ -169,14 +170,14 @@ def launch(case, policy: Path, folder: Path, resume: bool, kill_at: float | None
     return children
 
 
-def _watch_files(kill_at: int | None) -> list[int]:
-    """Count the files that this process opens for writing, and kill it at the given one."""
+def _watch_files(kill_at: int | str | float | None) -> list[int]:
+    """Count the files that this process opens for writing, and kill it at the given one, by number or path."""
     opened = [0]
 
     def watch(event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             opened[0] += 1
-            if opened[0] == kill_at:
+            if opened[0] == kill_at or (isinstance(kill_at, str) and kill_at in str(args[0])):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -254,7 +255,8 @@ def run(points: int, seed: int, work: Path) -> dict[str, Counter]:
         folder = work / "killed" / str(point)
         kills = 0
         for attempt in range(2 if point % 3 == 0 else 1):
-            at_file = random.random() if (point // len(CASES) + attempt) % 2 else None
+            at_file: float | str | None = random.random() if (point // len(CASES) + attempt) % 2 else None
+            at_file = "manifest.json" if point % 6 == 5 else at_file
             children = launch(case, work / "policy", folder, resume=attempt > 0, kill_at=at_file)
             kills += not wait(children, random.uniform(0.1, 1.0) * duration if at_file is None else None)
         if not kills:

@@ -362,7 +362,7 @@ def test_what_an_earlier_run_has_left_is_none_of_this_runs(folder, make_trainer,
     capsys.readouterr()
     assert run_here("ladder", "run") == 0
     assert "the checkpoints of steps [1], which" in capsys.readouterr().err  # and not 3, and there is no rung 4
-    assert "checkpoint-3 is left out: an earlier run has written it" in caplog.text
+    assert "checkpoint-3 is an earlier run's and is left out" in caplog.text
     assert max(row["step"] for row in read_history(folder / "run")) == 2
     (folder / "run" / "run_began.json").unlink()  # as if of another trainer, which marks nothing
     assert run_here("ladder", "run", *JUDGES) == 0
