@@ -69,10 +69,14 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """One process for the tests of one file, which are over before others would have started."""
+    """
+    One process for the tests of one file, which are over before others would have started. Otherwise one more than
+    there are cores, since some tests wait for processes and servers.
+    """
     if config.args_source == config.ArgsSource.ARGS and len({arg.split("::")[0] for arg in config.args}) == 1:
-        return 0 if config.args[0].split("::")[0].endswith(".py") else None
-    return None
+        if config.args[0].split("::")[0].endswith(".py"):
+            return 0
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_sessionfinish(session):
