@@ -11,7 +11,7 @@ import argparse
 
 from trl_sppo import train
 from trl_sppo.evaluation.ladder import stored_players
-from trl_sppo.evaluation.play import play_stored
+from trl_sppo.evaluation.play import play
 from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.run import FOLDER
 
@@ -52,7 +52,7 @@ def main():
                     argv = ["--config", str(recipe), *OPTIONS, *options, "--seed", str(seed)]
                     train.main([*argv, "--output_dir", str(run)])
                 players = stored_players(run)
-            rates = {judge: plain for judge, (plain, _) in play_stored(players[LAST_STEP], players[0]).items()}
+            rates = {judge: plain for judge, (plain, _) in play(players[LAST_STEP], players[0]).items()}
             results[name].append(rates)
             print(name, seed, {judge: str(rate) for judge, rate in rates.items()}, flush=True)
 

@@ -2,7 +2,6 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -10,6 +9,7 @@ from accelerate import PartialState
 from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import parse_flag_from_env
+from transformers.utils.generic import flatten_dict
 from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -36,11 +36,8 @@ INSTEAD = {
     "dataset_mixer": "Write dataset_name, or a mixture as datasets: [{path: ...}].",
     "dataset_splits": "Write dataset_train_split and dataset_test_split.",
     "dataset_prompt_column": "The column must be named prompt: rename it with `dataset.rename_column`.",
-    "preprocessing_num_workers": "Remove it: prompts are tokenized when they are sampled from, not before.",
-    "dataset_num_proc": "Remove it: prompts are tokenized when they are sampled from, not before.",
-    "max_prompt_length": (
-        "Remove it: prompts are never cut. Filter long ones; vllm_max_model_length bounds prompt and completion."
-    ),
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_num_proc"), "Remove it: prompts are tokenized on use."),
+    "max_prompt_length": "Remove it: prompts are never cut. Filter long ones, or set vllm_max_model_length.",
     **dict.fromkeys(("max_length", "max_new_tokens", "response_length"), "Write max_completion_length."),
     "reward_model_path": "Write reward_model_name_or_path.",
     "judge": "Write preference_funcs, with the import path of a judge (docs/judges.md).",
@@ -65,14 +62,6 @@ VERL = {
 }
 
 
-def _translated(section: dict[str, Any], path: str) -> Iterator[str]:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _translated(value, f"{path}.{name}")
-        elif f"{path}.{name}" in VERL:
-            yield f"{path}.{name} is {VERL[f'{path}.{name}']}"
-
-
 def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
     """What to write instead of an unknown option with this value. `mappings` are the options that take one."""
     if name in INSTEAD:
@@ -81,7 +70,8 @@ def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
     nearest = get_close_matches(name, sorted(mappings if is_section else options), n=1, cutoff=0.8)
     if nearest:
         return f"Did you mean {nearest[0]}?"
-    if translated := ", ".join(_translated(value, name) if isinstance(value, dict) else ()):
+    keys = flatten_dict(value, name) if isinstance(value, dict) else {}
+    if translated := ", ".join(f"{key} is {VERL[key]}" for key in keys if key in VERL):
         return f"{_FLAT} Here {translated}."
     return _FLAT if is_section else "`trl-sppo train --help` lists all options."
 

@@ -80,7 +80,8 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig, 
         else:
             splits = get_dataset(mixture_source(dataset_args))
     except (OSError, ValueError, LookupError, StopIteration, DatasetGenerationError) as error:
-        what, cause = f"dataset_name={name!r}" if name else "datasets", str(error.__cause__ or error)
+        what = f"dataset_name={name!r}" if name else "datasets"
+        cause = str(error.__cause__ if isinstance(error, DatasetGenerationError) else error)
         config = f" (dataset_config={script_args.dataset_config!r})" if script_args.dataset_config else ""
         raise ValueError(f"{what} cannot be loaded: {cause or 'a file is empty'}{config}") from error
     wanted = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluate else [])

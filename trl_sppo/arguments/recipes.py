@@ -112,7 +112,7 @@ def check_output_dir(path: str | None) -> None:
     try:
         with suppress(FileNotFoundError):
             folder.stat()  # raises other errors for a name that no file can have
-        folder = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+        folder = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
         writable = bool(path) and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
     except (OSError, ValueError):
         writable = False

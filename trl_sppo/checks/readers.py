@@ -121,6 +121,8 @@ class Reader:
                 raise Unreadable(i, f"has the token {self._outside(largest)}")
             if is_text:
                 continue
+            if self.is_policy and not self.reads_images and _has_images(prompt):
+                raise Unreadable(i, f"has an image, but {self.name} has a tokenizer for texts only. Leave it out.")
             if self.is_policy and prompt[-1]["role"] == "assistant":
                 problem = "ends with an assistant message, after which TRL would open another one."
                 raise Unreadable(i, f"{problem} Leave out the last message of such rows: `row['prompt'][:-1]`.")

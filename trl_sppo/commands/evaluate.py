@@ -11,9 +11,8 @@ from trl.data_utils import is_conversational
 
 from ..arguments.options import fail
 from ..arguments.recipes import check_output_dir
-from ..errors import RunError
 from ..evaluation.files import Groups, mean_length, prompts_of, row_of, write_groups
-from ..evaluation.play import aligned, play, play_stored, score_groups
+from ..evaluation.play import aligned, play, score_groups
 from ..evaluation.policies import check_policy, load_completions, read_prompts, run_of, sample
 from ..evaluation.statistics import WinRate
 from ..files import write_atomically
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(EvalArguments, "trl-sppo eval", argv)
         results = evaluate(args)
-    except (ValueError, ImportError, OSError, RunError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:  # RunError, memory
         fail(error)
     low = min(plain.low for plain, _ in results.values())
     if args.at_least is not None and low < args.at_least:
@@ -103,7 +102,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
                 score_groups(panel, players[side])
         unit = _unit_of_lengths(players)
         pair = players["model"], players["opponent"]
-        results = play_stored(*pair) if panel is None else play(*pair, panel)
+        results = play(*pair, panel)
         for side, groups in players.items():
             write_groups(folder / f"{side}.parquet", groups)
         if not results:

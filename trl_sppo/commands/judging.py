@@ -103,13 +103,13 @@ class JudgeArguments(Sampling):
         except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:  # a file may be empty
             raise ValueError(
                 f"{name} with dataset_test_split={self.dataset_test_split!r} cannot be loaded: "
-                f"{error.__cause__ or error or 'it is empty'}. Check the path, and name an existing split, such as "
-                "--dataset_test_split train."
+                f"{str(error.__cause__ or error) or 'it is empty'}. Check the path, and name an existing split, such "
+                "as --dataset_test_split train."
             ) from error
         if len(prompts) == 0 or "prompt" not in prompts.column_names:
             how = how_to_make_prompts(next(iter(prompts), {}))
             raise ValueError(f"{name} needs rows with a column 'prompt'. It has {prompts.column_names}. {how}")
-        if set(IMAGES) & set(prompts.column_names):
+        if set(IMAGES) & set(prompts.column_names) or "Image(" in str(prompts.features):
             raise ValueError(
                 f"{name} has images, and this command samples from text only. Evaluate during training "
                 "(eval_strategy), or pass files of completions."

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..oracles.panel import Panel
 from .files import EvaluationFiles, Groups
-from .play import play, play_stored, score_groups
+from .play import play, score_groups
 from .statistics import WinRate
 
 
@@ -22,7 +22,7 @@ def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, M
     ladders: dict[str, Matrix] = {}
     for a, b in combinations(sorted(players), 2):
         pair = players[b], players[a]
-        results = play_stored(*pair) if panel is None else play(*pair, panel)
+        results = play(*pair, panel)
         for judge, (rate, _) in results.items():
             matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
             matrix[str(b)][str(a)] = rate

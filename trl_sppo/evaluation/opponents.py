@@ -127,6 +127,8 @@ class Opponents(TrainerCallback):
         earlier = [each for each in steps if each < step]
         metrics: dict[str, float] = {}
         results: dict[int, dict[str, float]] = {}
+        if 0 not in earlier and step > 0 and trainer.is_in_train:
+            logger.warning_once("there are no win rates against the initial policy, which was not evaluated.")
         for label, opponent in (("initial", 0), ("previous", earlier[-1] if earlier else None)):
             if opponent in earlier:
                 if opponent not in results:

@@ -33,11 +33,6 @@ def score_groups(panel: Panel, groups: Groups) -> None:
         group["scores"] = dict(zip(panel.sources.names, to_lists(part.T), strict=True))
 
 
-def play_stored(groups: Groups, opponents: Groups) -> dict[str, tuple[WinRate, WinRate]]:
-    """As `play`, by the reward sources alone whose `"scores"` both sides have stored."""
-    return play(groups, opponents, None)
-
-
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
     """What `matched` returns. Raises `ValueError` if that is empty; logs how many rows play if some are left out."""
     ours, theirs = matched(groups, opponents)
@@ -71,7 +66,7 @@ def _same_columns(group: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def play(
-    groups: Groups, opponents: Groups, panel: Panel | None, voters: dict[str, PreferenceFunc] | None = None
+    groups: Groups, opponents: Groups, panel: Panel | None = None, voters: dict[str, PreferenceFunc] | None = None
 ) -> dict[str, tuple[WinRate, WinRate]]:
     """Win rate and length-controlled win rate by judge: sources that scored both sides, and oracles."""
     groups, opponents = aligned(groups, opponents)

@@ -89,6 +89,8 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
     if base != policy:
         check_safetensors("policy", policy)
         what = f"the base model {base!r} of adapter {policy!r}"
+    if is_adapter(base):
+        raise ValueError(f"{what} is itself an adapter. Merge that into its own base first (`merge_and_unload`).")
     check_safetensors("policy", base)
     try:
         with own_code_is_refused(what, OWN_CODE):
@@ -118,6 +120,8 @@ def _check_vllm_serves(adapter: str) -> None:
     """Raise `ValueError` if vLLM would refuse an adapter, or sample from another policy than the one trained."""
     config, defaults = config_of(adapter).to_dict(), LoraConfig().to_dict()
     changed = {name for name in config.keys() - VLLM_READS if config[name] and config[name] != defaults.get(name)}
+    if config.get("r", 0) > VLLM_RANKS[-1]:
+        changed.add("r")
     if config.get("init_lora_weights") in KEEPS_BASE:
         changed.discard("init_lora_weights")
     if changed:
@@ -181,7 +185,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
     row = dict(row)
     own: dict[str, Any] = {"completions": row.pop("completions", None) or [row.pop("completion", None)]}
     for name, kind in (("scores", dict), ("lengths", list), ("dataset_columns", dict)):
-        if isinstance(row.get(name), kind):
+        if isinstance(row.get(name), kind) and (kind is dict or len(row[name]) == len(own["completions"])):
             own[name] = row.pop(name)
         elif row.get(name) is None:
             row.pop(name, None)

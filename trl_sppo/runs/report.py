@@ -95,7 +95,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric."""
-    points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+    points = [(row["step"], row[name]) for row in history if row.get(name) is not None and row[name] == row[name]]
     return [step for step, _ in points], [value for _, value in points]
 
 
