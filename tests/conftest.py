@@ -76,7 +76,7 @@ def pytest_xdist_auto_num_workers(config):
     if config.args_source == config.ArgsSource.ARGS and len({arg.split("::")[0] for arg in config.args}) == 1:
         if config.args[0].split("::")[0].endswith(".py"):
             return 0
-    return len(os.sched_getaffinity(0)) + 1
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_sessionfinish(session):

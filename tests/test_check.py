@@ -78,6 +78,7 @@ def test_eight_processes(run):
 def test_without_a_hub_and_without_models(run):
     status, said = run(LORA, models=False)
     assert status == 0 and "Memory" not in said and "64 prompts x 8 completions" in said
+    assert "The number of GPUs. One process is assumed, but training starts one on each GPU." in said
     assert "Anything about model Qwen/Qwen2.5-7B-Instruct. The hub cannot be reached." in said
     assert "Anything about reward model Skywork/Skywork-Reward-V2-Qwen3-4B. The hub cannot be reached." in said
 

@@ -129,7 +129,6 @@ def test_unknown_options_are_fatal_and_the_nearest_is_named(workdir, capsys, run
         ("warmup_ratio", "Write warmup_steps: below 1 it is a share of all steps."),
         ("reward_model_path", "Write reward_model_name_or_path."),
         ("max_new_tokens", "Write max_completion_length."),
-        ("pref_beta", "Write eta, which is 1 / beta."),
     ],
 )
 def test_what_took_the_place_of_an_option(workdir, capsys, name, expected):

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import EVAL, EVAL_PROMPTS, JUDGES, TINY, count_abc, make_tokenizer, more_abc, run_here
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
@@ -529,6 +530,16 @@ def test_files_that_are_empty_or_torn(folder, capsys, content):
         run_here("eval", *JUDGES, "--model_name_or_path", "file.jsonl", "--opponent_name_or_path", "file.jsonl") == 2
     )
     assert "completions 'file.jsonl' cannot be read" in capsys.readouterr().err
+
+
+def test_a_judge_that_runs_out_of_memory_loses_no_completions(folder, capsys, monkeypatch):
+    def score(panel, groups):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(command_evaluate, "score_groups", score)
+    assert run_here(*EVAL, *JUDGES, *SIDES) == 2
+    assert "trl-sppo: error: CUDA out of memory" in capsys.readouterr().err
+    assert len(load_completions("eval/model.parquet")) > 0
 
 
 def test_columns_with_empty_lists(folder, make_trainer):

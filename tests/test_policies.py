@@ -150,6 +150,14 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapte
             check_policy("adapter", use_vllm=True)
 
 
+def test_ranks_of_vllm(make_adapter, monkeypatch):
+    monkeypatch.setattr("trl_sppo.evaluation.policies.check_vllm_is_installed", lambda: None)
+    make_adapter(KINDS["LoRA"])
+    edit(r=513)
+    with pytest.raises(ValueError, match="which has r=513: vLLM samples with plain LoRA only"):
+        check_policy("adapter", use_vllm=True)
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
@@ -159,6 +167,7 @@ def test_what_vllm_cannot_serve_is_refused_before_anything_is_loaded(make_adapte
         ("models/policy", "the base model 'models/policy' of adapter 'adapter' is neither"),
         ("models/gone/policy", "relative to the current directory, or base_model_name_or_path in adapter_config.json"),
         ("../policy", "the base model '../policy' of adapter 'adapter' is neither"),
+        ("adapter", "'adapter' is itself an adapter. Merge that into its own base first"),
     ],
 )  # fmt: skip
 def test_bases_that_are_not_there(make_adapter, base, message):

@@ -97,6 +97,15 @@ def test_prompts_of_odd_types(make, tmp_path, prompt, words, where):
         make(rows)
 
 
+def test_images_that_a_template_for_texts_leaves_out(make, tmp_path):
+    template = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}a"
+    policy = save(tmp_path / "policy", make_tokenizer(chat_template=template))
+    image = [{"role": "user", "content": [{"type": "image", "image": "ab"}]}]
+    words = r"^row 1 of train_dataset has an image, but model .* tokenizer for texts only"
+    with pytest.raises(ValueError, match=words):
+        make([[USER], image, [USER], [USER]], policy)
+
+
 @pytest.mark.parametrize(("prompt", "words"), ODD.values(), ids=ODD)
 def test_prompts_of_odd_types_in_a_stream(make, tmp_path, prompt, words):
     """The first row at the start, the others as they come, before anything is sampled from them."""

@@ -41,7 +41,6 @@ INSTEAD = {
     **dict.fromkeys(("max_length", "max_new_tokens", "response_length"), "Write max_completion_length."),
     "reward_model_path": "Write reward_model_name_or_path.",
     "judge": "Write preference_funcs, with the import path of a judge (docs/judges.md).",
-    "pref_beta": "Write eta, which is 1 / beta.",
 }
 # Options of verl, in its sections
 VERL = {

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
 from ..arguments.options import fail
 from ..arguments.recipes import check_output_dir
+from ..errors import RunError
 from ..evaluation.files import Groups, mean_length, prompts_of, row_of, write_groups
 from ..evaluation.play import aligned, play, score_groups
 from ..evaluation.policies import check_policy, load_completions, read_prompts, run_of, sample
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(EvalArguments, "trl-sppo eval", argv)
         results = evaluate(args)
-    except (ValueError, ImportError, OSError, RuntimeError) as error:  # RunError, memory
+    except (ValueError, ImportError, OSError, RunError, torch.OutOfMemoryError) as error:
         fail(error)
     low = min(plain.low for plain, _ in results.values())
     if args.at_least is not None and low < args.at_least:
@@ -53,8 +55,7 @@ def main(argv: list[str]) -> int:
 def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     """
     Compare two policies, write completions and results to `args.output_dir`, and print tables. Returns the win rate
-    and the length-controlled win rate by judge. Raises `ValueError` if the two cannot be compared, mostly before a
-    model is loaded.
+    and the length-controlled win rate by judge. Raises `ValueError` if the two cannot be compared.
     """
     sides = {"model": args.model_name_or_path, "opponent": args.opponent_name_or_path}
     folder = Path(args.output_dir)

@@ -154,7 +154,7 @@ def load_completions(path: str) -> Groups:
     try:
         rows: Any = datasets.load_dataset(**dataset_source(path, option="completions"), split="train")
     except (OSError, ValueError, DatasetGenerationError, StopIteration) as error:
-        raise ValueError(f"completions {path!r} cannot be read: {error or 'the file is empty'}.") from error
+        raise ValueError(f"completions {path!r} cannot be read: {str(error) or 'the file is empty'}.") from error
     columns = rows.column_names
     if "prompt" not in columns or not {"completions", "completion"} & set(columns):
         raise ValueError(f"{path!r} needs columns 'prompt' and 'completions' (or 'completion'), got {columns}.")
