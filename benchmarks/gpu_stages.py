@@ -78,7 +78,8 @@ def environment(case: str) -> None:
     emit("Environment", **card, python=python, torch=torch.__version__, **versions, cuda=torch.version.cuda)
     reference = Path(args.work) / "cpu.pt"
     again = [sys.executable, __file__, "environment", "on the CPU", "--results", os.devnull, "--work", args.work]
-    subprocess.run([*again, "--rehearse"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+    again += ["--rehearse"] * args.rehearse
+    subprocess.run(again, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
     expected = torch.load(reference, weights_only=True)
     kinds = {"float32": {"bf16": False}, "bf16 autocast": {"bf16": True}}
     for name, options in kinds.items():
@@ -207,17 +208,20 @@ def resume(case: str) -> None:
     policy = Path(args.work) / "small-policy"
     AutoModelForCausalLM.from_config(SMALL_POLICY).save_pretrained(policy)
     tokenizer_of(SMALL_POLICY).save_pretrained(policy)
-    for mode in ("deterministic",) if args.rehearse else ("deterministic", "plain"):  # on a CPU there is one way
-        name = f"{case}-{mode}"
 
-        def start(part: str, name: str = name) -> subprocess.Popen:
-            command = [sys.executable, __file__, "resume", f"{part} {name}", "--work", args.work]
-            return subprocess.Popen([*command, "--results", os.devnull, *["--rehearse"] * args.rehearse])
+    def start(part: str, name: str) -> subprocess.Popen:
+        command = [sys.executable, __file__, "resume", f"{part} {name}", "--work", args.work]
+        return subprocess.Popen([*command, "--results", os.devnull, *["--rehearse"] * args.rehearse])
 
-        whole, killed = start("whole"), start("killed")
-        assert whole.wait() == 0, "the run that is not killed has failed"
-        assert killed.wait() == -signal.SIGKILL, "the run was not killed where it should have been"
-        assert start("resumed").wait() == 0, "the resumed run has failed"
+    modes = ("deterministic",) if args.rehearse else ("deterministic", "plain")  # on a CPU there is one way
+    names = {mode: f"{case}-{mode}" for mode in modes}
+    runs = {(part, mode): start(part, names[mode]) for mode in modes for part in ("whole", "killed")}
+    for mode in modes:
+        assert runs["killed", mode].wait() == -signal.SIGKILL, "the run was not killed where it should have been"
+        runs["resumed", mode] = start("resumed", names[mode])
+    for mode, name in names.items():
+        assert runs["whole", mode].wait() == 0, "the run that is not killed has failed"
+        assert runs["resumed", mode].wait() == 0, "the resumed run has failed"
         expected, resumed = (
             torch.load(Path(args.work) / f"{part}-{name}.pt", weights_only=True) for part in ("whole", "resumed")
         )
@@ -513,7 +517,7 @@ def main() -> None:
     parser.add_argument("--checkpoints")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--eager", action="store_true")
-    parser.parse_args(namespace=args)
+    vars(args).update(vars(parser.parse_args()))  # `namespace=args` would not set defaults
     transformers.utils.logging.disable_progress_bar()
     stage = STAGES[args.stage]
     if args.stage == "environment" and args.case == "on the CPU":

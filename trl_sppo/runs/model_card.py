@@ -2,10 +2,10 @@
 
 import re
 import textwrap
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..files import write_atomically
 
 
@@ -32,7 +32,7 @@ def add_to_card(path: Path, trainer: Any) -> None:
     # TRL has no name for a model that was loaded from a folder, nor for one that goes nowhere but into a folder
     text = text.replace("[None](https://huggingface.co/None)", "a model in a folder")
     text = text.replace('model="None"', f'model="{path.parent.resolve().name}"')
-    text = text.replace("- TRL: ", f"- TRL-SPPO: {version('trl_sppo')}\n- TRL: ", 1)
+    text = text.replace("- TRL: ", f"- TRL-SPPO: {__version__}\n- TRL: ", 1)
     before, heading, after = text.partition("### Framework versions")
     write_atomically(path, f"{before}{_training(trainer)}\n\n{_win_rates(trainer)}\n\n{heading}{after}")
 
