@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, int]] = {
     "environment": {"one step": 120},
     "memory": {
         "qwen2.5-7b-instruct/lora": 300,
-        "qwen2.5-0.5b-instruct/lora": 120,
+        "qwen2.5-0.5b-instruct/lora": 240,
         "qwen2.5-7b-instruct/qlora-24gb": 300,
         "qwen2.5-1.5b-instruct/lora": 150,
     },
