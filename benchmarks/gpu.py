@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                                  # all stages, at most 9 minutes
     python benchmarks/gpu.py --stages environment resume      # some, in this order
+    python benchmarks/gpu.py --stages vllm --cases qwen2.5-7b-instruct/lora
     python benchmarks/gpu.py --rehearse                       # tiny models on a CPU: the same code, no numbers to keep
 
 Each case runs in its own process with its own time limit, and its results are written as they come, to results.json
@@ -135,12 +136,16 @@ def _cell(value: Any) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=CASES, default=list(CASES), help="Which, in this order.")
+    parser.add_argument("--cases", nargs="+", help="Which of these stages. By default all.")
     parser.add_argument("--minutes", type=float, default=9, help="For all of them together.")
     parser.add_argument("--rehearse", action="store_true", help="Tiny models on a CPU.")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="Folder for the results.")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile and CUDA graphs.")
     parser.add_argument("--checkpoints", help="Folder that `trl-sppo quickstart` has made: for the stage `learning`.")
     args = parser.parse_args()
+    if unknown := set(args.cases or []) - {case for stage in args.stages for case in CASES[stage]}:
+        known = ", ".join(case for stage in args.stages for case in CASES[stage])
+        parser.error(f"--cases {' '.join(sorted(unknown))}: not in these stages. Choose from: {known}.")
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if not args.rehearse and subprocess.run([sys.executable, "-c", question]).returncode:
         parser.error("there is no CUDA device. --rehearse runs tiny models on a CPU.")
@@ -149,7 +154,9 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("log.txt", "results.jsonl"):
         (args.out / name).write_text("")
-    outcomes = [Outcome(stage, case) for stage in args.stages for case in CASES[stage]]
+    outcomes = [
+        Outcome(stage, case) for stage in args.stages for case in CASES[stage] if case in (args.cases or CASES[stage])
+    ]
     with _folder(args.rehearse) as work:
         for outcome in outcomes:
             left = end - time.monotonic()

@@ -9,6 +9,7 @@ import torch
 import transformers
 import yaml
 from helpers import TINY, make_tokenizer
+from huggingface_hub import constants, is_offline_mode
 from recipe_files import CARDS, POLICIES, RECIPES, REWARD_MODELS, at_hand, gpu_of, header_of, options_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig
@@ -16,6 +17,7 @@ from trl import ModelConfig
 from trl_sppo import SPPOConfig, train
 from trl_sppo.arguments.options import load_preference_funcs
 from trl_sppo.commands import check
+from trl_sppo.planning import plan
 from trl_sppo.planning.memory import ModelSize, Placement, budget, peak, size_of
 
 
@@ -81,6 +83,29 @@ def test_without_a_hub_and_without_models(run):
     assert "The number of GPUs. One process is assumed, but training starts one on each GPU." in said
     assert "Anything about model Qwen/Qwen2.5-7B-Instruct. The hub cannot be reached." in said
     assert "Anything about reward model Skywork/Skywork-Reward-V2-Qwen3-4B. The hub cannot be reached." in said
+
+
+def test_an_unreachable_hub_is_asked_once(run, monkeypatch):
+    """Otherwise each file is tried six times, with growing pauses."""
+    asked, offline = [], []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            raise OSError("no network")
+
+    def from_pretrained(*args, **kwargs):
+        offline.append(is_offline_mode())
+        raise OSError("We couldn't connect")
+
+    plan._hub_responds.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(plan, "get_session", Session)
+    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", from_pretrained)
+    said = run(LORA, models=False)[1]
+    plan._hub_responds.cache_clear()
+    assert said.count("The hub cannot be reached.") == 2 and asked == [constants.ENDPOINT] and offline == [True, True]
+    assert not is_offline_mode()
 
 
 def test_no_sum_without_a_part_of_it(run, tmp_path):

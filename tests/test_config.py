@@ -76,6 +76,18 @@ def test_messages(tmp_path, options, message):
         config(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("num_generation", "SPPOConfig has no option 'num_generation'. Did you mean num_generations?"),
+        ("lora_r", "SPPOConfig has no option 'lora_r'."),
+    ],
+)
+def test_unknown_options(tmp_path, name, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        config(tmp_path, **{name: 8})
+
+
 def test_all_problems_are_said_at_once(tmp_path):
     """As someone meets them who comes with a configuration of GRPO."""
     options = {

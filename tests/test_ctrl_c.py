@@ -1,4 +1,4 @@
-"""Ctrl-C at any time: status 130, one line, and no traceback."""
+"""Ctrl-C at any time: status 130, one line, and no traceback. A killed launcher leaves no process behind."""
 
 import os
 import signal
@@ -44,6 +44,19 @@ def test_ctrl_c_in_a_terminal(workdir, command, moment):
     assert lines == [f"trl-sppo: {ended}"]
     if moment == "scoring":
         assert list(Path("out/rollouts").glob("*.parquet"))
+
+
+def test_processes_end_with_a_launcher_that_is_killed(workdir):
+    Path("my_rewards.py").write_text(REWARDS)
+    argv = [*TRL_SPPO[:-1], "train", *workdir(reward_funcs="my_rewards.slow", save_strategy="steps", max_steps=1000)]
+    with subprocess.Popen(argv, start_new_session=True) as run:
+        deadline = time.monotonic() + 100
+        while not _has_come("scoring", run.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (process,) = psutil.Process(run.pid).children()
+        run.kill()
+    process.wait(60)
+    assert list(Path("out").glob("checkpoint-*"))
 
 
 def _has_come(moment: str, pid: int) -> bool:

@@ -17,6 +17,7 @@ from trl_sppo.evaluation.statistics import WinRate
 from trl_sppo.oracles.reward_models import MicroBatchedRewardModel, load_reward_models
 from trl_sppo.quickstart import assets
 from trl_sppo.quickstart.on_topic import on_topic
+from trl_sppo.quickstart.relevance import relevance
 from trl_sppo.quickstart.run import _draw, _show
 from trl_sppo.quickstart.vader import vader
 
@@ -60,6 +61,17 @@ def test_the_reward_model_is_usable_and_prefers_praise(tmp_path, monkeypatch):
     assert praise > 1 and blame < -1  # on the human scale from -4 to 4
 
 
+def test_relevance_prefers_the_plot(monkeypatch):
+    home = Path(os.environ["TRL_SPPO_TEST_HOME"]).expanduser()
+    if not assets._is_complete(home / "trl_sppo" / "quickstart"):
+        pytest.skip("needs the quickstart's models, which `trl-sppo quickstart` fetches")
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    prompt = [{"role": "user", "content": "Write one sentence about a film in which a tram driver finds a violin."}]
+    texts = ["a tram driver finds a violin.", "A streetcar conductor discovers a fiddle.", PRAISE]
+    same, similar, praise = relevance([prompt] * 3, [[{"role": "assistant", "content": text}] for text in texts])
+    assert same == pytest.approx(1, abs=1e-5) and 0.9 > similar > 0.4 > praise
+
+
 def test_the_judge_is_another_mechanism():
     praise, blame = vader([[{"role": "assistant", "content": text}] for text in (PRAISE, BLAME)])
     assert praise > 0 > blame
@@ -93,7 +105,8 @@ def test_every_prompt_has_a_plot():
 
 
 def test_the_picture(tmp_path):
-    history = [{"step": i, "reward": i / 2, "winner_log_ratio": 0.1, "loser_log_ratio": -0.1} for i in (1, 2)]
+    rewards = {f"rewards/{name}/mean": 0.5 for name in ("reward_model", "relevance")}
+    history = [{"step": i, **rewards, "winner_log_ratio": 0.1, "loser_log_ratio": -0.1} for i in (1, 2)]
     _draw(tmp_path / "q.png", [*history, {"step": 2}], {"a (b)": WinRate(0.7, 0.6, 0.8, 64)})
     assert (tmp_path / "q.png").stat().st_size > 10_000
 
@@ -102,11 +115,14 @@ def test_the_tables(capsys):
     def group(completion, score):
         said = [{"role": "assistant", "content": completion}]
         return {"prompt": [{"role": "user", "content": "Write."}], "completions": [said],
-                "scores": {"reward_model": [score]}}  # fmt: skip
+                "scores": {"reward_model": [score], "relevance": [0.5]}}  # fmt: skip
 
     _show([group(" a dull film", -1)], [group("[/a] fine film", 2)], {"vader": WinRate(0.7, 0.6, 0.8, 64)})
     said = capsys.readouterr().out
-    assert "prompt  initial              trained\n\nWrite.  a dull film (-1.00)  [/a] fine film (+2.00)\n" in said
+    assert (
+        "prompt  initial                     trained\n\nWrite.  a dull film (-1.00, +0.50)  [/a] fine film (+2.00, +0.50)\n"
+        in said
+    )
     assert said.endswith("prompts\nVADER (not trained on)     0.700 [0.600, 0.800]       64\n")
 
 

@@ -134,7 +134,7 @@ def test_in_a_browser(run, tmp_path):
 
     plain = dom("plain")
     assert "4 of 4 prompts" in plain and visible(plain) == 4
-    assert "<title>SPPO run out</title>" in plain  # the prompt that is a script did not run
+    assert "<title>SPPO: out</title>" in plain  # the prompt that is a script did not run
     assert (tmp_path / "plain.png").stat().st_size > 50_000
     found = dom("found", "document.getElementById('filter').value = 'SCRIPT>'; show();")
     assert "1 of 4 prompts" in found and visible(found) == 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Literal
 
 from transformers.utils import logging
@@ -247,6 +248,13 @@ class SPPOConfig(GRPOConfig):
     reward_trust_remote_code: list[str] | None = field(
         default=None, metadata={"help": "Reward models, as given, that may run Python code of their own."}
     )
+
+    def __new__(cls, *args, **kwargs):
+        names = [option.name for option in fields(cls)]
+        for name in kwargs.keys() - names:
+            nearest = "".join(f" Did you mean {match}?" for match in get_close_matches(name, names, n=1, cutoff=0.8))
+            raise TypeError(f"SPPOConfig has no option {name!r}.{nearest}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         # All that is wrong is said at once

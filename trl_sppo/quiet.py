@@ -1,6 +1,8 @@
 """Known harmless warnings that are silenced, and Ctrl-C without a traceback."""
 
+import ctypes
 import logging
+import os
 import signal
 import sys
 import time
@@ -11,6 +13,8 @@ from typing import Any
 
 # A launcher may pass on to its processes what the terminal has sent them already: that is the same signal
 SAME_SIGNAL = 3.0  # seconds
+LAUNCHER = "TRL_SPPO_LAUNCHER"  # the environment variable with its process id
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def hush() -> None:
@@ -47,3 +51,5 @@ def say_interrupts() -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = say
+    if sys.platform == "linux" and os.environ.get(LAUNCHER) == str(os.getppid()):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a launcher that is killed can pass nothing on

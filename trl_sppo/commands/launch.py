@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ..arguments.launching import accelerate_config, launch_arguments
 from ..arguments.options import fail, make_parser, split_config
 from ..arguments.recipes import read_recipe
+from ..quiet import LAUNCHER
 
 
 def main(argv: list[str], module: str = "trl_sppo.train") -> int:
@@ -31,6 +32,7 @@ def main(argv: list[str], module: str = "trl_sppo.train") -> int:
         env = read_recipe(argv[argv.index("--config") + 1]).get("env", {}) if "--config" in argv else {}
     except ValueError as error:
         fail(error)
+    env |= {LAUNCHER: os.getpid()}
     os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
     arguments = launch_command_parser().parse_args([*launch, "--module", module, *argv])
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torch's launcher kills processes 30 s after a signal

@@ -4,11 +4,13 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate.commands.launch import launch_command_parser
+from huggingface_hub import constants, get_session
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -233,14 +235,26 @@ def _files(
     """Configuration and tokenizer, or `None` and a line in `plan.unknown` if the hub cannot be reached."""
     base = base_of(name)
     kwargs = {"trust_remote_code": trusted} | ({"revision": revision} if revision else {})
+    offline = constants.HF_HUB_OFFLINE or not (os.path.isdir(base) or _hub_responds())
     try:
-        config = AutoConfig.from_pretrained(base, **kwargs)
-        return config, AutoTokenizer.from_pretrained(tokenizer_of(name), **kwargs)
+        with patch.object(constants, "HF_HUB_OFFLINE", offline):
+            config = AutoConfig.from_pretrained(base, **kwargs)
+            return config, AutoTokenizer.from_pretrained(tokenizer_of(name), **kwargs)
     except OSError as error:
         if os.path.isdir(base) or "connect" not in str(error):
             raise not_found(what, name, error) from error
         plan.unknown.append(f"Anything about {what} {base}. The hub cannot be reached.")
         return None, None
+
+
+@cache
+def _hub_responds() -> bool:
+    """False if the hub cannot be reached: otherwise each file would be tried six times."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=2.0)
+    except Exception:
+        return False
+    return True
 
 
 def _check_importable(name: str, option: str) -> None:

@@ -21,9 +21,10 @@ from . import assets
 FOLDER = Path("quickstart")
 EXAMPLES = 4
 JUDGES = {
-    "reward_model": "training reward model",
     "vader": "VADER (not trained on)",
     "on_topic": "on topic (not trained on)",
+    "reward_model": "reward model (trained on)",
+    "relevance": "relevance (trained on)",
 }
 
 
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
     print("\n3/3 The trained policy against the initial one, on held-out prompts")
     players = stored_players(output_dir)  # the evaluations of the training
     initial, trained = players[0], players[max(players)]
-    results = {judge: plain for judge, (plain, _) in play(trained, initial).items()}
+    played = play(trained, initial)
+    results = {judge: played[judge][0] for judge in sorted(played, key=[*JUDGES, *played].index)}
     (output_dir / "win_rates.json").write_text(json.dumps(results, default=vars, indent=2) + "\n")
     _draw(output_dir / "quickstart.png", history, results)
     write_report(output_dir)
@@ -59,11 +61,12 @@ def main(argv: list[str]) -> None:
 
 def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
     def cell(group: dict[str, Any]) -> str:
-        return f"{group['completions'][0][0]['content'].strip()} ({group['scores']['reward_model'][0]:+.2f})"
+        scores = ", ".join(f"{group['scores'][name][0]:+.2f}" for name in ("reward_model", "relevance"))
+        return f"{group['completions'][0][0]['content'].strip()} ({scores})"
 
     pairs = list(zip(initial, trained, strict=True))[:EXAMPLES]
     examples = [[before["prompt"][-1]["content"], cell(before), cell(after)] for before, after in pairs]
-    print("\nHeld-out prompts, first completion of each policy (score of the reward model)\n")
+    print("\nHeld-out prompts, first completion of each policy (scores: reward model, relevance)\n")
     print(as_table(["prompt", "initial", "trained"], examples, width=118))
     print("\nWin rate of the trained policy against the initial one\n")
     rows = [[JUDGES.get(judge, judge), str(rate), str(rate.num_prompts)] for judge, rate in results.items()]
@@ -73,19 +76,23 @@ def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None
 def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    left.plot(*curve(history, "reward"), marker="o", color="tab:blue")
-    left.set(title="Reward of the rollouts", xlabel="optimizer step", ylabel="mean score")
+    other = left.twinx()
+    for axis, name, color in ((left, "reward_model", "tab:blue"), (other, "relevance", "tab:orange")):
+        axis.plot(*curve(history, f"rewards/{name}/mean"), marker="o", color=color)
+        axis.set_ylabel(f"{name.replace('_', ' ')}, mean score", color=color)
+    left.set(title="Scores of the rollouts", xlabel="optimizer step")
     middle.plot(*curve(history, "winner_log_ratio"), marker="o", color="tab:green", label="winners")
     middle.plot(*curve(history, "loser_log_ratio"), marker="o", color="tab:red", label="losers")
     middle.axhline(0, color="grey", linewidth=0.8)
     middle.set(title="Log-ratio to the rollout policy", xlabel="optimizer step", ylabel="nats per completion")
     middle.legend()
     names = [JUDGES.get(judge, judge).replace(" (", "\n(") for judge in results]
+    colors = ["tab:green" if "not trained" in name else "tab:grey" for name in names]
     means = [result.mean for result in results.values()]
     errors = [[r.mean - r.low for r in results.values()], [r.high - r.mean for r in results.values()]]
-    right.bar(names, means, yerr=errors, capsize=6, color=["tab:blue", "tab:orange", "tab:green"], width=0.5)
+    right.bar(names, means, yerr=errors, capsize=6, color=colors, width=0.5)
     right.axhline(0.5, color="grey", linewidth=0.8)
     right.tick_params(axis="x", labelsize="small")
     right.set(title="Win rate against the initial policy", ylim=(0, 1), ylabel="held-out prompts, 95 % interval")
