@@ -119,10 +119,8 @@ def test_the_tables(capsys):
 
     _show([group(" a dull film", -1)], [group("[/a] fine film", 2)], {"vader": WinRate(0.7, 0.6, 0.8, 64)})
     said = capsys.readouterr().out
-    assert (
-        "prompt  initial                     trained\n\nWrite.  a dull film (-1.00, +0.50)  [/a] fine film (+2.00, +0.50)\n"
-        in said
-    )
+    rows = re.sub(" +", " ", said)
+    assert "prompt initial trained\n\nWrite. a dull film (-1.00, +0.50) [/a] fine film (+2.00, +0.50)\n" in rows
     assert said.endswith("prompts\nVADER (not trained on)     0.700 [0.600, 0.800]       64\n")
 
 
