@@ -58,7 +58,7 @@ class PairRMJudge(LocalJudge):
 
         P(first beats second | prompt) = sigmoid(logit of [source, prompt, candidate1, first, candidate2, second])
 
-    PairRM reads both completions at once, so its preferences may be intransitive, and they depend on the order: ask in
+    PairRM reads both completions at once, so its preferences may be intransitive, and they depend on the order: use
     both orders and average, as [`SPPOTrainer`] does. Special tokens that a text spells out are broken up.
 
     Args:

@@ -1,4 +1,4 @@
-"""Panels of judges: reward sources that score completions, and pairwise oracles that compare those of two policies."""
+"""Panels of judges: reward sources that score completions, and pairwise oracles that compare them."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class Panel:
             for i, prompt in enumerate(prompts if messages else ()):
                 try:
                     self.sources.text(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
-                except Exception as error:  # templates raise whatever they like
+                except Exception as error:  # templates raise any error
                     problem = f"prompt {i} is refused by the chat template of judge {name!r}"
                     raise ValueError(f"{problem}: {error} Leave out such prompts, or change them.") from error
 

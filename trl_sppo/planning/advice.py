@@ -1,4 +1,4 @@
-"""Advice on a recipe: what it would do, and what looks wrong."""
+"""Advice on a recipe: a description, and a list of what looks wrong."""
 
 import math
 
@@ -147,7 +147,7 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
         ),
         (
             not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs),
-            "No judge evaluates the policy that it is not trained on. Set eval_strategy and eval_reward_funcs or "
+            "No evaluation has a judge that is not trained on. Set eval_strategy and eval_reward_funcs or "
             "eval_reward_model_name_or_path, or use `trl-sppo eval` afterwards.",
         ),
         (

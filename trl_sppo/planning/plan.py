@@ -1,4 +1,4 @@
-"""Plans: what a recipe asks for, and what is known of its models and data before they are loaded."""
+"""Plans: a recipe's options, and facts about its models and data before they are loaded."""
 
 import importlib.util
 import os
@@ -80,7 +80,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
 
 
 def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
-    """The number of processes that training would start here, how they divide the policy, and what is unknown."""
+    """The number of processes that training would start here, how they shard the policy, and unknown facts."""
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     file = accelerate_config(options.config_file)
     given = options.num_processes or getattr(file, "num_processes", None)

@@ -1,4 +1,4 @@
-"""Targets of a rollout: from preferences to the rows that are trained on; and metrics of steps."""
+"""Targets of a rollout, from preferences to the rows to train on, and metrics of steps."""
 
 import copy
 import math
@@ -31,8 +31,8 @@ class RolloutTargets:
     regressed: torch.Tensor  # the loss's win rates: those themselves, their hard form, or head-to-head ones
     baseline: torch.Tensor  # stands for log Z / eta
     kept: torch.Tensor  # bool: whether a completion is trained on
-    # This process's rows: those kept, then row 0 as padding. Every process has as many, so that all run the same
-    # number of forward passes (sharded models need that), and so has each slice of the generation batch
+    # This process's kept rows, then row 0 as padding. All processes have the same number, since sharded models need
+    # the same number of forward passes, and so have all slices of the generation batch
     rows: torch.Tensor
     num_kept: int  # the first of `rows`, which are trained on
     num_logps: int  # the first of `rows`, which get log-probabilities: the most that any process keeps

@@ -1,4 +1,4 @@
-"""The policy's weights on their way into vLLM: exact where TRL's way rounds, possible where TRL's needs a GPU."""
+"""Weight syncs to vLLM: exact where TRL's would round, and possible on a CPU."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""The model card: how the model was trained, and how often it beats the one it started from, besides TRL's text."""
+"""Model card: TRL's text, the training, and the win rates against the initial model."""
 
 import re
 import textwrap

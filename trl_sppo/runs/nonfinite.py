@@ -14,7 +14,7 @@ from ..errors import RunError
 
 logger = logging.get_logger(__name__)
 
-# In a row. One bad batch is bad luck; a policy that is broken stays so. As many as for an oracle that stays silent
+# In a row: a broken policy stays broken. The same number as for an oracle without verdicts
 MAX_SKIPPED_STEPS = 3
 
 

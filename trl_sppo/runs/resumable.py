@@ -1,4 +1,4 @@
-"""[`ResumableTrainer`]: GRPO's trainer, whose runs may end at any point and continue."""
+"""[`ResumableTrainer`]: GRPO's trainer with runs that may end at any point and continue."""
 
 import copy
 import random
@@ -46,8 +46,8 @@ torch.serialization.register_package(
 
 class ResumableTrainer(GRPOTrainer):
     """
-    GRPO's trainer with checkpoints that hold the whole state of a run, also the rollouts that are still to be trained
-    on and the order of the prompts. A checkpoint counts only once it is whole.
+    GRPO's trainer with checkpoints that hold the whole state of a run, including rollouts that are not yet trained on
+    and the order of the prompts. A checkpoint counts only once it is whole.
     """
 
     args: SPPOConfig
@@ -99,7 +99,7 @@ class ResumableTrainer(GRPOTrainer):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within it, no other run may write to the output directory."""
+        """A context in which no other run may write to the output directory."""
         with ExitStack() as stack:
             problem = None
             try:
@@ -122,7 +122,7 @@ class ResumableTrainer(GRPOTrainer):
             (checkpoint,) = broadcast_object_list([checkpoint])
         if checkpoint is not None:
             check_fits(checkpoint, self.args, self._form)
-        # What an earlier training of this trainer has left
+        # An earlier training of this trainer may have left these
         self._step, self._buffered_inputs, self._last_saved_step = 0, None, None
         self._metrics["train"].clear()
         self._nonfinite.forget()
@@ -141,7 +141,7 @@ class ResumableTrainer(GRPOTrainer):
         return output
 
     def describe(self) -> dict[str, Any]:
-        """Facts for readers of the run."""
+        """Facts about the run, for its record."""
         datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
         features = [getattr(dataset, "features", None) or {} for dataset in datasets]
         has_images = any(set(IMAGES) & set(each) or "Image(" in str(each) for each in features)
@@ -186,7 +186,7 @@ class ResumableTrainer(GRPOTrainer):
         return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
 
     def get_state(self) -> dict[str, Any]:
-        """What a run that continues here needs, besides weights and optimizer."""
+        """The state that a resumed run needs, besides weights and optimizer."""
         return {
             **{name: copy.deepcopy(getattr(self, name)) for name in self._saved},
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
@@ -217,7 +217,7 @@ class ResumableTrainer(GRPOTrainer):
             return super().evaluate(*args, **kwargs)
         finally:
             _set_random_state(random_state)
-            del self.accelerator._dataloaders[num_dataloaders:]  # accelerate keeps that of each evaluation for ever
+            del self.accelerator._dataloaders[num_dataloaders:]  # accelerate keeps the loader of each evaluation
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -226,10 +226,12 @@ class ResumableTrainer(GRPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
-            logger.warning(f"this run had taken all of its {self.state.max_steps} steps. To go on, raise max_steps.")
+            logger.warning(
+                f"this run had taken all of its {self.state.max_steps} steps. To continue, raise max_steps."
+            )
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
-            self.model.train()  # the last lines of the log are those of a training
+            self.model.train()  # the last lines of the log belong to training
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
