@@ -13,11 +13,7 @@ from .quiet import hush
 # The module whose `main` runs a command, further arguments of `main`, and the help
 COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "train": ("commands.launch", {}, "train a policy from a YAML recipe and options"),
-    "check": (
-        "commands.check",
-        {},
-        "report what a recipe does, the memory it needs and what looks wrong, without a GPU",
-    ),
+    "check": ("commands.check", {}, "report what a recipe does and needs, and what looks wrong, without a GPU"),
     "rollout": (
         "commands.launch",
         {"module": "trl_sppo.sample"},

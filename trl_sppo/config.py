@@ -135,11 +135,11 @@ class SPPOConfig(GRPOConfig):
     > - `temperature`: Defaults to `0.8` instead of `1.0`.
     > - `max_completion_length`: Defaults to `1024` instead of `512`.
     > - `loss_type`: Defaults to `"sppo"` instead of `"dapo"`.
-    > - `disable_dropout`: Defaults to `True` instead of `False`: dropout would add noise to the log-ratio.
+    > - `disable_dropout`: Defaults to `True` instead of `False`: dropout adds noise to log-ratios.
     """
 
-    # Defaults that differ from GRPOConfig. The learning rate is the paper's. Temperature, length, the group of 8 and eta
-    # are as in recipes/qwen2.5-7b-instruct/lora.yaml; the paper has 1.0, 2048 (its code), 5 and 1000.
+    # Defaults that differ from GRPOConfig. The learning rate is the paper's. Temperature, length, the group of 8 and
+    # eta are as in recipes/qwen2.5-7b-instruct/lora.yaml; the paper has 1.0, 2048 (its code), 5 and 1000.
     learning_rate: float = field(
         default=5e-7, metadata={"help": "The initial learning rate. The paper's, for full fine-tuning."}
     )

@@ -27,10 +27,7 @@ def share_of_ties(preferences: torch.Tensor) -> torch.Tensor:
 
 
 def share_saturated(preferences: torch.Tensor, certainty: float = 0.95) -> torch.Tensor:
-    """
-    Share of the compared pairs with P above `certainty`, which is in [0.5, 1], or below 1 - `certainty`. Hard
-    comparisons are saturated unless they tie.
-    """
+    """Share of the compared pairs with P above `certainty`, which is in [0.5, 1], or below 1 - `certainty`."""
     return ((_pairs(preferences) - 0.5).abs() > certainty - 0.5).float().mean()
 
 
@@ -61,9 +58,9 @@ def share_intransitive(preferences: torch.Tensor) -> torch.Tensor:
 
 def panel_disagreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    Disagreement inside a panel: mean |P_a[i, j] - P_b[i, j]|, in [0, 1], over pairs of completions and pairs of oracles
-    that both compared them. `preferences` has one matrix per oracle; the result is NaN with fewer than two. For hard
-    comparisons without ties it is the share of pairs on which two oracles disagree, 1/2 by chance.
+    Disagreement inside a panel: mean |P_a[i, j] - P_b[i, j]|, in [0, 1], over pairs of completions and the pairs of
+    oracles that compared them. `preferences` has one matrix per oracle; the result is NaN with fewer than two. For
+    hard comparisons without ties it is the share of pairs on which two oracles disagree, 1/2 by chance.
     """
     if len(preferences) < 2:
         return torch.tensor(torch.nan)
@@ -75,8 +72,7 @@ def panel_disagreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
 def order_disagreement(answers: torch.Tensor) -> torch.Tensor:
     """
     Dependence of a pairwise oracle on the order: mean |A[i, j] + A[j, i] - 1|, in [0, 1], over pairs compared in both
-    orders. `A[g, i, j]` is the probability that i beats j when i is shown first. An oracle that always favours the first
-    place has 1.
+    orders. `A[g, i, j]` is the probability that i beats j when i is shown first. Always favouring the first gives 1.
     """
     return _pairs((answers + answers.mT - 1).abs()).mean()
 
@@ -93,10 +89,7 @@ def length_correlation(win_rates: torch.Tensor, lengths: torch.Tensor) -> torch.
 
 
 def share_of_duplicates(fingerprints: torch.Tensor) -> torch.Tensor:
-    """
-    Share of the completions that equal another one of their group. `fingerprints`, of shape `(groups, K)`, are any
-    numbers that are equal for equal completions.
-    """
+    """Share of the completions that equal another of their group, by `(groups, K)` numbers equal for equal ones."""
     equal = fingerprints.unsqueeze(2) == fingerprints.unsqueeze(1)
     return (equal.sum(dim=2) > 1).float().mean()
 

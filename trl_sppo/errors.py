@@ -27,9 +27,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU is out of memory ({error}). Lower per_device_train_batch_size (and raise "
-            "steps_per_generation and gradient_accumulation_steps for the same iteration) or reward_batch_size; "
-            "docs/memory.md has the arithmetic."
+            f"the GPU is out of memory ({error}). Lower reward_batch_size or per_device_train_batch_size (and raise "
+            "steps_per_generation and gradient_accumulation_steps for the same iteration). See docs/memory.md."
         )
     if is_of_another_process(error):
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."

@@ -195,9 +195,9 @@ def kl_to_initial_policy(
         reverse   KL(pi_theta || pi_0) = E_{pi_t} [ pi_theta/pi_t ( pi_0/pi_theta - 1 - log(pi_0/pi_theta) ) ]
         forward   KL(pi_0 || pi_theta) = E_{pi_t} [ pi_0/pi_t ( pi_theta/pi_0 - 1 - log(pi_theta/pi_0) ) ]
 
-    Both are never negative. The ratios to pi_t correct values and gradients for the policy having moved since. `logps`,
-    `old_logps` and `ref_logps` are the samples' log-probabilities under pi_theta, pi_t and pi_0, of one shape. The
-    result is one estimate per sample, in nats. `forward_share`, in [0, 1], is the weight of the forward direction.
+    Both are never negative. The ratios to pi_t correct values and gradients for the policy having moved since.
+    `logps`, `old_logps` and `ref_logps` are log-probabilities of the samples under pi_theta, pi_t and pi_0. The result
+    has one estimate per sample, in nats. `forward_share`, in [0, 1], is the weight of the forward direction.
     """
     reverse = _exp(logps - old_logps) * _k3(ref_logps - logps)
     forward = _exp(ref_logps - old_logps) * _k3(logps - ref_logps)
@@ -206,9 +206,8 @@ def kl_to_initial_policy(
 
 def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
     """
-    Estimate KL(pi_t || pi_theta) from log-ratios of samples of pi_t, log r with r = pi_theta / pi_t: r - 1 - log r,
-    which is never negative, and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html). One
-    estimate per sample, in nats.
+    Estimates of KL(pi_t || pi_theta), one per sample of pi_t, from log r with r = pi_theta / pi_t: r - 1 - log r. They
+    are in nats, never negative, and unbiased over all samples (http://joschu.net/blog/kl-approx.html).
     """
     return _k3(log_ratios)
 

@@ -251,17 +251,13 @@ class SPPOTrainer(ResumableTrainer):
 
     def rollout(self) -> str:
         """
-        Sample and score completions of the training prompts, without training.
+        Sample and score completions of the training prompts, without training, and return their folder.
 
-        They are written to `args.output_dir/rollouts`, a file for each generation batch, with log-probabilities.
+        It is `args.output_dir/rollouts`, with a file for each generation batch, including log-probabilities.
         [`SPPOConfig`]'s `rollouts` trains on them. Each prompt is sampled once, or as many batches as
         `args.max_steps` optimizer steps would use. An interrupted call continues where it stopped.
 
-        Returns:
-            `str`: the folder.
-
-        Raises:
-            `ValueError`: if models are sharded, or nothing would be written, or another run uses the folder.
+        Raises `ValueError` if models are sharded, or nothing would be written, or another run uses the folder.
         """
         with self.alone():
             return make_rollouts(self)

@@ -21,9 +21,7 @@ from .recipes import check_recipe, read_recipe
 # Options of `accelerate launch` that name the program
 _SCRIPT = "training_script", "training_script_args", "module", "no_python"
 
-_FLAT = (
-    "A recipe is one flat list of options. Write the options of this section at the top level, by their names here."
-)
+_FLAT = "A recipe is one flat list of options. Write this section's options at the top level, by their names here."
 # Replacements of frequent options of older TRL and transformers, alignment-handbook, open-r1 and others
 INSTEAD = {
     "torch_dtype": "Write dtype.",

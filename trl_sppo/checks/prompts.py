@@ -44,7 +44,7 @@ def check_rows(rows: Sequence[dict[str, Any]], readers: Sequence[Reader], traini
 
 
 def check_prompts(readers: Sequence[Reader], datasets: dict[str, AnyDataset]) -> None:
-    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Of a stream, only the first is checked."""
+    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Checks only a stream's first."""
     for name, dataset in datasets.items():
         columns = columns_of(dataset)
         if "prompt" not in columns:
@@ -115,7 +115,7 @@ def _check_kinds(prompts: list, kind: type) -> None:
             )
         if not isinstance(prompt, kind):
             raise Unreadable(
-                i, "has a prompt of another kind than the rows before: all must be texts, or lists of messages."
+                i, "has a prompt of another kind than the first: use only texts, or only lists of messages."
             )
 
 

@@ -150,7 +150,7 @@ class Reader:
         return False
 
     def remark(self, where: str, texts: dict[int, list[int]]) -> None:
-        """Warn, once per problem, about texts (token ids by row) that a policy can read but that are probably wrong."""
+        """Warn, once per problem, about texts (token ids by row) that a policy can read but are probably wrong."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         added = sum(token in special for token in self.processing_class(text=["a"])["input_ids"][0])
@@ -240,7 +240,7 @@ def check_length(place: int, length: int, room: int | None) -> None:
         raise Unreadable(
             place,
             f"has a prompt of {length} tokens, which does not fit into the policy's context: with its completion, a "
-            f"prompt may have {room}. Leave out such prompts before training (docs/memory.md has a filter), or change "
+            f"prompt may have {room}. Leave out such prompts (docs/memory.md has a filter), or change "
             "max_completion_length (with vLLM, vllm_max_model_length).",
         )
 

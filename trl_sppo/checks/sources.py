@@ -96,9 +96,9 @@ def check_sources(
     evaluate = IntervalStrategy(args.eval_strategy).value
     if nobody and (evaluate != "no" or not judged):
         raise ValueError(
-            "no reward source and no preference oracle is given. Pass `reward_funcs` or `preference_func` (on the command "
-            "line --reward_model_name_or_path, --reward_funcs or --preference_funcs). Rollouts that bring scores need "
-            "none if eval_strategy='no'."
+            "no reward source and no preference oracle given. Pass `reward_funcs` or `preference_func` (in a recipe, "
+            "reward_model_name_or_path, reward_funcs or preference_funcs). Rollouts with scores need none if "
+            "eval_strategy='no'."
         )
     for oracle in preference_funcs:
         check_oracle(oracle)

@@ -46,9 +46,7 @@ class JudgeArguments(Sampling):
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset with a 'prompt' column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
-    max_prompts: int | None = field(
-        default=None, metadata={"help": "Number of prompts, from its first. All by default."}
-    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Number of its prompts. All by default."})
 
     def __post_init__(self):
         for name in JUDGES:

@@ -15,7 +15,7 @@ from ..rows import IMAGES
 
 logger = logging.get_logger(__name__)
 
-# Dataset columns of these names are in a group's "dataset_columns": the group uses the names, or files cannot hold them
+# Dataset columns of these names are in a group's "dataset_columns": a group uses the names, or files cannot hold them
 TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
 FOLDER = "evaluations"  # in the output directory
 NO_PROMPT = [{"role": "user", "content": ""}]  # TRL's placeholder if environments bring the prompts

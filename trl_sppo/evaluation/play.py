@@ -97,8 +97,8 @@ def play(
         )
         if verdicts.num_lost:
             logger.warning(
-                f"preference_func {name!r}: {verdicts.num_lost} of {verdicts.num_asked} comparisons of two policies are "
-                f"lost, since {verdicts.problem}. They take no part in the win rate."
+                f"preference_func {name!r}: {verdicts.num_lost} of {verdicts.num_asked} comparisons of two policies "
+                f"are lost, since {verdicts.problem}. They take no part in the win rate."
             )
         if verdicts.num_lost < verdicts.num_asked or not verdicts.num_asked:
             outcomes[name] = verdicts.preferences[:, :size, size:]

@@ -106,8 +106,8 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
         return
     if config_of(policy).peft_type == PeftType.PREFIX_TUNING:
         raise ValueError(
-            f"adapter {policy!r} uses prefix tuning, whose prefix `generate` of PEFT and transformers ignores: the base "
-            "model would be sampled. Sample it elsewhere, and pass the file of its completions."
+            f"adapter {policy!r} uses prefix tuning, and `generate` of PEFT and transformers ignores the prefix: the "
+            "base model would be sampled. Sample it elsewhere, and pass the file of its completions."
         )
     if use_vllm:
         _check_vllm_serves(policy)
@@ -148,7 +148,7 @@ def load_policy(policy: str, trust_remote_code: bool = False, **kwargs: Any) -> 
 def load_completions(path: str) -> Groups:
     """
     Read completions, `"lengths"` and `"scores"` from Parquet, JSON lines or CSV with columns `"prompt"` and
-    `"completions"` (a list) or `"completion"` (one). Rows with one are grouped if all other columns are equal.
+    `"completions"` (a list) or `"completion"` (one; rows whose other columns are all equal become one group).
     """
     try:
         rows: Any = datasets.load_dataset(**dataset_source(path, option="completions"), split="train")
@@ -189,9 +189,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
         elif row.get(name) is None:
             row.pop(name, None)
     stored = own.pop("dataset_columns", {})
-    if (
-        isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]
-    ):  # a run wrote the row, so these names are its own
+    if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # a run wrote these columns
         row = {name: value for name, value in row.items() if name not in COLUMNS}
     return with_messages(group_of({**row, **stored}, **own))
 

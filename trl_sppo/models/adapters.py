@@ -183,10 +183,7 @@ def _plain(value: Any) -> Any:
 
 
 def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
-    """
-    Keep a frozen copy of the adapter, named "ref", as TRL's initial policy. TRL's own copy, of a policy given as a
-    model, lacks the weights of IA3, of LoRA on embeddings and others.
-    """
+    """Keep a frozen copy of the adapter, "ref", as TRL's initial policy. TRL's own copy lacks weights of IA3, say."""
     if "ref" not in model.peft_config:
         config = copy.deepcopy(model.peft_config["default"])
         config.inference_mode = True

@@ -107,8 +107,8 @@ def load_reward_models(
     check: Callable[[list[Any], list[Any]], None] | None = None,  # gets sources and tokenizers before weights load
 ) -> tuple[list[Any], list[Any]]:
     """
-    Check all reward models, and only then load those given by path, in their own dtype. Returns all reward sources and
-    their tokenizers. Raises `ValueError` for one that cannot be found or used.
+    Check all reward models, then load the ones given by path, in their own dtype. Returns all reward sources and their
+    tokenizers. Raises `ValueError` for one that cannot be found or used.
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
@@ -266,9 +266,8 @@ def _check_config(path: str, trusted: bool) -> None:
     if not heads and not own_code:
         raise ValueError(
             f"reward model {path!r} has no scoring head: the config.json of {base_of(path)!r} names "
-            f"{architectures or 'no architecture'}, and a head made now would give random scores. Use a "
-            "`...ForSequenceClassification` model with one label, as TRL's RewardTrainer saves it, or an adapter that "
-            "was trained with lora_task_type SEQ_CLS."
+            f"{architectures or 'no architecture'}. Use a `...ForSequenceClassification` model with one label, as TRL's "
+            "RewardTrainer saves it, or an adapter that was trained with lora_task_type SEQ_CLS."
         )
     # Two labels are the default, and then not written to config.json
     labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})

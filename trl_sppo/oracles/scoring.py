@@ -94,7 +94,7 @@ class RewardSources:
     def score_everywhere(
         self, accelerator: Accelerator, prompts: Sequence[Any], completions: Sequence[Any], columns: dict, **more: Any
     ) -> torch.Tensor:
-        """Scores of all processes' completions, `(completions, sources)`. Warns once about each source that lacks some."""
+        """Scores of all processes' completions, `(completions, sources)`. Warns once per source that lacks some."""
         if not self.names:
             return torch.zeros(len(completions) * accelerator.num_processes, 0, device=accelerator.device)
         scores = accelerator.gather(self.score(prompts, completions, columns, **more).to(accelerator.device))

@@ -127,8 +127,8 @@ def _text_message(message: Any) -> dict[str, str]:
     fields = {name: value for name, value in message.items() if value is not None}
     if fields.keys() - {"role", "name", "content"} or not isinstance(fields.get("content"), str):
         raise ValueError(
-            f"a served reward model reads messages of a role and a text, but got one with {sorted(fields)}. Remove the "
-            "other fields; for tool calls and images, load the reward model in this process."
+            f"a served reward model reads messages of a role and a text, but got one with {sorted(fields)}. Remove "
+            "the other fields; for tool calls and images, load the reward model in this process."
         )
     return fields
 

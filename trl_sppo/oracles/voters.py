@@ -12,7 +12,7 @@ from ..config import SPPOConfig
 from ..diagnostics import order_disagreement
 from ..errors import RunError
 from ..preferences import preferences_from_scores, sum_of_scores
-from .asking import SAYS_NOTHING, Verdicts, PreferenceFunc, ask_oracle
+from .asking import SAYS_NOTHING, PreferenceFunc, Verdicts, ask_oracle
 from .endpoint import Endpoint
 from .scoring import RewardSources
 
@@ -103,8 +103,8 @@ class Voters:
             if verdicts.num_lost and name not in self._warned:
                 self._warned.add(name)
                 logger.warning(
-                    f"preference_func {name!r}: {verdicts.num_lost} of {verdicts.num_asked} comparisons are lost, since "
-                    f"{verdicts.problem}. They take no part in the win rates. Shown once per oracle; the metric "
+                    f"preference_func {name!r}: {verdicts.num_lost} of {verdicts.num_asked} comparisons are lost, "
+                    f"since {verdicts.problem}. They take no part in the win rates. Shown once per oracle; the metric "
                     f"preferences/{name}/lost counts them."
                 )
             found[name] = verdicts
@@ -138,8 +138,8 @@ class Voters:
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
-        The number of prompts in a row without a score or verdict of a voter if it is too large, else 0. A voter that may
-        skip prompts has as long as its kind of prompts may take to come. Any other has three rollouts, none at the start.
+        The number of prompts in a row without a score or verdict of a voter if it is too large, else 0. A voter that
+        may skip prompts has the time that its prompts may take to come; others three rollouts, and none at the start.
         """
         seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
         if scored.any() or len(scored) == 0:

@@ -42,8 +42,8 @@ class Rollout:
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        Per completion, of shape `(N, 3)`: the number of sampled tokens, whether it ends, and a number that is equal for
-        equal completions. A completion without tokens is stored as one token `pad`.
+        Per completion, of shape `(N, 3)`: the number of sampled tokens, whether it ends, and a number that is equal
+        for equal completions. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None

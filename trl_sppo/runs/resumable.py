@@ -45,10 +45,7 @@ torch.serialization.register_package(
 
 
 class ResumableTrainer(GRPOTrainer):
-    """
-    GRPO's trainer with checkpoints that hold the whole state of a run, including rollouts that are not yet trained on
-    and the order of the prompts. A checkpoint counts only once it is whole.
-    """
+    """GRPO's trainer with checkpoints of the whole state of a run, including the rollouts at hand."""
 
     args: SPPOConfig
     model: torch.nn.Module
@@ -78,21 +75,13 @@ class ResumableTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        Train, as [`~transformers.Trainer.train`] does.
+        Train, with the arguments and the result of [`~transformers.Trainer.train`].
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to continue from, or `True` for the last whole one in `args.output_dir`, if there is any.
-            args, kwargs:
-                Further arguments of [`~transformers.Trainer.train`].
+        `resume_from_checkpoint` is the checkpoint to continue from, or `True` for the last whole one in
+        `args.output_dir`, if there is any.
 
-        Returns:
-            [`~transformers.trainer_utils.TrainOutput`].
-
-        Raises:
-            `SystemExit` or `KeyboardInterrupt`: after a checkpoint, if SIGTERM or SIGINT has come meanwhile, or
-            `args.time_budget` is used up.
-            `ValueError`: if the checkpoint does not fit, or another run uses `args.output_dir`.
+        Raises `SystemExit` or `KeyboardInterrupt` after a checkpoint, on SIGTERM, SIGINT or the end of
+        `args.time_budget`; `ValueError` if the checkpoint does not fit, or another run uses `args.output_dir`.
         """
         with self.alone():
             return self._train(resume_from_checkpoint, *args, **kwargs)
@@ -226,9 +215,7 @@ class ResumableTrainer(GRPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
-            logger.warning(
-                f"this run had taken all of its {self.state.max_steps} steps. To continue, raise max_steps."
-            )
+            logger.warning(f"this run has taken all of its {self.state.max_steps} steps. Raise max_steps to continue.")
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
             self.model.train()  # the last lines of the log belong to training
