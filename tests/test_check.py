@@ -59,7 +59,7 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
         "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
         "learning_rate=5e-07 is unusual for an adapter",
-        "No judge evaluates the policy that it is not trained on",
+        "No evaluation has a judge that is not trained on",
         "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
         assert words in said, words
@@ -129,10 +129,10 @@ def test_what_looks_wrong(run, options, words):
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
         (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
         (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
-        (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not what torch.utils.checkpoint takes"),
+        (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not accepted by torch.utils.checkpoint"),
         (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
-        (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "but none is"),
+        (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "but there is none"),
         (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),

@@ -123,7 +123,7 @@ def test_what_is_no_probability_is_lost_and_lost_alone(bad):
     if bad is None:
         assert answers.problem == "it returned None"
     else:
-        assert answers.problem == f"it answered {bad}, which is no probability in [0, 1]"
+        assert answers.problem == f"it returned {bad}, which is not a probability in [0, 1]"
 
 
 @pytest.mark.parametrize(

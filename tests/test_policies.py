@@ -202,7 +202,7 @@ def test_sampling_is_of_the_adapted_policy(make_adapter, kind):
 def test_prefix_tuning_is_refused(make_adapter):
     """If `generate` has learned to put the prefix in, allow it."""
     trained = make_adapter(KINDS["prefix tuning"])
-    with pytest.raises(ValueError, match="is of prefix tuning"):
+    with pytest.raises(ValueError, match="uses prefix tuning"):
         check_policy("adapter")
     if Version(transformers.__version__) < Version("5.24"):
         return  # there it does

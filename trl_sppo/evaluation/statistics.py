@@ -70,9 +70,6 @@ def win_rate(outcomes: torch.Tensor, confidence: float = 0.95) -> WinRate:
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the interval.
 
-    Returns:
-        [`WinRate`].
-
     Raises:
         `ValueError`: if nothing is known of any prompt.
 
@@ -115,9 +112,6 @@ def length_controlled_win_rate(
             Lengths of the completions, in any unit.
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the interval.
-
-    Returns:
-        [`WinRate`].
 
     Raises:
         `ValueError`: if nothing is known of any prompt.

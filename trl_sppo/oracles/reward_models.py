@@ -266,8 +266,8 @@ def _check_config(path: str, trusted: bool) -> None:
     if not heads and not own_code:
         raise ValueError(
             f"reward model {path!r} has no scoring head: the config.json of {base_of(path)!r} names "
-            f"{architectures or 'no architecture'}. Use a `...ForSequenceClassification` model with one label, as TRL's "
-            "RewardTrainer saves it, or an adapter that was trained with lora_task_type SEQ_CLS."
+            f"{architectures or 'no architecture'}. Use a `...ForSequenceClassification` model with one label, as "
+            "TRL's RewardTrainer saves it, or an adapter that was trained with lora_task_type SEQ_CLS."
         )
     # Two labels are the default, and then not written to config.json
     labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})
