@@ -130,7 +130,7 @@ def test_what_is_no_probability_is_lost_and_lost_alone(bad):
     ("trouble", "problem"),
     [
         ("raises", "it raised TimeoutError: no answer within 60 s"),
-        ("too few", "it raised ValueError: it returned 1 answers to 12 comparisons"),
+        ("too few", "it raised ValueError: it returned 1 values for 12 comparisons"),
         ("no list", "it raised TypeError: 'int' object is not iterable"),
         ("no numbers", "it raised ValueError: could not convert string to float: 'yes'"),
     ],

@@ -250,8 +250,8 @@ def fails(number):
     [
         (fails, "it raised ConnectionError: it is gone"),
         (lambda n: [1.5] * n, "it returned 1.5, which is not a probability in [0, 1]"),
-        (lambda n: [0.5], "it raised ValueError: it returned 1 answers to"),
-        (lambda n: "yes", "it raised ValueError: it returned 3 answers to"),
+        (lambda n: [0.5], "it raised ValueError: it returned 1 values for"),
+        (lambda n: "yes", "it raised ValueError: it returned 3 values for"),
     ],
     ids=["raises", "no probability", "too few", "a word"],
 )

@@ -244,7 +244,7 @@ def test_lost_comparisons_are_counted_and_the_run_goes_on(fixed, tiny_model):
         (lambda n: [2.0] * n, "it returned 2.0, which is not a probability"),
         (lambda n: [None] * n, "it returned None"),
         (lambda n: [math.nan] * n, "it returned nan, which is not a probability"),
-        (lambda n: [], "it returned 0 answers to 12 comparisons"),
+        (lambda n: [], "it returned 0 values for 12 comparisons"),
     ],
 )
 def test_an_oracle_that_never_answers_stops_the_run_with_its_name(fixed, tiny_model, answer, reason):
