@@ -128,7 +128,7 @@ def test_what_looks_wrong(run, options, words):
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
         (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
-        (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
+        (["--reward_trust_remote_code", "foo/bar"], "not one of the reward models"),
         (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not accepted by torch.utils.checkpoint"),
         (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
@@ -266,11 +266,11 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
         ({}, "all of them"),
         ({"train_on": "best_and_worst"}, "32 of them"),
         ({"win_rate_threshold": 0.9}, "32 of them"),  # of 8 ranks the first and the last
-        ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "as many as the threshold leaves of them"),
-        ({"win_rate_threshold": 0.6, "reward_funcs": "accuracy_reward"}, "as many as the threshold leaves of them"),
+        ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "trained on if the threshold keeps them"),
+        ({"win_rate_threshold": 0.6, "reward_funcs": "accuracy_reward"}, "trained on if the threshold keeps them"),
         (
             {"win_rate_threshold": 0.6, "preference_funcs": "helpers.more_abc"},
-            "as many as the threshold leaves of them",
+            "trained on if the threshold keeps them",
         ),
     ],
 )

@@ -129,9 +129,7 @@ def test_rows_with_one_completion_each(folder):
         ("x", "a", ["1", "4"]), ("y", "a", ["2", "5"]), ("x", "b", ["3", "6"])
     ]  # fmt: skip
     uneven = write("uneven.jsonl", *[{"prompt": "x", "completion": c, "likes": n} for c, n in ("a1", "b1", "c2")])
-    with pytest.raises(
-        ValueError, match=r"has \[1, 2\] completions per prompt.*leave out columns that describe"
-    ):
+    with pytest.raises(ValueError, match=r"has \[1, 2\] completions per prompt.*leave out columns that describe"):
         load_completions(uneven)
 
 

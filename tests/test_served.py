@@ -94,9 +94,7 @@ def test_answers_without_a_score(server, body, caplog):
     assert ask(reward, ["x"] * 3, ["a", "c", "a"]) == [None, -0.5, None]
     assert ask(reward, ["x"] * 2, ["a", "c"]) == [None, -0.5]
     assert reward.num_lost == 3
-    assert (
-        caplog.text.count("reward gave no score to 2 of 3 completions (shown once). The first: BadResponse") == 1
-    )
+    assert caplog.text.count("reward gave no score to 2 of 3 completions (shown once). The first: BadResponse") == 1
 
 
 def test_a_server_that_dies_stops_the_run(server):

@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 _REJECTED = {
     "SPPO's KL term is always corrected for the policy having moved since the rollout.": "use_bias_correction_kl",
     "SPPO regresses the log-ratio to a target and clips no ratio.": "epsilon epsilon_high delta",
-    "SPPO's log-ratio is that of the whole completion.": "importance_sampling_level",
+    "SPPO's log-ratio belongs to the whole completion.": "importance_sampling_level",
     "SPPO learns from win rates, not from normalised advantages.": (
         "off_policy_mask_threshold scale_rewards sapo_temperature_neg sapo_temperature_pos vespo_k_pos "
         "vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
@@ -251,7 +251,7 @@ class SPPOConfig(GRPOConfig):
             try:
                 super().__post_init__()
             except ValueError as error:
-                said = str(error).replace("GRPO", "SPPO")  # it may be of GRPOConfig
+                said = str(error).replace("GRPO", "SPPO")  # GRPOConfig may have raised it
                 options = (text for start, text in OPTIONS_OF_ERRORS.items() if said.startswith(start))
                 problems.append(" ".join([said, *options]))
             else:

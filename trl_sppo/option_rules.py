@@ -38,7 +38,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "missing_eos_penalty", "time_budget",
         ],
     ),
-    # Below, 32-bit floats overflow in what is divided by these
+    # Below, a division by these overflows 32-bit floats
     ("at least 1e-6", lambda value: value >= 1e-6, ["temperature", "repetition_penalty"]),
     ("at least 1e-30", lambda value: value >= 1e-30, ["adam_epsilon"]),
     (

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
             trainer.accelerator.print(f"Wrote rollouts to {folder}, for `trl-sppo train --rollouts {folder}`.")
             return trainer
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except KeyboardInterrupt:  # training has said how to continue
+    except KeyboardInterrupt:  # training has printed how to continue
         if only_rollouts:
             print("trl-sppo: sampling ended. The same command continues.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -171,7 +171,7 @@ class SPPOTrainer(ResumableTrainer):
         def check(sources: list, tokenizers: list) -> None:
             """Check prompts with the templates of the policy and the reward models, before any is loaded."""
             self._readers = reward_readers(args, sources, tokenizers, len(judges))
-            if kwargs.get("rollout_func") is None:  # which renders prompts itself, and samples what it likes
+            if kwargs.get("rollout_func") is None:  # which renders and samples by itself
                 self._readers.insert(0, policy_reader(args, model, processing_class, kwargs.get("tools")))
             if not has_environment:
                 check_prompts(self._readers, named_datasets(train_dataset, eval_dataset))
@@ -298,7 +298,7 @@ class SPPOTrainer(ResumableTrainer):
             unmeasured += [name for name in self._metrics["eval"] if name.startswith("sampling/")]
         for name in unmeasured:
             self._metrics[self._mode].pop(name, None)
-        # The table of completions shows what is regressed instead of GRPO's advantage
+        # The table of completions shows the regressed win rates instead of GRPO's advantage
         table = cast(deque, self._logs["advantages"])
         shown = sppo_targets(targets.regressed, self.args.eta, targets.baseline).flatten().tolist()
         for i, value in zip(range(1, len(table) + 1), reversed(shown), strict=False):

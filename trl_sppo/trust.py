@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Weights and adapters: their pickled files, and those that are loaded instead
+# Weights and adapters: their pickled files, and the files that are loaded instead
 PICKLED = {"pytorch_model*.bin*": "model*.safetensors*", "adapter_model.bin": "adapter_model.safetensors"}
 
 

@@ -32,7 +32,7 @@ def dataset_source(name: str, config: str | None = None, option: str = "dataset_
     if config is not None:
         raise ValueError(
             f"dataset configuration {config!r} is given, but {option}={name!r} is one file, or was written by "
-            "`save_to_disk`, and has none. Remove it."
+            "`save_to_disk`, which has no configurations. Remove it."
         )
     return source
 

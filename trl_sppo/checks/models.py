@@ -121,7 +121,7 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
     check_whole_model("model", model)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)  # like TRL, what the config names
+    kind = getattr(transformers, (config.architectures or [""])[0], None)  # the config's class, like TRL
     if kind is not None:
         check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 

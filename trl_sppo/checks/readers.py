@@ -144,7 +144,7 @@ class Reader:
         """Whether a template for texts takes a list of parts without an error."""
         message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
         kwargs: Any = self.args.chat_template_kwargs or {}
-        with suppress(Exception):  # of this conversation; that of the dataset was rendered
+        with suppress(Exception):  # of this conversation; the dataset's was rendered
             text = self.processing_class.apply_chat_template([message], tokenize=False, **kwargs)
             return "'type': 'text'" in text or '"type": "text"' in text
         return False

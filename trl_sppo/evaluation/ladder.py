@@ -27,7 +27,7 @@ def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, M
             matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
             matrix[str(b)][str(a)] = rate
             matrix[str(a)][str(b)] = WinRate(1 - rate.mean, 1 - rate.high, 1 - rate.low, rate.num_prompts)
-    # A judge may not have scored all policies. Its ladder leaves out those that it did not compare with all others
+    # A judge may not have scored all policies. Its ladder leaves out policies without all comparisons
     return {
         judge: {a: row for a, row in matrix.items() if row and len(row) == max(map(len, matrix.values()))}
         for judge, matrix in ladders.items()

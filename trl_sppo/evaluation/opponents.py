@@ -182,7 +182,7 @@ class Opponents(TrainerCallback):
         if opponents is None:
             return {}
         if not matched(groups, opponents)[0]:
-            logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
+            logger.warning_once("this evaluation shares no prompt with the one before: no win rates against it.")
             return {}
         voters = self.trainer.voters  # whose scores the groups have
         results = play(groups, opponents, self.trainer.panel, voters.oracles)

@@ -44,7 +44,7 @@ def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
 
 
 def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """Rows of two policies with the same prompt, one to one, first those whose other columns are equal too."""
+    """Rows of two policies with the same prompt, one to one. Rows whose other columns are equal too come first."""
     waiting: dict[str, Groups] = {}
     for group in opponents:
         waiting.setdefault(key_of(group["prompt"]), []).append(group)

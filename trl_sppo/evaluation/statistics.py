@@ -102,8 +102,8 @@ def length_controlled_win_rate(
 
         P(i beats j) = sigmoid(theta + phi tanh((length_i - length_j) / std)),   win rate = sigmoid(theta)
 
-    fitted by logistic regression with equal weight for each prompt. The interval is that of [`win_rate`], on the scale
-    of theta, with half a win and half a loss added at equal length.
+    fitted by logistic regression with equal weight for each prompt. The interval is computed as in [`win_rate`], on
+    the scale of theta, with half a win and half a loss added at equal length.
 
     Args:
         outcomes (`torch.Tensor` of shape `(P, S, S')`):

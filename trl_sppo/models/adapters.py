@@ -17,7 +17,7 @@ from ..trust import check_safetensors, own_code_is_refused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Options of TRL's ModelConfig, and what they are called in the configuration of an adapter
+# Options of TRL's ModelConfig, and their names in the configuration of an adapter
 OPTIONS = {
     "lora_task_type": "task_type", "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
@@ -111,7 +111,7 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
 
 
 def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
-    """Weights that an adapter lacks, and those without a place in its model, of which loading has `found` some."""
+    """Weights that an adapter lacks, and weights that its model lacks, of which loading has `found` some."""
     expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
     # `found` is right about missing weights of LoRA only
     others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))

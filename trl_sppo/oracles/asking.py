@@ -39,7 +39,7 @@ def told_apart(names: list[str]) -> list[str]:
 def check_oracle(oracle: PreferenceFunc) -> None:
     """Raise `ValueError` if a pairwise oracle could not be called."""
     try:
-        # Partially: what else it requires may be columns of the dataset
+        # Partially: its other arguments may be columns of the dataset
         inspect.signature(oracle).bind_partial(prompts=[], first=[], second=[], log_metric=None, a_column=[])
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -158,7 +158,7 @@ def own_copy(value: Any) -> Any:
 def run_coroutines(
     coroutines: Sequence[Coroutine[Any, Any, Any]], loop: asyncio.AbstractEventLoop | None = None
 ) -> list[Any]:
-    """Results of coroutines that run together, or what they raised. By default in one loop of this process."""
+    """Results or exceptions of coroutines that run together, by default in one loop of this process."""
 
     async def together() -> list[Any]:
         return await asyncio.gather(*coroutines, return_exceptions=True)
@@ -177,7 +177,7 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 
 def _read_verdicts(output: Any, expected: int, problems: list[str]) -> list[float]:
-    """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
+    """Probabilities, NaN where there is none. Adds errors to `problems`."""
     if isinstance(output, BaseException):
         raise output
     values = list(output)

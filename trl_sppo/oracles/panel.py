@@ -57,7 +57,7 @@ def load_panel(
     columns: Sequence[str] | None = None,  # of the prompts, if known: functions that need others are refused
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Panel:
-    """Check judges, and load those that are reward models. Raises `ValueError` if a judge could not be called."""
+    """Check judges, and load the reward models. Raises `ValueError` if a judge could not be called."""
     if columns is not None:
         functions = [source for source in reward_funcs if callable(source) and not isinstance(source, nn.Module)]
         for function in functions:

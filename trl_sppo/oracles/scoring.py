@@ -113,7 +113,7 @@ class RewardSources:
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, the completions are not lost
+        except Exception as error:  # of any kind: the completions are not lost
             if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
                 raise
             form = "a text" if isinstance(completions[0], str) else "a list of messages"

@@ -15,7 +15,7 @@ class ServedRewardModel(Endpoint):
     A classifier with one label behind a vLLM server (`vllm serve MODEL --runner pooling`), as a reward function.
 
     The score of a completion is the model's logit, without an activation function. The server renders messages with
-    its own chat template, and adds no special tokens to a text, so the model reads what it would read in this process.
+    its own chat template, and adds no special tokens to a text, so the model reads the same text as in this process.
     Texts are not truncated. If the server gives no score, for example because a text is too long, the score is `None`.
 
     Args:
@@ -110,7 +110,7 @@ class ServedRewardModel(Endpoint):
         self._has_scored = True
 
     def _request(self, prompt: Messages, completion: Messages) -> dict[str, Any]:
-        """What is sent for one completion."""
+        """The request for one completion."""
         # Without its activation function, vLLM gives the logit; with it, the default, the sigmoid of the logit
         request: dict[str, Any] = {"use_activation": False, "add_special_tokens": False}
         if self.model is not None:

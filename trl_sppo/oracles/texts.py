@@ -10,7 +10,7 @@ Messages: TypeAlias = str | list[dict[str, Any]]
 
 
 def completion_text(completion: Messages) -> str:
-    """The text of a completion: what the assistant said."""
+    """The text of a completion: the assistant's messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(_content_text(message) for message in completion if message["role"] == "assistant")

@@ -127,7 +127,7 @@ class Voters:
         for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
             said = verdicts[name]
             known = (~said.matrix.isnan()).flatten(1).any(dim=1)
-            asked = (~said.same).flatten(1).any(dim=1)  # not about groups of identical completions
+            asked = (~said.same).flatten(1).any(dim=1)  # groups of identical completions are not compared
             may_pass = said.problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
             num_silent = self.silent_prompts(name, known[asked], may_pass, alone) if weight > 0 else 0
             if num_silent:

@@ -35,7 +35,7 @@ FUNCTIONS = "reward_funcs", "eval_reward_funcs", "preference_funcs", "eval_prefe
 
 @dataclass
 class Plan:
-    """A training as a recipe describes it, with what is known of its models and data, and what is not."""
+    """A training as a recipe describes it, with known and unknown facts about its models and data."""
 
     script: SPPOScriptArguments
     args: SPPOConfig
@@ -52,7 +52,7 @@ class Plan:
 
 
 def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
-    """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
+    """Read a recipe, overridden by `argv`, and the available models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
     processes, sharding, unknown = _launch(launch)

@@ -33,7 +33,7 @@ class Rollout:
     targets: RolloutTargets | None = None
 
     def rows(self, extra_fields: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rows of the dataset, with what a `rollout_func` has returned besides the completions, as in TRL."""
+        """Rows of the dataset, with the other values that a `rollout_func` returned, as in TRL."""
         rows = [{name: value for name, value in row.items() if name != ROW} for row in self.inputs]
         for name, value in extra_fields.items():
             for row, each in zip(rows, value if isinstance(value, list) else [value] * len(rows), strict=False):

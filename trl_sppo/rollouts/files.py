@@ -30,9 +30,9 @@ COLUMNS = {
     "answers": None,  # of each pairwise oracle by name: K x K, P(i beats j) when i is shown first, null if not asked
     "preferences": List(List(Value("float32"))),  # K x K, of the whole panel, null where unscorable
     "win_rates": List(Value("float32")),
-    "logps": List(List(Value("float32"))),  # by the trainer, of each token; null for what it did not compute
+    "logps": List(List(Value("float32"))),  # by the trainer, of each token; null if not computed
     "importance_weights": List(Value("float32")),  # of vLLM's samples
-    "policy": Value("string"),  # what the run began from
+    "policy": Value("string"),  # the initial model
     "run": Value("string"),  # the same for runs with the same options
     "versions": {name: Value("string") for name in ("trl_sppo", "trl", "transformers", "torch", "vllm")},
 }  # fmt: skip
@@ -106,7 +106,7 @@ class RolloutFiles:
         )
 
     def rotate(self, next_iteration: int, limit: int | None) -> None:
-        """Delete what is not needed by a run that samples `next_iteration` next. Keeps `limit` iterations before."""
+        """Delete files that a run does not need before `next_iteration`. Keeps `limit` iterations before."""
         for state in self._states.glob("*-*"):
             if int(state.name.split("-")[0]) < next_iteration:
                 shutil.rmtree(state)

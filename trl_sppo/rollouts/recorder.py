@@ -54,7 +54,7 @@ class RolloutRecorder:
         # One row per group: of the whole rollout, and the same on all processes, if it is given or recalled
         self.groups: list[dict[str, Any]] = []
         self._on_disk: set[str] = set()  # columns of the iteration's file, on the main process
-        self._mine: dict[int, dict[str, Any]] = {}  # with all columns, those that this process has completions of
+        self._mine: dict[int, dict[str, Any]] = {}  # with all columns, groups with completions of this process
         self._recalled = False
 
     def begin(self, iteration: int, inputs: Sequence[dict[str, Any]], group_size: int, resumed: bool) -> None:
@@ -118,7 +118,7 @@ class RolloutRecorder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the iteration at hand was recalled with all that `SPPOTrainer.rollout` writes."""
+        """Whether the iteration was recalled with everything that `SPPOTrainer.rollout` writes."""
         return self._recalled and self.groups[0].get("logps") is not None
 
     def skip(self) -> None:
@@ -203,7 +203,7 @@ class RolloutRecorder:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the iteration at hand was recalled with its scores and preferences."""
+        """Whether the iteration was recalled with its scores and preferences."""
         return self._recalled and "win_rates" in self.groups[0]
 
     def scores(self, names: Sequence[str]) -> torch.Tensor:

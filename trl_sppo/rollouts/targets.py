@@ -115,7 +115,7 @@ class StepMetrics:
         self._of_rollout[mode], self._sums = {}, {}
 
     def add_of_rollout(self, mode: str, metrics: dict[str, float]) -> None:
-        """Add metrics of the rollout at hand, the same on all processes."""
+        """Add metrics of the current rollout, the same on all processes."""
         self._of_rollout[mode].update(metrics)
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
@@ -124,7 +124,7 @@ class StepMetrics:
             self._sums[name] = self._sums.get(name, 0) + sums.float()
 
     def finish(self, mode: str) -> dict[str, float]:
-        """The metrics of an optimizer step, over all processes. What could not be measured is left out."""
+        """The metrics of an optimizer step, over all processes. Metrics without a value are left out."""
         values = dict(self._of_rollout[mode])
         if self._sums:
             sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")

@@ -17,10 +17,10 @@ from ..files import _now, read_beginning, write_atomically
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"  # in each checkpoint
-FORMAT = 2  # of what a checkpoint holds besides what transformers saves
+FORMAT = 2  # of a checkpoint's files besides transformers' own
 REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
-# Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
+# Options that determine how an iteration is cut into micro-batches. A checkpoint's rollouts fit only these
 LAYOUT = (
     "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
     "num_iterations",
@@ -189,11 +189,11 @@ def form_of(
     args: Any,
     model: str | nn.Module,
     peft_config: Any = None,  # of the adapter that is to be added
-    optimizer: Any = None,  # in the place of args.optim
+    optimizer: Any = None,  # instead of args.optim
     bits: int | None = None,  # 8 or 4, if the base model is quantized
     continued: str | None = None,  # folder of the adapter that the run began with
 ) -> dict[str, Any]:
-    """Describe, as JSON can, what a run trains. `model` is the policy, before or after its adapter is added."""
+    """Describe the trained model of a run for JSON. `model` is the policy, before or after its adapter is added."""
     is_added = peft_config is None and hasattr(model, "peft_config")
     if is_added:
         peft_config = next(iter(cast(Any, model).peft_config.values()))

@@ -36,9 +36,9 @@ class Interruption(TrainerCallback):
         self._micro_step_began = 0.0
         # Longest time between two checks of the clock, with evaluations and checkpoints: with and without a rollout
         self._longest = {True: 0.0, False: 0.0}
-        self._rollout = True  # whether the micro-step at hand begins with one
+        self._rollout = True  # whether the current micro-step begins with one
         self._epoch_has_ended = False
-        self.beginning: dict[str, Any] | None = None  # the state when the optimizer step at hand began
+        self.beginning: dict[str, Any] | None = None  # the state when the current optimizer step began
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -55,8 +55,8 @@ class Interruption(TrainerCallback):
             if self._signal is None:
                 self._signal, first = number, time.monotonic()
                 name = signal.Signals(number).name
-                words = f"{name}: finishing the step at hand, then a checkpoint is written. Again: ends at once."
-                os.write(2, f"\ntrl-sppo: {words}\n".encode())  # logging may be what was interrupted
+                words = f"{name}: finishing the current step, then writing a checkpoint. Repeat to end at once."
+                os.write(2, f"\ntrl-sppo: {words}\n".encode())  # logging may have been interrupted
             elif time.monotonic() - first > SAME_SIGNAL:
                 signal.signal(number, handlers[number])
                 signal.raise_signal(number)  # in this thread: another might take its time
@@ -92,7 +92,7 @@ class Interruption(TrainerCallback):
     def on_substep_end(self, args, state, control, **kwargs):
         # Several processes agree by a message: inside an optimizer step only once, if it began with a rollout
         if (self._rollout or self.trainer.accelerator.num_processes == 1) and self.is_over():
-            # What the optimizer step at hand has done so far changed no weight. A resumed run begins with it
+            # The current optimizer step has not changed a weight yet. A resumed run begins with it
             self.trainer.set_state(self.beginning)
             control.should_training_stop = True
 

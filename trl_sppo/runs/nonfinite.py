@@ -57,7 +57,7 @@ class NonFiniteSteps:
 
 
 def save_batch(trainer: Any, folder: Path) -> None:
-    """Save this process's micro-batches of the optimizer step at hand: tensors and texts."""
+    """Save this process's micro-batches of the current optimizer step: tensors and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = trainer.accelerator.process_index
     slices, steps = trainer._buffered_inputs, trainer.args.gradient_accumulation_steps

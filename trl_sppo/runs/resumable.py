@@ -45,7 +45,7 @@ torch.serialization.register_package(
 
 
 class ResumableTrainer(GRPOTrainer):
-    """GRPO's trainer with checkpoints of the whole state of a run, including the rollouts at hand."""
+    """GRPO's trainer with checkpoints of the whole state of a run, including its rollouts."""
 
     args: SPPOConfig
     model: torch.nn.Module
@@ -224,7 +224,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         if skip_scheduler and self._opponents.is_resumed:
-            return {}  # that of eval_on_start, which the run has had when it began
+            return {}  # eval_on_start: the run was evaluated when it began
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args, **kwargs):
@@ -293,7 +293,7 @@ class ResumableTrainer(GRPOTrainer):
         super()._load_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # PEFT loads adapters in float32, also those that TRL trains in bfloat16 (on a policy in 4 or 8 bit)
+        # PEFT loads adapters in float32, even if TRL trains them in bfloat16 (on a policy in 4 or 8 bit)
         policy = cast(torch.nn.Module, self.model)
         dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -305,7 +305,7 @@ class ResumableTrainer(GRPOTrainer):
             parameter.data = parameter.data.to(dtypes[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        # A checkpoint's state brings back the options of its optimizer. Those of this run act
+        # A checkpoint's state restores the options of its optimizer. This run's options replace them
         _, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args, cast(Any, self.model)
         )
