@@ -253,7 +253,7 @@ def fails(number):
         (lambda n: [0.5], "it raised ValueError: it returned 1 values for"),
         (lambda n: "yes", "it raised ValueError: it returned 3 values for"),
     ],
-    ids=["raises", "no probability", "too few", "a word"],
+    ids=["raises", "not a probability", "too few", "a word"],
 )
 def test_a_judge_that_falls_silent(run_until, then, reason, monkeypatch):
     """Lost comparisons are counted; after three rollouts without any answer the run stops."""

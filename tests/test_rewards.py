@@ -186,7 +186,7 @@ def test_no_padding_token(saved):
 
 
 def test_no_scoring_head(saved, tiny_model):
-    with pytest.raises(ValueError, match=r"has no scoring head: .*Qwen2ForCausalLM.*random scores"):
+    with pytest.raises(ValueError, match=r"has no scoring head: .*Qwen2ForCausalLM"):
         load(saved(tiny_model, make_tokenizer()))
 
 
