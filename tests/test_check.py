@@ -278,7 +278,7 @@ def test_what_is_trained_on(run, tmp_path, options, kept):
     recipe = {name: value for name, value in options_of(LORA).items() if name != "win_rate_threshold"}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | options))
-    assert f"128 completions each, {kept} trained on" in run(path, models=False)[1]
+    assert f"128 completions each, {kept}" in run(path, models=False)[1]
 
 
 def test_sizes_are_those_of_the_model_cards():

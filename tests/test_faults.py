@@ -253,7 +253,7 @@ def fails(number):
         (lambda n: [0.5], "it raised ValueError: it returned 1 values for"),
         (lambda n: "yes", "it raised ValueError: it returned 3 values for"),
     ],
-    ids=["raises", "not a probability", "too few", "a word"],
+    ids=["raises", "no probability", "too few", "a word"],
 )
 def test_a_judge_that_falls_silent(run_until, then, reason, monkeypatch):
     """Lost comparisons are counted; after three rollouts without any answer the run stops."""
@@ -325,7 +325,9 @@ def test_memory_that_does_not_suffice(run_until):
 
         trainer.model.generate = generate
 
-    assert_stopped(run_until(fault), "Lower per_device_train_batch_size (and raise steps_per_generation and")
+    assert_stopped(
+        run_until(fault), "Lower reward_batch_size or per_device_train_batch_size (and raise steps_per_generation and"
+    )
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def check_sources(
     has_environment: bool,  # which may bring a reward of its own
     judged: bool = False,  # whether the rollouts to train on bring preferences or scores
 ) -> None:
-    """Raise `ValueError` if nothing says which completion is better, or an option does not fit what does."""
+    """Raise `ValueError` if there is no reward source or oracle, or an option does not fit them."""
     nobody = not reward_funcs and not preference_funcs and not has_environment
     evaluate = IntervalStrategy(args.eval_strategy).value
     if nobody and (evaluate != "no" or not judged):
