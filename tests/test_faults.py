@@ -325,9 +325,7 @@ def test_memory_that_does_not_suffice(run_until):
 
         trainer.model.generate = generate
 
-    assert_stopped(
-        run_until(fault), "Lower reward_batch_size or per_device_train_batch_size (and raise steps_per_generation and"
-    )
+    assert_stopped(run_until(fault), "Lower reward_batch_size or per_device_train_batch_size (and raise")
 
 
 @pytest.mark.parametrize(
