@@ -271,7 +271,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda a: shutil.copy(Path(base_of(a), "config.json"), a),
-            "has a config.json of a whole model, and also an adapter_config.json",
+            "has both the config.json of a whole model and an adapter_config.json",
         ),
     ],
 )
@@ -574,7 +574,7 @@ def test_quantized(make_trainer, tmp_path, bits, noise):
         ),
         (
             lambda a: shutil.copy(Path(base_of(a), "config.json"), a),
-            "has a config.json of a whole model, and also an ad",
+            "has both the config.json of a whole model and an ad",
         ),
         (
             lambda a: lose(base_of(a), "model.norm.weight"),

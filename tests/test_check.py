@@ -61,7 +61,7 @@ def test_what_the_recipe_that_was_asked_for_would_do(run):
         # ranks 0 to 7 of 7 wins: of those 3/7 and 4/7 lie within 0.4 and 0.6
         "Then 4 optimizer steps on them, of 128 completions each, 96 of them trained on if no two tie.",
         "learning_rate=5e-07 is unusual for an adapter",
-        "No judge evaluates the policy that it is not trained on",
+        "No evaluation has a judge that is not trained on",
         "The number and length of prompts in trl-lib/ultrafeedback-prompt. It was not loaded.",
     ):
         assert words in said, words
@@ -153,11 +153,11 @@ def test_what_looks_wrong(run, options, words):
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
         (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
-        (["--reward_trust_remote_code", "foo/bar"], "none of the reward models"),
-        (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not what torch.utils.checkpoint takes"),
+        (["--reward_trust_remote_code", "foo/bar"], "not one of the reward models"),
+        (["--gradient_checkpointing_kwargs", '{"nonsense": 1}'], "is not accepted by torch.utils.checkpoint"),
         (["--output_dir", f"{__file__}/out"], "output_dir must be a folder that can be created"),
         (["--rollouts", "missing", "--use_vllm", "false"], "missing"),
-        (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "but none is"),
+        (["--reward_model_name_or_path", "http://localhost:1", "--reward_quantization", "8bit"], "but there is none"),
         (["--model_init_kwargs", '{"dtype": "float64"}'], "dtype must be float32 or bfloat16"),
         (["--use_cpu", "true", "--optim", "nonsense"], "optim"),
         (["--lora_r", "0"], "lora_r must be between 1"),
@@ -291,11 +291,11 @@ def test_a_dataset_at_hand_is_counted(run, tmp_path):
         ({}, "all of them"),
         ({"train_on": "best_and_worst"}, "32 of them"),
         ({"win_rate_threshold": 0.9}, "32 of them"),  # of 8 ranks the first and the last
-        ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "as many as the threshold leaves of them"),
-        ({"win_rate_threshold": 0.6, "reward_funcs": "accuracy_reward"}, "as many as the threshold leaves of them"),
+        ({"win_rate_threshold": 0.6, "comparison": "bradley_terry"}, "trained on if the threshold keeps them"),
+        ({"win_rate_threshold": 0.6, "reward_funcs": "accuracy_reward"}, "trained on if the threshold keeps them"),
         (
             {"win_rate_threshold": 0.6, "preference_funcs": "helpers.more_abc"},
-            "as many as the threshold leaves of them",
+            "trained on if the threshold keeps them",
         ),
     ],
 )
@@ -303,7 +303,7 @@ def test_what_is_trained_on(run, tmp_path, options, kept):
     recipe = {name: value for name, value in options_of(LORA).items() if name != "win_rate_threshold"}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | options))
-    assert f"128 completions each, {kept} trained on" in run(path, models=False)[1]
+    assert f"128 completions each, {kept}" in run(path, models=False)[1]
 
 
 def test_sizes_are_those_of_the_model_cards():

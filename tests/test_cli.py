@@ -156,9 +156,9 @@ def test_all_unknown_options_of_a_recipe_are_named(workdir, capsys):
 
 @pytest.mark.parametrize("section", ["algorithm", "actor_rollout_ref", "rollout", "trainer", "data", "model", "peft"])
 def test_sections_of_other_frameworks(workdir, capsys, section):
-    flat = f"recipe recipe.yaml: there is no option '{section}'. A recipe here is one flat list of options"
+    flat = f"recipe recipe.yaml: there is no option '{section}'. A recipe is one flat list of options"
     assert flat in message(capsys, workdir(**{section: {"lr": 1e-6, "more": {"n": 5}}}))
-    assert f"no option '{section}.n'. A recipe here is one flat" in message(capsys, workdir(**{f"{section}.n": 5}))
+    assert f"no option '{section}.n'. A recipe is one flat" in message(capsys, workdir(**{f"{section}.n": 5}))
 
 
 def test_a_recipe_in_verls_form_is_translated(workdir, capsys):
@@ -288,7 +288,7 @@ def test_recipe_files(tmp_path, capsys):
         ({"dataset_name": None}, "give either dataset_name (a folder, a file, or an id on the hub) or datasets"),
         ({"dataset_name": "./nowhere"}, "dataset_name='./nowhere' cannot be loaded: "),
         ({"dataset_train_split": "trian"}, "the dataset has no split 'trian', but ['test', 'train']"),
-        ({"reward_funcs": None}, "nothing says which completion is better: pass `reward_funcs`"),
+        ({"reward_funcs": None}, "no reward source and no preference oracle given. Pass `reward_funcs`"),
         ({"reward_funcs": "nowhere.f"}, "'nowhere.f' (--reward_funcs) could not be imported"),
         ({"reward_funcs": "accuracy_rewad"}, "'trl.rewards.accuracy_rewad' (--reward_funcs) could not be"),
         ({"reward_model_name_or_path": "./nowhere"}, "reward model './nowhere' is neither a folder"),

@@ -123,14 +123,14 @@ def test_what_is_no_probability_is_lost_and_lost_alone(bad):
     if bad is None:
         assert answers.problem == "it returned None"
     else:
-        assert answers.problem == f"it answered {bad}, which is no probability in [0, 1]"
+        assert answers.problem == f"it returned {bad}, which is not a probability in [0, 1]"
 
 
 @pytest.mark.parametrize(
     ("trouble", "problem"),
     [
         ("raises", "it raised TimeoutError: no answer within 60 s"),
-        ("too few", "it raised ValueError: it returned 1 answers to 12 comparisons"),
+        ("too few", "it raised ValueError: it returned 1 values for 12 comparisons"),
         ("no list", "it raised TypeError: 'int' object is not iterable"),
         ("no numbers", "it raised ValueError: could not convert string to float: 'yes'"),
     ],

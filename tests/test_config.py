@@ -35,7 +35,7 @@ def test_defaults(tmp_path):
         ({"forward_kl_share": 0.5}, "forward_kl_share=0.5 divides a KL term whose weight, beta, is 0"),
         ({"forward_kl_share": 1.5, "beta": 0.1}, r"forward_kl_share must be in \[0, 1\], got 1.5"),
         ({"loss_type": "sigmoid"}, "loss_type must be 'sppo' or 'sppo_hard' or 'sppo_single', got 'sigmoid'"),
-        ({"loss_type": "sppo_single"}, "loss_type='sppo_single' is about the best against the worst.*best_and_worst"),
+        ({"loss_type": "sppo_single"}, "loss_type='sppo_single' compares the best with the worst.*best_and_worst"),
         (
             {"loss_type": "sppo_hard", "baseline": "log_mean_exp"},
             "baseline='log_mean_exp' needs the win rates of the",

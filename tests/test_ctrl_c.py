@@ -40,7 +40,7 @@ def test_ctrl_c_in_a_terminal(workdir, command, moment):
     assert run.returncode == 130, error
     assert "Traceback" not in error and "KeyboardInterrupt" not in error
     lines = [line for line in error.splitlines() if line.startswith("trl-sppo:")]
-    ended = "sampling ended. The same command goes on." if moment == "scoring" else "interrupted."
+    ended = "sampling ended. The same command continues." if moment == "scoring" else "interrupted."
     assert lines == [f"trl-sppo: {ended}"]
     if moment == "scoring":
         assert list(Path("out/rollouts").glob("*.parquet"))

@@ -99,7 +99,7 @@ def test_prompts_that_come_unequally_often_are_sampled_and_read_again(folder, ca
     Path("prompts/test.jsonl").write_text("\n".join(map(json.dumps, [*TWO_GOLDS, TWO_GOLDS[0]])))
     sides = ("--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0")
     assert run_here(*EVAL, "--reward_funcs", "helpers.count_abc", *sides) == 0
-    assert "both have answered" not in caplog.text
+    assert "both have completions" not in caplog.text
     for side in ("model", "opponent"):
         groups = load_completions(f"eval/{side}.parquet")
         assert [(group["prompt"], group["gold"]) for group in groups] == [
@@ -129,9 +129,7 @@ def test_rows_with_one_completion_each(folder):
         ("x", "a", ["1", "4"]), ("y", "a", ["2", "5"]), ("x", "b", ["3", "6"])
     ]  # fmt: skip
     uneven = write("uneven.jsonl", *[{"prompt": "x", "completion": c, "likes": n} for c, n in ("a1", "b1", "c2")])
-    with pytest.raises(
-        ValueError, match=r"has \[1, 2\] completions per prompt.*leave out those that say something of"
-    ):
+    with pytest.raises(ValueError, match=r"has \[1, 2\] completions per prompt.*leave out columns that describe"):
         load_completions(uneven)
 
 
@@ -417,7 +415,7 @@ def test_the_ladder_prompts_as_the_run_did_and_reward_models_too(prompted, make_
 def test_tools_of_the_training_are_missed(folder, caplog):
     Path("policy-1/run_began.json").write_text(json.dumps({"config": {}, "tools": ["search", "add"]}))
     assert run_here(*EVAL, *JUDGES, "--model_name_or_path", "policy-1", "--opponent_name_or_path", "policy-0") == 0
-    assert "'policy-1' was trained with tools (search, add), which it does not have here" in caplog.text
+    assert "'policy-1' was trained with tools (search, add), which are not available here" in caplog.text
 
 
 # ---- Ctrl-C, and vLLM that is not there

@@ -86,7 +86,7 @@ def test_eval_of_files(folder, caplog):
     assert run_here("eval", *files) == 0
     facts = json.loads((folder / "eval" / "win_rates.json").read_text())
     assert facts["win_rates"]["count_abc"]["win_rate"]["mean"] == 0.625 and facts["num_prompts"] == 2
-    assert "two policies play on the 2 prompts that both have answered" in caplog.text
+    assert "the two policies are compared on the 2 prompts for which both have completions" in caplog.text
     assert run_here("eval", *files, "--at_least", 0.01) == 0
     assert run_here("eval", *files, "--at_least", 0.6) == 1  # the lower bound counts
     # A column that only some rows have is one to oracles too
@@ -286,7 +286,7 @@ def test_the_ladder_samples_checkpoints_that_were_not_evaluated(make_trainer, fo
     [
         (("ladder",), "Pass the output directory of a run first"),
         (("ladder", "nowhere"), "'nowhere' is not a folder"),
-        (("ladder", "prompts"), "a ladder needs two policies, and 'prompts' has those of steps []"),
+        (("ladder", "prompts"), "a ladder needs two policies, but 'prompts' has only steps []"),
         (("report", "prompts"), "has no trainer_state.json"),
         (("report", "prompts", "--x"), "not used by the HfArgumentParser: ['--x']"),
     ],

@@ -166,7 +166,7 @@ def test_ctrl_c_is_a_keyboard_interrupt(start, tmp_path, capfd):
     trainer = start("run", save_steps=100)
     interrupt(trainer, SignalAt(trainer, 3, number=signal.SIGINT), KeyboardInterrupt())
     assert last_whole_checkpoint(str(tmp_path / "run")).name == "checkpoint-1"
-    assert "trl-sppo: SIGINT: finishing the step at hand, then a checkpoint is written." in capfd.readouterr().err
+    assert "trl-sppo: SIGINT: finishing the current step, then writing a checkpoint." in capfd.readouterr().err
 
 
 def test_the_same_signal_again(start, tmp_path, monkeypatch):
@@ -286,7 +286,7 @@ def test_the_command_passes_signals_on_and_ends_with_their_code(workdir, tmp_pat
         stdout, stderr = run.communicate(timeout=100)
     assert run.returncode == 128 + number, stderr
     assert "Traceback" not in stderr
-    assert "finishing the step at hand, then a checkpoint is written" in stderr
+    assert "finishing the current step, then writing a checkpoint" in stderr
     assert stdout.count("The last checkpoint is out/checkpoint-") == 1 and "Saved the policy" not in stdout
     assert not Path("out/model.safetensors").exists()
     subprocess.run(command, check=True, capture_output=True, env=environment, timeout=100)

@@ -601,7 +601,7 @@ def test_answers_without_a_verdict_are_lost(endpoint, body, caplog):
     judge = LLMJudge("judge", endpoint.url)
     assert ask(judge, ["x"] * 2, ["a", "c"], ["b", "d"]) == [None, pytest.approx(0.2)]
     assert judge.num_lost == 1
-    assert "judge gave no verdict in 1 of 2 comparisons" in caplog.text and "BadAnswerError: " in caplog.text
+    assert "judge gave no verdict in 1 of 2 comparisons" in caplog.text and "BadResponseError: " in caplog.text
 
 
 def test_one_letter_alone_is_a_verdict(endpoint):
@@ -617,7 +617,7 @@ def test_time_outs_are_lost(endpoint, caplog):
     judge = LLMJudge("judge", endpoint.url, timeout=0.05, max_retries=1)
     assert ask(judge, ["x"] * 2, ["a", "c"], ["b", "d"]) == [None, None]
     assert judge.num_lost == 2 and len(endpoint.requests) == 4
-    assert "gave no verdict in 2 of 2 comparisons (this is said once). The first: APITimeoutError" in caplog.text
+    assert "gave no verdict in 2 of 2 comparisons (shown once). The first: APITimeoutError" in caplog.text
 
 
 def test_a_dead_endpoint_and_one_warning(endpoint, caplog):

@@ -241,10 +241,10 @@ def test_lost_comparisons_are_counted_and_the_run_goes_on(fixed, tiny_model):
     ("answer", "reason"),
     [
         (lambda n: 1 / 0, "it raised ZeroDivisionError"),
-        (lambda n: [2.0] * n, "it answered 2.0, which is no probability"),
+        (lambda n: [2.0] * n, "it returned 2.0, which is not a probability"),
         (lambda n: [None] * n, "it returned None"),
-        (lambda n: [math.nan] * n, "it answered nan, which is no probability"),
-        (lambda n: [], "it returned 0 answers to 12 comparisons"),
+        (lambda n: [math.nan] * n, "it returned nan, which is not a probability"),
+        (lambda n: [], "it returned 0 values for 12 comparisons"),
     ],
 )
 def test_an_oracle_that_never_answers_stops_the_run_with_its_name(fixed, tiny_model, answer, reason):
@@ -254,7 +254,7 @@ def test_an_oracle_that_never_answers_stops_the_run_with_its_name(fixed, tiny_mo
     trainer = fixed(
         model=tiny_model, preference_batch_size=12, trainer_kwargs={"preference_func": [rock_paper_scissors, my_judge]}
     )
-    with pytest.raises(RuntimeError, match=f"'my_judge' gave no usable answer .* of the last 4 prompts: .*{reason}"):
+    with pytest.raises(RuntimeError, match=f"'my_judge' gave no valid verdict .* of the last 4 prompts: .*{reason}"):
         trainer.train()
 
 
@@ -272,12 +272,12 @@ def test_an_oracle_that_fell_silent_stops_the_run_after_three_rollouts(fixed, ti
     trainer = fixed(
         model=tiny_model, max_steps=9, reward_funcs=reward_funcs, trainer_kwargs={"preference_func": restarting}
     )
-    with pytest.raises(RuntimeError, match=r"'restarting' gave no usable answer .* last 12 prompts: .*refused"):
+    with pytest.raises(RuntimeError, match=r"'restarting' gave no valid verdict .* last 12 prompts: .*refused"):
         trainer.train()
     assert len(calls) == 7 and trainer.state.global_step == 6
     kept = [row["win_rate/kept"] for row in trainer.state.log_history]
     assert kept == ([1, 0, 0, 1, 0, 0] if alone else [1] * 6)
-    assert caplog.text.count("Said once for each oracle") == 1
+    assert caplog.text.count("Shown once per oracle") == 1
 
 
 def test_neither_a_silent_oracle_without_a_vote_nor_an_evaluation_stops_a_run(fixed, tiny_model):
@@ -361,9 +361,9 @@ def test_a_vote_that_ends_even_is_even(weights):
         (
             {"preference_weights": [0.0], "reward_weights": [0.0]},
             rock_paper_scissors,
-            r"reward_weights=\[0.0\] and preference_weights=\[0.0\] are all zero: nobody has a vote",
+            r"reward_weights=\[0.0\] and preference_weights=\[0.0\] are all zero: no source has a vote",
         ),
-        ({"reward_weights": [0.0]}, None, "are all zero: nobody has a vote"),
+        ({"reward_weights": [0.0]}, None, "are all zero: no source has a vote"),
         (
             {"missing_eos_penalty": 1.0, "reward_funcs": None},
             rock_paper_scissors,

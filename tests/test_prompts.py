@@ -125,8 +125,8 @@ def test_a_later_row_of_a_stream(make, tmp_path, name):
 
 
 @pytest.mark.parametrize(("rows", "words"), [
-    (["ab", "cd", [USER], "e"], "row 2 of train_dataset has a prompt of another kind than those before"),
-    ([[USER], [OTHER], [USER], "ab"], "row 3 of train_dataset has a prompt of another kind than those before"),
+    (["ab", "cd", [USER], "e"], "row 2 of train_dataset has a prompt of another kind than the first"),
+    ([[USER], [OTHER], [USER], "ab"], "row 3 of train_dataset has a prompt of another kind than the first"),
 ])  # fmt: skip
 def test_texts_mixed_with_messages(make, rows, words):
     with pytest.raises(ValueError, match=words):

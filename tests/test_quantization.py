@@ -122,5 +122,5 @@ def test_reward_models_in_8_and_4_bit(make_trainer, reward_model, bits, bytes_pe
 def test_messages(make_trainer):
     with pytest.raises(ValueError, match="reward_quantization must be '8bit' or '4bit', got 4"):
         make_trainer(reward_quantization=4)
-    with pytest.raises(ValueError, match="reward_quantization='4bit' is about reward models that are loaded from a "):
+    with pytest.raises(ValueError, match="reward_quantization='4bit' applies to reward models given by "):
         make_trainer(reward_quantization="4bit")

@@ -168,7 +168,7 @@ def test_evaluations_change_nothing_about_the_training(start):
 
 def test_a_run_that_has_taken_all_its_steps_takes_no_more(start, tmp_path, caplog):
     """transformers would take one. A run may be killed between its last checkpoint and its end."""
-    words = "had taken all of its 9 steps"
+    words = "has taken all of its 9 steps"
     whole = start("whole")
     whole.train()
     assert words not in caplog.text
@@ -322,7 +322,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line_that_says_so(start, tmp_pa
     assert_same(resumed, whole)
     for step in (8, 9):
         assert f"checkpoint-{step} is torn (it has no manifest.json, which is written last)" in caplog.text
-    assert f"Going on from {tmp_path / 'run' / 'checkpoint-7'}." in caplog.text
+    assert f"Continuing from {tmp_path / 'run' / 'checkpoint-7'}." in caplog.text
     assert read_manifest(tmp_path / "run" / "checkpoint-9")  # written anew
 
 

@@ -186,7 +186,7 @@ def test_no_padding_token(saved):
 
 
 def test_no_scoring_head(saved, tiny_model):
-    with pytest.raises(ValueError, match=r"has no scoring head: .*Qwen2ForCausalLM.*random scores"):
+    with pytest.raises(ValueError, match=r"has no scoring head: .*Qwen2ForCausalLM"):
         load(saved(tiny_model, make_tokenizer()))
 
 
@@ -305,7 +305,7 @@ def test_eval_dataset_without_prompts(make_trainer):
 
 @pytest.mark.parametrize("nothing", [None, []])
 def test_no_reward_source(make_trainer, nothing):
-    with pytest.raises(ValueError, match="nothing says which completion is better: pass `reward_funcs`"):
+    with pytest.raises(ValueError, match=r"no reward source and no preference oracle given\. Pass `reward_funcs`"):
         make_trainer(model="./not-even-looked-at", reward_funcs=nothing)
 
 

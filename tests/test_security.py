@@ -109,7 +109,7 @@ def test_a_policys_own_code(make_trainer, tmp_path, own_code):
     # What is said about a reward model says nothing about the policy
     trusted = {"reward_funcs": [rewards], "reward_trust_remote_code": [rewards]}
     message = {
-        "model": f"model '{folder}' brings Python code.*set trust_remote_code=True, which is about this model alone",
+        "model": f"model '{folder}' brings Python code.*set trust_remote_code=True, which applies to this model only",
         "tokenizer": f"the tokenizer of model '{folder}' brings Python code.*set trust_remote_code=True",
     }
     with pytest.raises(ValueError, match=message[own_code]):
@@ -190,7 +190,7 @@ def test_trust_in_reward_models_names_each(tmp_path, value):
 @pytest.mark.parametrize("name", ["another", "http://localhost:1", "true"])
 def test_trust_in_what_is_no_reward_model_here(make_trainer, name):
     with pytest.raises(
-        ValueError, match=f"reward_trust_remote_code names '{name}', which is none of the reward models"
+        ValueError, match=f"reward_trust_remote_code names '{name}', which is not one of the reward models"
     ):
         make_trainer(reward_funcs=["http://localhost:1", count_abc], reward_trust_remote_code=[name])
 

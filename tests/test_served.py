@@ -94,9 +94,7 @@ def test_answers_without_a_score(server, body, caplog):
     assert ask(reward, ["x"] * 3, ["a", "c", "a"]) == [None, -0.5, None]
     assert ask(reward, ["x"] * 2, ["a", "c"]) == [None, -0.5]
     assert reward.num_lost == 3
-    assert (
-        caplog.text.count("reward gave no score to 2 of 3 completions (this is said once). The first: BadAnswer") == 1
-    )
+    assert caplog.text.count("reward gave no score to 2 of 3 completions (shown once). The first: BadResponse") == 1
 
 
 def test_a_server_that_dies_stops_the_run(server):
@@ -176,9 +174,9 @@ def test_one_that_was_made_before_is_checked_too(server):
     ("models", "reason"),
     [
         ((404, {}), "NotFoundError: "),
-        ((200, "<html>"), "the answer lacks what was asked for: '<html>'"),
-        ((200, {"data": "no"}), "the answer lacks what was asked for"),
-        ((200, {"data": []}), "the answer lacks what was asked for"),
+        ((200, "<html>"), "the response lacks the expected fields: '<html>'"),
+        ((200, {"data": "no"}), "the response lacks the expected fields"),
+        ((200, {"data": []}), "the response lacks the expected fields"),
     ],
 )
 def test_no_vllm_server(server, models, reason):
@@ -200,8 +198,8 @@ def test_a_dead_port_is_refused_before_a_model_is_loaded(server, make_trainer, m
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((200, logits(0.2, 0.3, 0.5)), "BadAnswerError: the answer lacks what was asked for"),
-        ((200, logits(math.nan)), "BadAnswerError: the answer lacks what was asked for: .*NaN"),
+        ((200, logits(0.2, 0.3, 0.5)), "BadResponseError: the response lacks the expected fields"),
+        ((200, logits(math.nan)), "BadResponseError: the response lacks the expected fields: .*NaN"),
         ((404, {"detail": "Not Found"}), "NotFoundError: Error code: 404"),
         ((400, {"error": {"message": "no chat template"}}), "BadRequestError: .*no chat template"),
     ],

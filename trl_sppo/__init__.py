@@ -21,15 +21,7 @@ _PUBLIC = {
     "win_rates": "preferences",
     "win_rates_from_scores": "preferences",
 }
-_MODULES = {
-    "config",
-    "diagnostics",
-    "evaluation",
-    "judges",
-    "objectives",
-    "preferences",
-    "trainer",
-}
+_MODULES = {"config", "diagnostics", "evaluation", "judges", "objectives", "preferences", "trainer"}
 
 if TYPE_CHECKING:
     from .config import SPPOConfig as SPPOConfig

@@ -1,3 +1,5 @@
+"""The `trl-sppo` command as `python -m trl_sppo`."""
+
 from .cli import main
 
 

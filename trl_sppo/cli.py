@@ -1,4 +1,4 @@
-"""The `trl-sppo` command. Imports what a command needs only when it runs."""
+"""The `trl-sppo` command. The modules of a command are imported only when it runs."""
 
 import argparse
 import signal
@@ -12,17 +12,17 @@ from .quiet import hush
 
 # The module whose `main` runs a command, further arguments of `main`, and the help
 COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "train": ("commands.launch", {}, "train a policy as a YAML recipe and the command line say"),
-    "check": ("commands.check", {}, "report what a recipe would do and need, and what looks wrong, without a GPU"),
+    "train": ("commands.launch", {}, "train a policy from a YAML recipe and options"),
+    "check": ("commands.check", {}, "report what a recipe does and needs, and what looks wrong, without a GPU"),
     "rollout": (
         "commands.launch",
         {"module": "trl_sppo.sample"},
-        "sample and score completions as a recipe says, without training, for `train --rollouts`",
+        "sample and score completions from a recipe, without training, for `train --rollouts`",
     ),
     "eval": ("commands.evaluate", {}, "compare two policies on the same prompts, under one or several judges"),
-    "ladder": ("commands.ladder", {}, "let the checkpoints of a run play against each other"),
+    "ladder": ("commands.ladder", {}, "compare the checkpoints of a run with each other"),
     "report": ("commands.report", {}, "write a page about a run: curves, win rates, diagnostics, samples"),
-    "quickstart": ("quickstart", {}, "train a small real model on this machine and show its win rate against itself"),
+    "quickstart": ("quickstart", {}, "train a small model on this machine and show its win rate against the original"),
 }
 
 

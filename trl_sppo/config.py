@@ -1,4 +1,4 @@
-"""Options of [`SPPOTrainer`]: SPPO's own, their checks, and the options of GRPO that have no meaning here."""
+"""Options of [`SPPOTrainer`]: SPPO's own, their checks, and refused options of GRPO."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
@@ -23,17 +23,16 @@ from .option_rules import (
 
 logger = logging.get_logger(__name__)
 
-# Inherited options that would have no effect, or one that SPPO does not support, by the reason, which is part of the
-# message: each must keep its default.
+# Inherited options that must keep their default, by the reason, which is part of the message
 _REJECTED = {
     "SPPO's KL term is always corrected for the policy having moved since the rollout.": "use_bias_correction_kl",
     "SPPO regresses the log-ratio to a target and clips no ratio.": "epsilon epsilon_high delta",
-    "SPPO's log-ratio is that of the whole completion.": "importance_sampling_level",
+    "SPPO's log-ratio belongs to the whole completion.": "importance_sampling_level",
     "SPPO learns from win rates, not from normalised advantages.": (
         "off_policy_mask_threshold scale_rewards sapo_temperature_neg sapo_temperature_pos vespo_k_pos "
         "vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
     ),
-    "`reward_aggregation` says how several reward sources become one preference.": "multi_objective_aggregation",
+    "`reward_aggregation` determines how several reward sources become one preference.": "multi_objective_aggregation",
     "SPPO's log-ratio sums over all tokens of a completion.": "top_entropy_quantile",
     "SPPO's objective has no entropy term.": (
         "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
@@ -70,28 +69,26 @@ class SPPOConfig(GRPOConfig):
     r"""
     Configuration class for the [`SPPOTrainer`].
 
-    Every parameter of [`~trl.GRPOConfig`] is inherited: groups, sampling, vLLM, evaluation and logging mean what they
-    mean there. Those that only make sense for GRPO's loss must keep their default, and are refused otherwise with the
-    reason. One SPPO iteration is one generation batch; `steps_per_generation / gradient_accumulation_steps` (times
-    `num_iterations`) is the number of optimizer steps taken against it.
+    Inherits all parameters of [`~trl.GRPOConfig`]. Parameters that only GRPO's loss uses are refused. One SPPO
+    iteration is one generation batch, on which `steps_per_generation / gradient_accumulation_steps` (times
+    `num_iterations`) optimizer steps are taken.
 
     Parameters:
         eta (`float`, *optional*, defaults to `10.0`):
-            The paper's η: completions are regressed to a log-ratio of `eta * (win_rate - 1/2)` nats. The `beta` of
-            DPO and of the official SPPO code is `1 / eta`. The paper uses `eta=1000`.
+            The paper's η: the target of a completion's log-ratio is `eta * (win_rate - 1/2)` nats. The `beta` of DPO
+            and of the official SPPO code is `1 / eta`. The paper uses `eta=1000`.
         loss_type (`str`, *optional*, defaults to `"sppo"`):
-            What stands for the win rate: `"sppo"` (a completion's win rate in its group), `"sppo_hard"` (1 if that is
-            above ½, 0 if below, as TRL's DPO loss of that name) or `"sppo_single"` (best against worst alone, as in
-            the official code; with `train_on="best_and_worst"`).
+            Form of the win rate in the loss: `"sppo"` (the win rate in the group), `"sppo_hard"` (1 above ½, 0 below,
+            like TRL's DPO loss of that name) or `"sppo_single"` (best against worst alone, like the official code;
+            needs `train_on="best_and_worst"`).
         baseline (`str`, *optional*, defaults to `"half"`):
-            What stands for log Z / η: `"half"` (the paper's constant) or `"log_mean_exp"` (the group's own estimate).
+            Estimate of log Z / η: `"half"` (the paper's constant) or `"log_mean_exp"` (computed from the group).
         beta (`float`, *optional*, defaults to `0.0`):
-            Weight of the KL term towards the initial policy (RSPO), in nats of a whole completion. GRPO's is per
-            token: the same number pulls about as many times stronger here as a completion has tokens. Not the `beta`
-            of DPO and of the official SPPO code, which is `1 / eta`.
+            Weight of the KL term towards the initial policy (RSPO), per completion. GRPO's KL is per token, so the
+            same `beta` pulls stronger here, by about the number of tokens. The `beta` of DPO and of the official SPPO
+            code is `1 / eta`.
         forward_kl_share (`float`, *optional*, defaults to `0.0`):
-            With `beta > 0`: share of the forward divergence KL(π_0‖π_θ) in the KL term. The reverse one, KL(π_θ‖π_0),
-            has the rest.
+            Share of the forward divergence KL(π_0‖π_θ) in the KL term. The rest is KL(π_θ‖π_0). Needs `beta > 0`.
         comparison (`str`, *optional*, defaults to `"hard"`):
             How two scores become a preference: `"hard"` (the higher wins, ties are ½) or `"bradley_terry"`
             (`sigmoid((s_i - s_j) / bt_temperature)`).
@@ -100,42 +97,38 @@ class SPPOConfig(GRPOConfig):
         include_self (`bool`, *optional*, defaults to `False`):
             Whether a completion's tie with itself counts in its win rate, as in the official code.
         reward_aggregation (`str`, *optional*, defaults to `"vote"`):
-            How several reward sources become one preference: `"vote"` (each compares, preferences are averaged by
-            `reward_weights`; scales need not agree) or `"sum"` (weighted scores are added, then compared).
+            How several reward sources become one preference: `"vote"` (their preferences are averaged by
+            `reward_weights`; scales may differ) or `"sum"` (weighted scores are added, then compared).
         missing_eos_penalty (`float`, *optional*):
-            Subtracted from the scores (with `"sum"`, from their sum) of a completion that does not end with an EOS
-            token.
+            Subtracted from the scores (with `"sum"`, from their sum) of a completion without a final EOS token.
         preference_weights (`list[float]`, *optional*):
             Vote of each pairwise oracle in `preference_func`, on the scale of `reward_weights`. 1 each by default.
         both_orders (`bool`, *optional*, defaults to `True`):
-            Whether pairwise oracles are asked for each pair in both orders, which cancels a liking for the first or
-            second place, or in one.
+            Whether pairwise oracles compare each pair in both orders, which cancels a preference for a position.
         preference_batch_size (`int`, *optional*, defaults to `512`):
-            Comparisons per call of a pairwise oracle. Those of one group are not divided.
+            Comparisons per call of a pairwise oracle. A group is never split.
         train_on (`str`, *optional*, defaults to `"all"`):
             Completions of a group to train on: `"all"`, or `"best_and_worst"` (the paper's experiments).
         win_rate_threshold (`float`, *optional*):
             Train only on completions with a win rate of at least this, or of at most one minus this. In [0.5, 1].
         reward_batch_size (`int`, *optional*, defaults to `16`):
-            Completions per forward pass of a reward model. Bounds its memory, whatever the generation batch.
+            Completions per forward pass of a reward model. Limits its memory.
         reward_quantization (`str`, *optional*):
-            Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4, double quantization), with
-            bitsandbytes. Their scoring heads stay as they are.
+            Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4), except for their scoring heads.
         save_rollouts (`bool`, *optional*, defaults to `True`):
-            Whether to write the rollouts of each iteration to `output_dir/rollouts`, where a run that is resumed finds
-            them again.
+            Whether to write the rollouts of each iteration to `output_dir/rollouts`. A resumed run reuses them.
         rollouts_total_limit (`int`, *optional*):
-            Files of rollouts to keep, of iterations before the last checkpoint. All by default.
+            Rollout files to keep, of iterations before the last checkpoint. All by default.
         rollouts (`str`, *optional*):
             Train on the rollouts in this folder or file, instead of sampling. See [`load_rollouts`].
         time_budget (`float`, *optional*):
-            Minutes after which the process should have ended, counted from its start. Training ends in time for that
-            with a checkpoint, like after SIGTERM. 5 % are kept for the checkpoint.
+            Minutes from the start of the process until it must have ended. Training ends before that with a
+            checkpoint, as after SIGTERM. 5 % of the time is reserved for the checkpoint.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the policy's checkpoint may run Python code of its own, for its model and its tokenizer. Unlike
-            GRPO's, it says nothing about reward models.
+            Whether the policy's checkpoint may run its own Python code, for model and tokenizer. Unlike GRPO's, it
+            does not apply to reward models.
         reward_trust_remote_code (`list[str]`, *optional*):
-            Reward models, as given in `reward_funcs`, that may run Python code of their own. None by default.
+            Reward models, as given in `reward_funcs`, that may run their own Python code. None by default.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -143,13 +136,11 @@ class SPPOConfig(GRPOConfig):
     > - `temperature`: Defaults to `0.8` instead of `1.0`.
     > - `max_completion_length`: Defaults to `1024` instead of `512`.
     > - `loss_type`: Defaults to `"sppo"` instead of `"dapo"`.
-    > - `disable_dropout`: Defaults to `True` instead of `False`: the log-ratio compares two passes over a completion,
-    >   and dropout would add noise to it (DPO's default, for the same reason).
+    > - `disable_dropout`: Defaults to `True` instead of `False`: dropout adds noise to log-ratios.
     """
 
-    # Parameters whose default values are overridden from GRPOConfig. The learning rate is the paper's. Temperature,
-    # length, the group of 8 and eta = 1/0.1 are those of the request that this package answers (see the recipe
-    # qwen2.5-7b-instruct/lora.yaml); the paper has 1.0, 2048 (its code), 5 and 1000.
+    # Defaults that differ from GRPOConfig. The learning rate is the paper's. Temperature, length, the group of 8 and
+    # eta are as in recipes/qwen2.5-7b-instruct/lora.yaml; the paper has 1.0, 2048 (its code), 5 and 1000.
     learning_rate: float = field(
         default=5e-7, metadata={"help": "The initial learning rate. The paper's, for full fine-tuning."}
     )
@@ -166,21 +157,21 @@ class SPPOConfig(GRPOConfig):
     # Parameters that control the objective
     eta: float = field(
         default=10.0,
-        metadata={"help": "Completions are regressed to a log-ratio of eta * (win_rate - 1/2). DPO's beta is 1/eta."},
+        metadata={"help": "The target of the log-ratio is eta * (win_rate - 1/2). DPO's beta is 1/eta."},
     )
     loss_type: str = field(
         default="sppo",
         metadata={
-            "help": "What stands for the win rate: 'sppo' (the win rate in the group), 'sppo_hard' (1 above 1/2, 0 "
-            "below) or 'sppo_single' (best against worst alone; with train_on='best_and_worst')."
+            "help": "Form of the win rate: 'sppo' (in the group), 'sppo_hard' (1 above 1/2, 0 below) or "
+            "'sppo_single' (best against worst; needs train_on='best_and_worst')."
         },
     )
     baseline: Literal["half", "log_mean_exp"] = field(
         default="half",
-        metadata={"help": "What stands for log Z / eta: 'half' (the paper) or 'log_mean_exp' (the group's estimate)."},
+        metadata={"help": "Estimate of log Z / eta: 'half' (the paper) or 'log_mean_exp' (from the group)."},
     )
     forward_kl_share: float = field(
-        default=0.0, metadata={"help": "With beta > 0: share of KL(initial policy || policy) in the KL term."}
+        default=0.0, metadata={"help": "Share of KL(initial policy || policy) in the KL term. Needs beta > 0."}
     )
 
     # Parameters that control where preferences come from
@@ -200,13 +191,13 @@ class SPPOConfig(GRPOConfig):
         },
     )
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the scores of a completion that does not end with EOS."}
+        default=None, metadata={"help": "Subtracted from the scores of a completion without a final EOS token."}
     )
     preference_weights: list[float] | None = field(
         default=None, metadata={"help": "Vote of each pairwise oracle, on the scale of reward_weights."}
     )
     both_orders: bool = field(
-        default=True, metadata={"help": "Whether pairwise oracles are asked for each pair in both orders."}
+        default=True, metadata={"help": "Whether pairwise oracles compare each pair in both orders."}
     )
     preference_batch_size: int = field(default=512, metadata={"help": "Comparisons per call of a pairwise oracle."})
 
@@ -230,7 +221,7 @@ class SPPOConfig(GRPOConfig):
         default=True, metadata={"help": "Whether to write the rollouts of each iteration to output_dir/rollouts."}
     )
     rollouts_total_limit: int | None = field(
-        default=None, metadata={"help": "Files of rollouts to keep, of iterations before the last checkpoint."}
+        default=None, metadata={"help": "Rollout files to keep, of iterations before the last checkpoint."}
     )
     rollouts: str | None = field(
         default=None, metadata={"help": "Train on the rollouts in this folder or file, instead of sampling."}
@@ -238,15 +229,15 @@ class SPPOConfig(GRPOConfig):
 
     # Parameters that control how a run ends
     time_budget: float | None = field(
-        default=None, metadata={"help": "Minutes after which the process should have ended, with a checkpoint."}
+        default=None, metadata={"help": "Minutes until the process must have ended, with a checkpoint."}
     )
 
     # Parameters that control whose code runs
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether the policy's checkpoint may run Python code of its own."}
+        default=False, metadata={"help": "Whether the policy's checkpoint may run its own Python code."}
     )
     reward_trust_remote_code: list[str] | None = field(
-        default=None, metadata={"help": "Reward models, as given, that may run Python code of their own."}
+        default=None, metadata={"help": "Reward models, as given, that may run their own Python code."}
     )
 
     def __new__(cls, *args, **kwargs):
@@ -257,7 +248,7 @@ class SPPOConfig(GRPOConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
-        # All that is wrong is said at once
+        # All problems are reported at once
         problems = [*find_number_problems(self), *find_mapping_problems(self), *find_pair_problems(self)]
         problems += find_launch_problems()
         can_go_on = not problems  # else TRL might stumble over one of them
@@ -268,7 +259,7 @@ class SPPOConfig(GRPOConfig):
             try:
                 super().__post_init__()
             except ValueError as error:
-                said = str(error).replace("GRPO", "SPPO")  # it may be of GRPOConfig
+                said = str(error).replace("GRPO", "SPPO")  # GRPOConfig may have raised it
                 options = (text for start, text in OPTIONS_OF_ERRORS.items() if said.startswith(start))
                 problems.append(" ".join([said, *options]))
             else:
@@ -308,7 +299,7 @@ class SPPOConfig(GRPOConfig):
             elif min(weights, default=0) < 0:
                 yield f"{name} must not be negative, got {weights}. To prefer low scores, negate the reward function."
         if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
-            yield "loss_type='sppo_single' is about the best against the worst: set train_on='best_and_worst'."
+            yield "loss_type='sppo_single' compares the best with the worst: set train_on='best_and_worst'."
         if self.loss_type != "sppo" and self.baseline != "half":
             yield f"baseline={self.baseline!r} needs the win rates of the whole group: use loss_type='sppo'."
         if self.forward_kl_share > 0 and self.beta == 0:
@@ -326,7 +317,7 @@ class SPPOConfig(GRPOConfig):
         if self.push_to_hub and self.save_rollouts:
             yield "push_to_hub=True would upload the rollouts, which hold the prompts. Set save_rollouts=False."
         if self.rollouts is not None and self.use_vllm:
-            yield f"rollouts={self.rollouts!r} are trained on instead of sampling. Set use_vllm=False."
+            yield f"rollouts={self.rollouts!r} replace sampling. Set use_vllm=False."
         mode = self.vllm_importance_sampling_mode
         if self.use_vllm and self.vllm_importance_sampling_correction and not mode.startswith("sequence"):
             yield (
@@ -354,6 +345,6 @@ class SPPOConfig(GRPOConfig):
         for name, neutral in filters.items():
             if getattr(self, name) not in neutral:
                 logger.warning(
-                    f"{name}={getattr(self, name)} samples from another distribution than the policy whose log-ratio "
-                    f"is trained: win rates are then those of the filtered policy. SPPO expects {name}={neutral[0]}."
+                    f"{name}={getattr(self, name)} samples from another distribution than the policy that is trained, "
+                    f"so win rates belong to the filtered policy. SPPO expects {name}={neutral[0]}."
                 )

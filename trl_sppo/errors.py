@@ -1,4 +1,4 @@
-"""Errors that end a run, and what they say."""
+"""Errors that end a run, and their messages."""
 
 import errno
 import os
@@ -14,11 +14,11 @@ class RunError(RuntimeError):
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, in the error's own words, and what helps if these do not tell it."""
+    """The error's own words, and a fix if they do not contain one."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, RunError):
         return str(error)
-    # safetensors and torch.save do not say by an errno what they met
+    # safetensors and torch.save give no errno
     full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     if any(words in text for words in (*full, "PytorchStreamWriter failed", "iostream error", "unexpected pos")):
         return (
@@ -27,9 +27,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"the GPU's memory does not suffice ({error}). Lower per_device_train_batch_size (and raise "
-            "steps_per_generation and gradient_accumulation_steps for the same iteration) or reward_batch_size; "
-            "docs/memory.md has the arithmetic."
+            f"the GPU is out of memory ({error}). Lower reward_batch_size or per_device_train_batch_size (and raise "
+            "steps_per_generation and gradient_accumulation_steps for the same iteration). See docs/memory.md."
         )
     if is_of_another_process(error):
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
@@ -37,7 +36,7 @@ def explain(error: BaseException) -> str:
 
 
 def report(error: BaseException, what: str, how: str) -> None:
-    """Print what has ended (and where), the error, its trace if that helps to understand it, and how to continue."""
+    """Print what ended and where, the error, its traceback if that helps, and how to continue."""
     cause = error.__cause__ if isinstance(error, RunError) else error
     if cause is not None:
         traceback.print_exception(cause)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what a run writes when it begins."""
+"""Atomically written files, and the record of a run's start."""
 
 import json
 import os
@@ -11,7 +11,7 @@ BEGINNING = "run_began.json"  # in the output directory
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, whenever the process ends."""
+    """Write a text file that exists whole or not at all, even if the process is killed."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w") as file:
         file.write(text)
@@ -21,16 +21,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def mark_beginning(output_dir: str, **facts: Any) -> None:
-    """
-    Write down that a run begins here, and facts about it: checkpoints of earlier runs are then not taken for its own.
-    """
+    """Record the start of a run in its folder, with facts about it. Checkpoints of earlier runs then do not count."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     text = json.dumps({"began_at": _now(), **facts}, indent=2, default=str)
     write_atomically(Path(output_dir) / BEGINNING, text + "\n")
 
 
 def read_beginning(output_dir: str) -> dict[str, Any]:
-    """What was written down when the run in a folder began; empty if nothing was."""
+    """The record of the start of the run in a folder; empty if there is none."""
     path = Path(output_dir) / BEGINNING
     return json.loads(path.read_text()) if path.is_file() else {}
 

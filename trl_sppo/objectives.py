@@ -1,4 +1,4 @@
-"""SPPO's regression: targets, which completions are trained on, and the loss. Pure torch."""
+"""SPPO's regression: targets, selection of completions, and the loss. Pure torch."""
 
 from typing import Literal
 
@@ -55,8 +55,8 @@ def log_mean_exp_baseline(win_rates: torch.Tensor, eta: float) -> torch.Tensor:
 
 def head_to_head(preferences: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """
-    Win rates of shape `(groups, K)` among the chosen completions only: for best and worst, how sure the oracle is that
-    the one beats the other (`sppo_single` of the official code). NaN for one that is not chosen, or meets none.
+    Win rates of shape `(groups, K)` among the chosen completions only. For best and worst: the probability that one
+    beats the other (`sppo_single` of the official code). NaN if a completion is not chosen or has no opponent.
 
         W_i = mean over the other chosen j of P[i, j]        P of shape (groups, K, K)
 
@@ -79,7 +79,7 @@ def select_completions(
     win_rates: torch.Tensor, train_on: TrainOn = "all", threshold: float | None = None
 ) -> torch.Tensor:
     """
-    Choose the completions to train on, as a bool tensor: none of a group without two different win rates.
+    Select the completions to train on, as a bool tensor. Groups without two different win rates have none.
 
     Args:
         win_rates (`torch.Tensor` of shape `(groups, K)`):
@@ -88,7 +88,7 @@ def select_completions(
             `"all"`, or `"best_and_worst"` for the completion with the highest and the one with the lowest win rate
             (the paper's experiments, Section 5; the first one where several tie).
         threshold (`float`, *optional*):
-            In [0.5, 1]: of those, only completions with W >= threshold or W <= 1 - threshold.
+            In [0.5, 1]. Leaves only completions with W >= threshold or W <= 1 - threshold.
 
     Example:
 
@@ -134,8 +134,8 @@ def sppo_loss(
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
             Weight of each completion, for example an importance ratio. Each still counts as one in the mean.
         num_items (`float`, *optional*):
-            What the sum is divided by. By default the number of completions with a win rate; for a micro-batch, pass
-            the number in the whole batch.
+            Divisor of the sum. By default the number of completions with a win rate; for a micro-batch, pass the
+            number in the whole batch.
 
     Returns:
         `tuple` of the scalar loss and a `dict` of detached metrics of shape `(2,)`, numerator and denominator, to be
@@ -195,10 +195,9 @@ def kl_to_initial_policy(
         reverse   KL(pi_theta || pi_0) = E_{pi_t} [ pi_theta/pi_t ( pi_0/pi_theta - 1 - log(pi_0/pi_theta) ) ]
         forward   KL(pi_0 || pi_theta) = E_{pi_t} [ pi_0/pi_t ( pi_theta/pi_0 - 1 - log(pi_theta/pi_0) ) ]
 
-    Both are never negative and corrected for the policy having moved away from pi_t, so that the gradients too are
-    those of the divergences. `logps`, `old_logps` and `ref_logps` are the samples' log-probabilities under pi_theta,
-    pi_t and pi_0, of one shape; the result is one estimate per sample, in nats. `forward_share`, in [0, 1], is the
-    weight of the forward direction.
+    Both are never negative. The ratios to pi_t correct values and gradients for the policy having moved since.
+    `logps`, `old_logps` and `ref_logps` are log-probabilities of the samples under pi_theta, pi_t and pi_0. The result
+    has one estimate per sample, in nats. `forward_share`, in [0, 1], is the weight of the forward direction.
     """
     reverse = _exp(logps - old_logps) * _k3(ref_logps - logps)
     forward = _exp(ref_logps - old_logps) * _k3(logps - ref_logps)
@@ -207,9 +206,8 @@ def kl_to_initial_policy(
 
 def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
     """
-    Estimate KL(pi_t || pi_theta) from log-ratios of samples of pi_t, log r with r = pi_theta / pi_t: r - 1 - log r,
-    which is never negative, and unbiased over all samples of pi_t (http://joschu.net/blog/kl-approx.html). One
-    estimate per sample, in nats.
+    Estimates of KL(pi_t || pi_theta), one per sample of pi_t, from log r with r = pi_theta / pi_t: r - 1 - log r. They
+    are in nats, never negative, and unbiased over all samples (http://joschu.net/blog/kl-approx.html).
     """
     return _k3(log_ratios)
 

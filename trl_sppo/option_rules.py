@@ -1,4 +1,4 @@
-"""Checks of the options that come from TRL and transformers, where these do not look or speak of no option."""
+"""Checks of TRL's and transformers' options that these do not check, or whose errors name no option."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from trl import GRPOConfig
 from .trust import check_url
 
 
-# Our numbers, and those for which TRL and transformers have no check that names the option before training
+# Numbers that TRL and transformers do not check before training, or without naming the option
 RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
     (
         "at least 1",
@@ -38,7 +38,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "missing_eos_penalty", "time_budget",
         ],
     ),
-    # Below, 32-bit floats overflow in what is divided by these
+    # Below, a division by these overflows 32-bit floats
     ("at least 1e-6", lambda value: value >= 1e-6, ["temperature", "repetition_penalty"]),
     ("at least 1e-30", lambda value: value >= 1e-30, ["adam_epsilon"]),
     (
@@ -56,13 +56,13 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
     ("above 0, and at most 1", lambda value: 0 < value <= 1, ["top_p"]),
 ]  # fmt: skip
 
-# What TRL gives to a chat template
+# Arguments that TRL passes to a chat template
 SET_BY_TRL = {
     "self", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict", "padding",
     "continue_final_message", "return_tensors",
 }  # fmt: skip
 
-# How errors of TRL begin that do not say which options they are about
+# Beginnings of TRL's errors that do not name their options, and what to add
 OPTIONS_OF_ERRORS = {
     "generation_batch_size (": "If it is not given, generation_batch_size is per_device_train_batch_size x processes "
     "x steps_per_generation (by default, gradient_accumulation_steps).",
@@ -95,7 +95,7 @@ def find_number_problems(args: GRPOConfig) -> Iterator[str]:
 
 
 def find_mapping_problems(args: GRPOConfig) -> Iterator[str]:
-    """What should be a mapping and is neither one nor JSON, and numbers in mappings that are text."""
+    """Options that must be a mapping or JSON and are neither, and numbers in mappings that are text."""
     for name in args._VALID_DICT_FIELDS:
         value = getattr(args, name)
         if isinstance(value, str) and value.startswith("{"):
@@ -111,7 +111,7 @@ def find_mapping_problems(args: GRPOConfig) -> Iterator[str]:
             yield from find_number_texts(name, value)
 
 
-# What YAML 1.1 leaves as text, and others read as a number
+# Numbers elsewhere, but text in YAML 1.1
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -135,7 +135,7 @@ _RANKS = "RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WOR
 
 
 def find_launch_problems() -> Iterator[str]:
-    """A number of processes that no launcher has set: torch would wait for the others, without an end."""
+    """A number of processes that no launcher set: torch would wait for other processes endlessly."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1" and not any(name in os.environ for name in _RANKS):
         yield (
@@ -145,7 +145,7 @@ def find_launch_problems() -> Iterator[str]:
 
 
 def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
-    """Options that need another one, or a package, that is not there."""
+    """Options that need another option or a package that is missing."""
     text = args.pad_to_multiple_of
     if isinstance(text, str) and text.lower() not in ("auto", "none", "null") and not text.isdecimal():
         yield f"pad_to_multiple_of must be 'auto' or a whole number, got {text!r}."
@@ -165,14 +165,14 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
 
 
 def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
-    """What mappings hold, once those that came as JSON have been read."""
+    """Problems inside mappings, after JSON has been parsed."""
     generation: Any = args.generation_kwargs or {}
     options = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"}
     wrong = options & generation.keys()
     for name in sorted(wrong):
         yield (
-            f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities are "
-            "those of what is sampled."
+            f"generation_kwargs={generation!r}: set {name} as an option of its own, so that log-probabilities match "
+            "the samples."
         )
     for name in ("num_beams", "num_return_sequences"):
         if generation.get(name, 1) != 1:
@@ -186,22 +186,22 @@ def find_keyword_problems(args: GRPOConfig) -> Iterator[str]:
         if not wrong:
             GenerationConfig(**generation)
     except Exception as error:
-        yield f"generation_kwargs={generation!r} is not what GenerationConfig takes: {error}"
+        yield f"generation_kwargs={generation!r} is not accepted by GenerationConfig: {error}"
     yield from find_chat_template_problems(args.chat_template_kwargs)
 
 
 def find_chat_template_problems(kwargs: Any) -> Iterator[str]:
-    """What of a chat template's arguments is said elsewhere."""
+    """Arguments of a chat template that TRL sets."""
     for name in kwargs or {}:
         if name in SET_BY_TRL:
             yield f"chat_template_kwargs: {name} is set by TRL itself. Remove it."
 
 
 def find_trust_problems(args: Any) -> Iterator[str]:
-    """Code that may not run, and what must not be saved with the arguments."""
+    """Options that would run untrusted code, and secrets that would be saved with the arguments."""
     login = "Log in with `hf auth login`, or set the environment variable HF_TOKEN, and remove the option."
     if args.hub_token is not None:
-        yield "hub_token must not be given: `ps` would show it, and training_args.bin hold it in clear. " + login
+        yield "hub_token must not be given: `ps` would show it, and training_args.bin would hold it in clear. " + login
     init_kwargs: Any = args.model_init_kwargs or {}
     for name in ("token", "use_auth_token"):
         if name in init_kwargs:
@@ -222,7 +222,7 @@ def find_trust_problems(args: Any) -> Iterator[str]:
 
 
 def find_tracker_problems(args: GRPOConfig) -> Iterator[str]:
-    """Trackers that are unknown or not installed: transformers would say so after models are loaded."""
+    """Trackers that are unknown or not installed: transformers reports them only after loading models."""
     try:
         for tracker in integration_utils.get_reporting_integration_callbacks(args.report_to):
             tracker()

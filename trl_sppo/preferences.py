@@ -1,4 +1,4 @@
-"""From scores, or an oracle's answers, to preferences, and from preferences to win rates. Pure torch."""
+"""Preferences from scores or an oracle's verdicts, and win rates from preferences. Pure torch."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -89,19 +89,19 @@ def sum_of_scores(scores: torch.Tensor, weights: Sequence[float]) -> torch.Tenso
 
 def preferences_from_answers(answers: torch.Tensor) -> torch.Tensor:
     """
-    Preferences from a pairwise oracle that was asked about ordered pairs. Averaging the two orders of a pair cancels a
-    liking for the first or the second place.
+    Preferences from a pairwise oracle's verdicts on ordered pairs. Averaging both orders cancels a preference for a
+    position.
 
-        P[i, j] = mean of  A[i, j]  and  1 - A[j, i]        of those that were answered
+        P[i, j] = mean of  A[i, j]  and  1 - A[j, i]        without NaN
 
     Args:
         answers (`torch.Tensor` of shape `(groups, K, K)`):
             `A[g, i, j]` is the oracle's probability in [0, 1] that completion i beats completion j, when i was shown
-            first. NaN where it was not asked or gave no answer. The diagonal does not matter.
+            first. NaN where it gave no verdict. The diagonal does not matter.
 
     Returns:
         `torch.Tensor` of shape `(groups, K, K)`: preferences as in [`preferences_from_scores`], which may be
-        intransitive. NaN where neither order was answered.
+        intransitive. NaN where neither order has a verdict.
 
     Example:
 
@@ -179,7 +179,7 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
     if include_self:
         wins, comparisons = wins + 0.5 * (comparisons > 0), comparisons + (comparisons > 0)
     rates = wins / comparisons  # 0 / 0 is NaN: compared with no other one
-    # A sum of thirds is not exact, but who neither wins nor loses shall have no target (see `select_completions`)
+    # A sum of thirds is not exact, but a win rate of 1/2 must have no target (see `select_completions`)
     return torch.where((rates - 0.5).abs() < 1e-6, 0.5, rates)
 
 
@@ -194,7 +194,7 @@ def win_rates_from_scores(
 
         W_i = (#{j: s_j < s_i} + 1/2 #{j != i: s_j = s_i}) / (n - 1)        n scorable completions
 
-    Arguments, result and errors are those of [`preferences_from_scores`] and [`win_rates`].
+    Arguments, result and errors as in [`preferences_from_scores`] and [`win_rates`].
     """
     _check_scores(scores, comparison, temperature)
     if comparison == "bradley_terry":

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 
-# A launcher may pass on to its processes what the terminal has sent them already: that is the same signal
+# A launcher may forward a signal that its processes already got from the terminal: it counts once
 SAME_SIGNAL = 3.0  # seconds
 LAUNCHER = "TRL_SPPO_LAUNCHER"  # the environment variable with its process id
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h

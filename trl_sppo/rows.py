@@ -1,4 +1,4 @@
-"""Rows of stored groups: conversions, and which prompts are equal."""
+"""Rows of stored groups: conversions, and equality of prompts."""
 
 import json
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of(prompt: Any) -> str:
-    """The same for equal prompts, however they were stored."""
+    """A key that is equal for equal prompts, however they were stored."""
     if prompt and is_conversational({"prompt": prompt}):
         prompt = [without_nulls(message) for message in prompt]
     return json.dumps(prompt, sort_keys=True, default=str)

@@ -13,9 +13,8 @@ WIDEST = 10_000  # rich shortens no cell of a table up to this width
 
 def as_table(columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDEST) -> str:
     """
-    A table as plain text, without colours: the same in a terminal, a pipe and a file. Columns after the first are
-    aligned to the right. Below the default width, cells are wrapped and aligned to the left, with an empty line
-    between rows.
+    A table as plain text without colours, in a terminal and a pipe. Columns after the first are aligned to the right.
+    Below the default width, cells are wrapped and aligned to the left, with an empty line between rows.
     """
     wraps = width < WIDEST
     table = Table(box=None, pad_edge=False, padding=(0, 2, int(wraps), 0))

@@ -100,13 +100,13 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
             trainer.accelerator.print(f"Wrote rollouts to {folder}, for `trl-sppo train --rollouts {folder}`.")
             return trainer
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except KeyboardInterrupt:  # training has said how to continue
+    except KeyboardInterrupt:  # training has printed how to continue
         if only_rollouts:
-            print("trl-sppo: sampling ended. The same command goes on.", file=sys.stderr)
+            print("trl-sppo: sampling ended. The same command continues.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if only_rollouts:
-            report(error, "sampling ended", "The same command goes on.")
+            report(error, "sampling ended", "The same command continues.")
         else:
             step, output_dir = trainer.state.global_step, trainer.args.output_dir
             report(error, f"training ended at step {step}", how_to_go_on(output_dir))

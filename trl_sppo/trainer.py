@@ -75,7 +75,7 @@ class SPPOTrainer(ResumableTrainer):
             weight in `args.preference_weights`. Ready ones are in [`judges`].
         eval_reward_funcs, eval_reward_processing_classes, eval_preference_func (*optional*):
             Judges, given in the same way, under which each evaluation also plays against the initial policy and the
-            one before. Nothing is trained on what they say.
+            one before. Their verdicts are not trained on.
         kwargs:
             Further arguments of [`~trl.GRPOTrainer`], such as `peft_config`, `quantization_config` and `callbacks`.
 
@@ -169,9 +169,9 @@ class SPPOTrainer(ResumableTrainer):
             args.model_init_kwargs = {**cast(dict, args.model_init_kwargs or {}), "use_safetensors": True}
 
         def check(sources: list, tokenizers: list) -> None:
-            """Prompts, through the templates of the policy and of reward models, of which none is loaded yet."""
+            """Check prompts with the templates of the policy and the reward models, before any is loaded."""
             self._readers = reward_readers(args, sources, tokenizers, len(judges))
-            if kwargs.get("rollout_func") is None:  # which renders prompts itself, and samples what it likes
+            if kwargs.get("rollout_func") is None:  # which renders and samples by itself
                 self._readers.insert(0, policy_reader(args, model, processing_class, kwargs.get("tools")))
             if not has_environment:
                 check_prompts(self._readers, named_datasets(train_dataset, eval_dataset))
@@ -251,17 +251,13 @@ class SPPOTrainer(ResumableTrainer):
 
     def rollout(self) -> str:
         """
-        Sample and score completions of the training prompts, without training.
+        Sample and score completions of the training prompts, without training, and return their folder.
 
-        They are written to `args.output_dir/rollouts`, a file for each generation batch, with log-probabilities.
-        [`SPPOConfig`]'s `rollouts` trains on them. Each prompt has its turn once, or as many batches are made as
-        `args.max_steps` optimizer steps would use. An interrupted call goes on where it was.
+        It is `args.output_dir/rollouts`, with a file for each generation batch, including log-probabilities.
+        [`SPPOConfig`]'s `rollouts` trains on them. Each prompt is sampled once, or as many batches as
+        `args.max_steps` optimizer steps would use. An interrupted call continues where it stopped.
 
-        Returns:
-            `str`: the folder.
-
-        Raises:
-            `ValueError`: if models are sharded, or nothing would be written, or another run uses the folder.
+        Raises `ValueError` if models are sharded, or nothing would be written, or another run uses the folder.
         """
         with self.alone():
             return make_rollouts(self)
@@ -302,7 +298,7 @@ class SPPOTrainer(ResumableTrainer):
             unmeasured += [name for name in self._metrics["eval"] if name.startswith("sampling/")]
         for name in unmeasured:
             self._metrics[self._mode].pop(name, None)
-        # The table of completions shows what is regressed instead of GRPO's advantage
+        # The table of completions shows the regressed win rates instead of GRPO's advantage
         table = cast(deque, self._logs["advantages"])
         shown = sppo_targets(targets.regressed, self.args.eta, targets.baseline).flatten().tolist()
         for i, value in zip(range(1, len(table) + 1), reversed(shown), strict=False):
@@ -359,11 +355,11 @@ class SPPOTrainer(ResumableTrainer):
         lengths, ended, fingerprints = self.accelerator.gather(facts).T.view(3, -1, size)
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
         by_source = scores.T.reshape(scores.size(1), *lengths.shape)
-        answers, metrics = self._ask_oracles(rollout, rows, None if known is None else known.answers)
+        verdicts, metrics = self._ask_oracles(rollout, rows, None if known is None else known.verdicts)
         if recorder is not None:
-            self.voters.check_silence(scores, answers, size)
-        panel, weights = self.voters.panel(by_source, answers, ended == 1)
-        if not panel:  # nobody is asked: the rollouts bring their own
+            self.voters.check_silence(scores, verdicts, size)
+        panel, weights = self.voters.panel(by_source, verdicts, ended == 1)
+        if not panel:  # no voter: the rollouts bring their own preferences
             panel, weights = self._recorder.given_votes(ended == 1)
         rollout.targets = targets = RolloutTargets.of(
             panel,
@@ -383,13 +379,13 @@ class SPPOTrainer(ResumableTrainer):
             return
         if not targets.kept.any():
             logger.warning(
-                "no completion of this batch can be trained on: nothing is learned from it. Rewards do not tell them "
-                "apart, the temperature makes them equal, or mask_truncated_completions drops all."
+                "no completion of this batch can be trained on, so nothing is learned from it. All rewards are equal, "
+                "the temperature makes completions equal, or mask_truncated_completions drops all."
             )
-        recorder.scored(by_name, answers, targets)
+        recorder.scored(by_name, verdicts, targets)
 
     def _for_reward_functions(self, completion_ids: list) -> dict[str, Any]:
-        """What TRL gives to reward functions besides prompts, completions and columns."""
+        """Arguments that TRL passes to reward functions besides prompts, completions and columns."""
         is_kept = self.model.training and self._recorder.recalls
         return {
             "completion_ids": completion_ids,
@@ -403,7 +399,7 @@ class SPPOTrainer(ResumableTrainer):
         }
 
     def _ask_judges(self, rollout: Rollout, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Scores by those that are there for evaluations only, of shape `(groups, K)`."""
+        """Scores by the judges, of shape `(groups, K)`."""
         asked = rollout.prompts, rollout.completions, columns_of(rows)
         for_functions = self._for_reward_functions(rollout.completion_ids)
         sources = self.panel.sources
@@ -540,7 +536,7 @@ class SPPOTrainer(ResumableTrainer):
 
 
 def _checked(output: dict[str, Any]) -> dict[str, Any]:
-    """What a `rollout_func` gave, if TRL can read it."""
+    """The output of a `rollout_func`, if TRL can read it."""
     if not all(output.get("completion_ids", ())):
         raise RunError("rollout_func gave a completion without tokens. Give at least the EOS token.")
     return output

@@ -1,11 +1,11 @@
-"""Trust in checkpoints: their own code runs only if the user says so, and nothing of them is unpickled."""
+"""Trust in checkpoints: their own code runs only if the user allows it, and no pickle is loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-# Weights and adapters: their pickled files, and those that are loaded instead
+# Weights and adapters: their pickled files, and the files that are loaded instead
 PICKLED = {"pytorch_model*.bin*": "model*.safetensors*", "adapter_model.bin": "adapter_model.safetensors"}
 
 
@@ -18,13 +18,13 @@ def check_safetensors(what: str, path: str, subfolder: str = "") -> None:
             raise ValueError(
                 f"{what} {path!r} has {found[0]}, a pickle, which may run any code when it is loaded, and no "
                 f"{safe.replace('*', '')}: only safetensors are loaded here. If you trust the file, load it in an "
-                "environment that has nothing to lose, and save it again with `model.save_pretrained(folder)`."
+                "isolated environment, and save it again with `model.save_pretrained(folder)`."
             )
 
 
 def own_code_error(what: str, cure: str) -> ValueError:
     return ValueError(
-        f"{what} brings Python code of its own, which could do whatever you can, and is not run unless you say so. "
+        f"{what} brings Python code of its own, which runs with your rights, and only if you allow it. "
         f"Read it first. {cure}"
     )
 

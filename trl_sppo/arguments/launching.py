@@ -1,4 +1,4 @@
-"""Starting processes: the options of `accelerate launch`, and whether the launch has done what they ask for."""
+"""Launch options: the arguments of `accelerate launch`, and a check that the launch obeys them."""
 
 import os
 from argparse import Namespace
@@ -18,11 +18,11 @@ from ..option_rules import find_launch_problems
 from .recipes import check_recipe, read_recipe
 
 
-# Options of `accelerate launch` that say what to run
+# Options of `accelerate launch` that name the program
 _SCRIPT = "training_script", "training_script_args", "module", "no_python"
 
-_FLAT = "A recipe here is one flat list of options: write those of this section at the top level, by their names here."
-# What took the place of frequent options of older TRL and transformers, alignment-handbook, open-r1 and others
+_FLAT = "A recipe is one flat list of options. Write this section's options at the top level, by their names here."
+# Replacements of frequent options of older TRL and transformers, alignment-handbook, open-r1 and others
 INSTEAD = {
     "torch_dtype": "Write dtype.",
     "use_flash_attention_2": "Write attn_implementation: flash_attention_2.",
@@ -62,7 +62,7 @@ VERL = {
 
 
 def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
-    """What to write instead of an unknown option with this value. `mappings` are the options that take one."""
+    """Advice on an unknown option with this value. `mappings` are the options that take a mapping."""
     if name in INSTEAD:
         return INSTEAD[name]
     is_section = isinstance(value, dict) or "." in name
@@ -76,9 +76,9 @@ def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
 
 
 def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
-    """The arguments of `accelerate launch`, the recipe's first. Raises `ValueError` for those of no option."""
+    """Arguments of `accelerate launch`, the recipe's first. Raises `ValueError` for unknown options."""
     launcher: Any = launch_command_parser()
-    launcher.error = _refuse  # not accelerate's usage and exit
+    launcher.error = _refuse  # instead of accelerate's usage text and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
     launching = {action.dest for action in launcher._actions} - training - {"help", *_SCRIPT} | {"accelerate_config"}
 
@@ -117,7 +117,7 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
         found = resolve_accelerate_config_argument(found + remaining)
     except (OSError, ValueError) as error:
         raise ValueError(f"accelerate_config: {error}") from error
-    # accelerate would run an argument without an option as the script
+    # accelerate would run an argument that belongs to no option as the script
     launch = launcher.parse_args([*found, "--module", "trl_sppo.train"])
     if launch.training_script != "trl_sppo.train":
         raise ValueError(
@@ -125,7 +125,7 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
             "a recipe is given with --config."
         )
     if launch.config_file is not None:
-        accelerate_config(launch.config_file)  # accelerate would read it too, and end in a traceback
+        accelerate_config(launch.config_file)  # accelerate reads it too, and a wrong one would end in a traceback
     # accelerate starts several processes on the CPU only with mpirun, or with --multi_gpu
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
     strategy = any(getattr(launch, name) for name in (*strategies, "mpirun_hostfile"))
@@ -139,7 +139,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def accelerate_config(file: str | None) -> Any:
-    """accelerate's own object, from a file or its default one. `None` if neither is there."""
+    """accelerate's configuration, from a file or the default file. `None` if neither exists."""
     if file is None and not os.path.isfile(config_args.default_config_file):
         return None
     try:
@@ -147,7 +147,7 @@ def accelerate_config(file: str | None) -> Any:
         if not isinstance(getattr(config, "num_processes", 1), int):
             raise ValueError(f"num_processes must be a whole number, got {config.num_processes!r}")
         return config
-    except Exception as error:  # of YAML, of JSON, or whatever else a wrong entry ends in
+    except Exception as error:  # of YAML or JSON, or any other that a wrong entry causes
         raise ValueError(
             f"the configuration of accelerate {file or config_args.default_config_file} cannot be read "
             f"({type(error).__name__}: {error}). Correct or delete the file; `accelerate config` writes a new one."
@@ -155,7 +155,7 @@ def accelerate_config(file: str | None) -> Any:
 
 
 def check_num_processes(launch: list[str]) -> None:
-    """Raise `ValueError` if the launch has silently fallen back to fewer processes, or to unsharded models."""
+    """Raise `ValueError` if the launch silently fell back to fewer processes, or to unsharded models."""
     for problem in find_launch_problems():
         raise ValueError(problem)
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
@@ -170,8 +170,7 @@ def check_num_processes(launch: list[str]) -> None:
         raise ValueError(
             f"{source} is {asked}, but training would run in {state.num_processes}, with other batches than requested."
             " accelerate starts a single process if it finds fewer than two GPUs, so set num_processes to the number "
-            "of GPUs. On the CPU: `trl-sppo train --num_processes 2 --use_cpu`, which is short for `accelerate launch "
-            "--multi_gpu --num_processes 2 --module trl_sppo.train --use_cpu`."
+            "of GPUs. On the CPU: `trl-sppo train --num_processes 2 --use_cpu`."
         )
     kind = getattr(config, "distributed_type", None)
     for name in ("FSDP", "DEEPSPEED"):

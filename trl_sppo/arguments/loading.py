@@ -16,7 +16,7 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv
 
 
 def dataset_source(name: str, config: str | None = None, option: str = "dataset_name") -> dict[str, Any]:
-    """Keyword arguments of `load_dataset` for an id, a folder, a file, or what `save_to_disk` has written."""
+    """Keyword arguments of `load_dataset` for an id, a folder, a file, or a folder written by `save_to_disk`."""
     folder = Path(name)
     if folder.is_file():
         if folder.suffix not in _KINDS:
@@ -32,13 +32,13 @@ def dataset_source(name: str, config: str | None = None, option: str = "dataset_
     if config is not None:
         raise ValueError(
             f"dataset configuration {config!r} is given, but {option}={name!r} is one file, or was written by "
-            "`save_to_disk`, and has none. Remove it."
+            "`save_to_disk`, which has no configurations. Remove it."
         )
     return source
 
 
 def _tables(folder: Path) -> list[str]:
-    """The Arrow files that `save_to_disk` has written: only the tables are read, not their format."""
+    """The Arrow files that `save_to_disk` wrote. Their format is not read."""
     state = json.loads((folder / "state.json").read_text())
     return [str(folder / file["filename"]) for file in state["_data_files"]]
 

@@ -15,7 +15,7 @@ from .recipes import check_output_dir
 
 @dataclass
 class SPPOScriptArguments(ScriptArguments):
-    """Arguments of the training script besides [`SPPOConfig`] and [`~trl.ModelConfig`]: the sources of preferences."""
+    """Arguments of the training script besides [`SPPOConfig`] and [`~trl.ModelConfig`]: sources of preferences."""
 
     reward_model_name_or_path: list[str] | None = field(
         default=None,
@@ -64,7 +64,7 @@ def make_parser(prog: str = "trl-sppo train", config: type[SPPOConfig] = SPPOCon
 
 
 def split_config(argv: list[str]) -> list[str]:
-    """TRL's parser knows `--config recipe.yaml` only: write `--config=recipe.yaml` as that."""
+    """Split `--config=recipe.yaml` into two arguments, the only form that TRL's parser accepts."""
     return [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
 
 

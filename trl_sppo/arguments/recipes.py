@@ -17,13 +17,13 @@ from trl.scripts.utils import DatasetConfig
 from ..option_rules import find_number_texts
 
 
-# A dataset of a mixture. TRL's class itself would take unknown options only as a `TypeError`
+# A dataset of a mixture. TRL's own class raises a bare `TypeError` for unknown options
 _Dataset: Any = create_model(
     "Dataset",
     __config__=ConfigDict(extra="forbid"),
     **{f.name: (f.type, ... if f.default is MISSING else f.default) for f in fields(DatasetConfig)},  # type: ignore
 )
-# Types that are wider or narrower than those of the dataclasses
+# Types that are wider or narrower than in the dataclasses
 _HINTS: dict[str, Any] = {
     "datasets": list[_Dataset],
     "resume_from_checkpoint": str | bool | None,  # what `Trainer.train` takes
@@ -58,7 +58,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"recipe {path} is not valid YAML: {error.problem}{where}") from None
-    except Exception as error:  # values such as `2024-13-01` or `!!int x` end in other errors than YAML's
+    except Exception as error:  # values such as `2024-13-01` or `!!int x` raise other errors than YAML's
         raise ValueError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(
@@ -68,7 +68,7 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def check_recipe(parser: TrlParser, recipe: dict[str, Any]) -> None:
-    """Raise `ValueError` for values of a wrong type. TRL's parser does not check those of a recipe."""
+    """Raise `ValueError` for values of a wrong type. TRL's parser does not check recipes."""
     hints: dict[str, Any] = {}
     for dataclass in parser.dataclass_types:
         hints |= get_type_hints(dataclass)
@@ -86,7 +86,7 @@ def check_recipe(parser: TrlParser, recipe: dict[str, Any]) -> None:
 
 
 def _check_text(parser: TrlParser, action: Action, value: str) -> None:
-    """Text is read as on the command line: YAML takes numbers such as 1e-5 as text."""
+    """Parse text as on the command line: YAML reads numbers such as 1e-5 as text."""
     try:
         parser._check_value(action, parser._get_value(action, value))
     except ArgumentError as error:
@@ -96,7 +96,7 @@ def _check_text(parser: TrlParser, action: Action, value: str) -> None:
 
 
 def _explain(name: str, error: ValidationError) -> str:
-    """In pydantic's words. Of a union, the members that fit best."""
+    """Explain in pydantic's words. Of a union, the members that fit best count."""
     depth = max(len(each["loc"]) for each in error.errors())
     problems = [each for each in error.errors() if len(each["loc"]) == depth]
     rules = " or ".join(dict.fromkeys(each["msg"] for each in problems)).replace(" or Input should be ", " or ")
@@ -122,7 +122,7 @@ def check_output_dir(path: str | None) -> None:
 
 @contextmanager
 def unmade(path: str) -> Iterator[None]:
-    """Remove the empty folders of `path` that were created within, if that failed."""
+    """Remove the empty folders of `path` that the block created, if the block fails."""
     folder = Path(path).absolute()
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:

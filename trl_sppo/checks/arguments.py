@@ -26,7 +26,7 @@ def check_vllm(args: SPPOConfig) -> None:
 
 
 def check_vllm_is_installed() -> None:
-    """Raise `ImportError` if it is not."""
+    """Raise `ImportError` if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "use_vllm=True needs vLLM, which is not installed. Install it with `pip install trl-sppo[vllm]` (on a "
@@ -61,8 +61,8 @@ def check_activation_checkpointing(args: SPPOConfig) -> None:
         checkpoint(torch.square, torch.ones(1, requires_grad=True), **{"use_reentrant": False, **options})
     except Exception as error:
         raise ValueError(
-            f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs) {options!r} is not what "
-            f"torch.utils.checkpoint takes: {error}"
+            f"activation_checkpointing_kwargs (or gradient_checkpointing_kwargs) {options!r} is not "
+            f"accepted by torch.utils.checkpoint: {error}"
         ) from error
 
 

@@ -19,7 +19,7 @@ from ..models.weights import check_weights
 from ..trust import check_safetensors, own_code_is_refused
 
 
-POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which is about this model alone."
+POLICYS_OWN_CODE = "If you trust it, set trust_remote_code=True, which applies to this model only."
 
 
 def policy_config(model: str, args: SPPOConfig) -> Any:
@@ -83,7 +83,7 @@ def check_quantization(
 def check_sharding(
     args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
 ) -> None:
-    """Raise `ValueError` for options that fail when sharded, by default as accelerate has set up here."""
+    """Raise `ValueError` for options that fail with sharded models, by default as accelerate shards here."""
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") if fsdp is None else fsdp
     if fsdp and has_adapter and args.use_vllm:
@@ -121,7 +121,7 @@ def check_policy_weights(model: str, config: Any, args: SPPOConfig) -> None:
     kwargs: Any = args.model_init_kwargs or {}
     check_safetensors("model", model, kwargs.get("subfolder") or "")
     check_whole_model("model", model)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)  # like TRL, what the config names
+    kind = getattr(transformers, (config.architectures or [""])[0], None)  # the config's class, like TRL
     if kind is not None:
         check_weights("model", str(Path(model, kwargs.get("subfolder") or "")), kind)
 
@@ -154,7 +154,7 @@ def check_model(
     check_policy_weights(model, config, args)
     revision = {"revision": kwargs.get("revision")}
     own_code = getattr(config, "auto_map", None) or get_tokenizer_config(model, **revision).get("auto_map")
-    if needs_tokenizer and own_code and not args.trust_remote_code:  # of which AutoProcessor says nothing
+    if needs_tokenizer and own_code and not args.trust_remote_code:  # AutoProcessor does not report it
         with own_code_is_refused(f"the tokenizer of model {model!r}", POLICYS_OWN_CODE):
             AutoTokenizer.from_pretrained(model, **revision, trust_remote_code=False)
 

@@ -1,4 +1,4 @@
-"""Checks of the prompts themselves, through each chat template that will read them."""
+"""Checks of prompts, with each chat template that will render them."""
 
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from .sources import AnyDataset, columns_of
 logger = logging.get_logger(__name__)
 
 BATCH = 1000  # prompts that are rendered at once
-MANY = 20_000  # prompts, from which on there is a progress bar
+MANY = 20_000  # prompts from which a progress bar is shown
 
 
 def check_prompt_ids(prompt_ids: list[list[int]], args: SPPOConfig, config: Any) -> None:
-    """Raise `RunError` if a prompt is empty or too long. Those with images are not known earlier."""
+    """Raise `RunError` if a prompt is empty or too long. The length of prompts with images is not known earlier."""
     room = room_for_prompts(args, config)
     try:
         for i, ids in enumerate(prompt_ids):
@@ -32,7 +32,7 @@ def check_prompt_ids(prompt_ids: list[list[int]], args: SPPOConfig, config: Any)
 
 
 def check_rows(rows: Sequence[dict[str, Any]], readers: Sequence[Reader], training: bool) -> None:
-    """Raise `RunError` if a row to complete next cannot be read. Those of a streamed dataset come unchecked."""
+    """Raise `RunError` if a row cannot be read. Rows of a streamed dataset arrive unchecked."""
     prompts = [row.get("prompt") for row in rows]
     try:
         _check_kinds(prompts, type(prompts[0]))
@@ -44,7 +44,7 @@ def check_rows(rows: Sequence[dict[str, Any]], readers: Sequence[Reader], traini
 
 
 def check_prompts(readers: Sequence[Reader], datasets: dict[str, AnyDataset]) -> None:
-    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Of a stream, only the first."""
+    """Raise `ValueError` for a prompt that a model cannot read, or that is too long. Checks only a stream's first."""
     for name, dataset in datasets.items():
         columns = columns_of(dataset)
         if "prompt" not in columns:
@@ -61,7 +61,7 @@ def check_prompts(readers: Sequence[Reader], datasets: dict[str, AnyDataset]) ->
 
 
 def without_empty_images(name: str, dataset: Any) -> Any:
-    """A dataset, or a `dict` of them, without columns of images that hold none: TRL would look for images there."""
+    """A dataset, or a `dict` of them, without image columns that are empty: TRL would look for images there."""
     if isinstance(dataset, dict):
         return {key: without_empty_images(f"{name}[{key!r}]", each) for key, each in dataset.items()}
     for column in IMAGES if isinstance(dataset, Dataset) else ():
@@ -105,7 +105,7 @@ def _batches(name: str, dataset: AnyDataset, readers: Sequence[Reader]) -> Itera
 
 
 def _check_kinds(prompts: list, kind: type) -> None:
-    """Raise [`Unreadable`] for what is no prompt, whoever reads it, or for one that is not of this kind."""
+    """Raise [`Unreadable`] for a value that is no prompt, or a prompt of another kind."""
     for i, prompt in enumerate(prompts):
         if not _is_prompt(prompt):
             raise Unreadable(
@@ -114,7 +114,9 @@ def _check_kinds(prompts: list, kind: type) -> None:
                 "`{'role': 'user', 'content': 'Hello'}`. Convert such rows, or leave them out with `dataset.filter`.",
             )
         if not isinstance(prompt, kind):
-            raise Unreadable(i, "has a prompt of another kind than those before: all are texts, or lists of messages.")
+            raise Unreadable(
+                i, "has a prompt of another kind than the first: use only texts, or only lists of messages."
+            )
 
 
 def _is_prompt(prompt: Any) -> bool:

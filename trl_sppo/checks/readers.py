@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 
 class Unreadable(ValueError):
-    """A prompt that cannot be read: its place among those that were looked at, what is wrong, and what helps."""
+    """A prompt that cannot be read: its place in the batch, the problem, and the fix."""
 
     def __init__(self, place: int, problem: str):
         super().__init__(problem)
@@ -111,7 +111,7 @@ class Reader:
             raise Unreadable(0, f"{problem} Set `tokenizer.chat_template` and save it, or make all prompts texts.")
         try:
             all_ids = self.read(prompts)
-        except Exception:  # templates raise whatever they like. Find the first row
+        except Exception:  # templates raise any error. Find the first row
             all_ids = [self._read_one(i, prompt) for i, prompt in enumerate(prompts)]
         for i, (prompt, ids) in enumerate(zip(prompts, all_ids, strict=True)):
             if self.is_policy:
@@ -144,13 +144,13 @@ class Reader:
         """Whether a template for texts takes a list of parts without an error."""
         message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
         kwargs: Any = self.args.chat_template_kwargs or {}
-        with suppress(Exception):  # of this conversation; that of the dataset was rendered
+        with suppress(Exception):  # of this conversation; the dataset's was rendered
             text = self.processing_class.apply_chat_template([message], tokenize=False, **kwargs)
             return "'type': 'text'" in text or '"type": "text"' in text
         return False
 
     def remark(self, where: str, texts: dict[int, list[int]]) -> None:
-        """Warn, once of each kind, of texts (token ids by row) that a policy can read, but seldom should."""
+        """Warn, once per problem, about texts (token ids by row) that a policy can read but are probably wrong."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         added = sum(token in special for token in self.processing_class(text=["a"])["input_ids"][0])
@@ -169,7 +169,7 @@ class Reader:
 
     def _warn(self, row: str, problem: str) -> None:
         if problem not in self.warned and self.args.process_index == 0:
-            logger.warning(f"{row} {problem} Said once.")
+            logger.warning(f"{row} {problem} Shown once.")
         self.warned.add(problem)
 
 
@@ -224,7 +224,7 @@ def _vocabulary(model: str | nn.Module, config: Any) -> int | None:
 
 
 def room_for_prompts(args: SPPOConfig, config: Any) -> int | None:
-    """How many tokens a prompt may have; `None` if nothing says."""
+    """The most tokens that a prompt may have; `None` if there is no limit."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if args.use_vllm:  # which ends completions where the context ends, and refuses prompts that fill it
         context = args.vllm_max_model_length or context
@@ -240,7 +240,7 @@ def check_length(place: int, length: int, room: int | None) -> None:
         raise Unreadable(
             place,
             f"has a prompt of {length} tokens, which does not fit into the policy's context: with its completion, a "
-            f"prompt may have {room}. Leave out such prompts before training (docs/memory.md has a filter), or change "
+            f"prompt may have {room}. Leave out such prompts (docs/memory.md has a filter), or change "
             "max_completion_length (with vLLM, vllm_max_model_length).",
         )
 

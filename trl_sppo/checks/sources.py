@@ -14,10 +14,10 @@ from ..trust import is_url
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
-# Columns that have prompts as texts, in datasets of many makers
+# Columns that hold prompts as texts in frequent layouts of datasets
 TEXTS = ("question", "problem", "query", "instruction", "input", "text")
 
-# What reward functions are called with besides the dataset's columns
+# Arguments of reward functions besides the dataset's columns
 ARGUMENTS_OF_FUNCTIONS = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
 
 
@@ -39,7 +39,7 @@ def columns_of(dataset: AnyDataset) -> list[str]:
 
 
 def how_to_make_prompts(row: dict[str, Any]) -> str:
-    """How to add prompts to a dataset, given its first row: the rule, with a line of Python for `dataset`."""
+    """Advice on adding prompts to a dataset, given its first row: the rule, and a line of Python."""
     for name in ("messages", "conversations"):
         if row.get(name):
             return (
@@ -91,15 +91,14 @@ def check_sources(
     has_environment: bool,  # which may bring a reward of its own
     judged: bool = False,  # whether the rollouts to train on bring preferences or scores
 ) -> None:
-    """Raise `ValueError` if nothing says which completion is better, or an option does not fit what does."""
+    """Raise `ValueError` if there is no reward source or oracle, or an option does not fit them."""
     nobody = not reward_funcs and not preference_funcs and not has_environment
     evaluate = IntervalStrategy(args.eval_strategy).value
     if nobody and (evaluate != "no" or not judged):
         raise ValueError(
-            "nothing says which completion is better: pass `reward_funcs`, a reward model (path or model) or a reward "
-            "function, or `preference_func`, a pairwise oracle (on the command line --reward_model_name_or_path, "
-            "--reward_funcs or --preference_funcs). Rollouts may bring their own, but evaluations sample: set "
-            "eval_strategy='no' then."
+            "no reward source and no preference oracle given. Pass `reward_funcs` or `preference_func` (in a recipe, "
+            "reward_model_name_or_path, reward_funcs or preference_funcs). Rollouts with scores need none if "
+            "eval_strategy='no'."
         )
     for oracle in preference_funcs:
         check_oracle(oracle)
@@ -114,7 +113,7 @@ def check_sources(
     if votes and not sum(votes) > 0:
         raise ValueError(
             f"reward_weights={args.reward_weights} and preference_weights={args.preference_weights} are all zero: "
-            "nobody has a vote. Leave out the option to give each source one vote."
+            "no source has a vote. Leave out the option to give each source one vote."
         )
     if args.missing_eos_penalty is not None and not reward_funcs and not has_environment:
         raise ValueError(
@@ -145,7 +144,7 @@ def check_judges(
     for trusted in args.reward_trust_remote_code or []:
         if trusted.rstrip("/") not in paths:
             raise ValueError(
-                f"reward_trust_remote_code names {trusted!r}, which is none of the reward models that are loaded here "
+                f"reward_trust_remote_code names {trusted!r}, which is not one of the reward models loaded here "
                 f"({paths}). Write it as it is given in reward_funcs (--reward_model_name_or_path), or remove it."
             )
 

@@ -1,4 +1,4 @@
-"""`trl-sppo check`: what a recipe would do and need, and what looks wrong, without weights and a GPU."""
+"""`trl-sppo check`: a report on what a recipe does, the memory it needs, and what looks wrong."""
 
 from argparse import ArgumentParser
 
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(
         prog="trl-sppo check",
         usage="%(prog)s RECIPE [--gpu_memory GB] [--prompt_length TOKENS] [options of `trl-sppo train`]",
-        description="Report what a recipe would do and need, and what looks wrong, without weights and without a GPU.",
+        description="Report what a recipe does, the memory it needs and what looks wrong, without weights or a GPU.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="A YAML file of options.")

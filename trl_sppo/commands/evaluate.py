@@ -77,7 +77,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     players = {side: groups[: len(prompts)] for side, groups in players.items()}
     templates = _templates_of(sides, args.chat_template_kwargs, prompts["prompt"][0])
     samplings = {
-        # Another seed for each side: the same policy must not be compared with the same completions
+        # A seed for each side, or a policy would be compared with its own completions
         side: replace(args, seed=args.seed + number, chat_template_kwargs=templates[side])
         for number, side in enumerate(sides)
         if side not in players
@@ -124,7 +124,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
 
 
 def _templates_of(sides: dict[str, str], given: Any, prompt: Any) -> dict[str, Any]:
-    """`chat_template_kwargs` by side: those given, or those of its training, or else of the other side's."""
+    """`chat_template_kwargs` by side: the given ones, or else its training's, or else the other side's."""
     if given is not None:
         return dict.fromkeys(sides, given)
     runs = {side: run_of(policy) for side, policy in sides.items() if not Path(policy).is_file()}

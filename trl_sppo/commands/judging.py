@@ -33,7 +33,7 @@ class RunArguments:
 
 @dataclass
 class JudgeArguments(Sampling):
-    """Options that select judges and prompts, besides those of [`Sampling`]. The metadata describes each."""
+    """Options that select judges and prompts. The metadata describes each."""
 
     reward_model_name_or_path: list[str] | None = field(default=None, metadata={"help": "Reward models that judge."})
     reward_funcs: list[str] | None = field(default=None, metadata={"help": "Reward functions that judge."})
@@ -46,7 +46,7 @@ class JudgeArguments(Sampling):
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset with a 'prompt' column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Its first so many prompts. All by default."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Number of its prompts. All by default."})
 
     def __post_init__(self):
         for name in JUDGES:

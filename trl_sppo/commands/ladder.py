@@ -68,7 +68,7 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
         )
     if len(players) < 2:
         raise ValueError(
-            f"a ladder needs two policies, and {str(run)!r} has those of steps {sorted(players)}. Save more "
+            f"a ladder needs two policies, but {str(run)!r} has only steps {sorted(players)}. Save more "
             "checkpoints (save_steps, save_total_limit), and evaluate them (eval_strategy) or pass a judge and "
             "--dataset_name to sample them now."
         )
@@ -82,7 +82,7 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
 
 
 def _sampling_of(run: Path) -> dict[str, Any]:
-    """How a run sampled in its evaluations, as far as that is known."""
+    """The sampling options of a run's evaluations, as far as they are known."""
     config = read_beginning(str(run)).get("config", {})
     found = {name: config.get(name) for name in ("max_completion_length", "temperature", "chat_template_kwargs")}
     found["num_generations"] = config.get("num_generations_eval") or config.get("num_generations")

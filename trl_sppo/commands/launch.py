@@ -36,7 +36,7 @@ def main(argv: list[str], module: str = "trl_sppo.train") -> int:
     os.environ.update({name: str(value) for name, value in env.items()})  # the processes inherit it
     arguments = launch_command_parser().parse_args([*launch, "--module", module, *argv])
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torch's launcher kills processes 30 s after a signal
-    # A failing process has said why, so the launcher's traceback is not shown
+    # A failing process has reported the reason, so the launcher's traceback is not shown
     try:
         with passing_on_signals():
             launch_command(arguments)
@@ -49,9 +49,9 @@ def main(argv: list[str], module: str = "trl_sppo.train") -> int:
     else:
         return 0
     for rank, code in codes.items():
-        if code < 0 and code != -signal.SIGINT:  # it could not say so itself
+        if code < 0 and code != -signal.SIGINT:  # it could not report this itself
             print(
-                f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name}. If nobody sent this "
+                f"trl-sppo: error: process {rank} was ended by {signal.Signals(-code).name}. If you did not send this "
                 "signal, the machine may be out of memory. The same command with --resume_from_checkpoint true "
                 "continues from the last checkpoint.",
                 file=sys.stderr,
@@ -61,7 +61,7 @@ def main(argv: list[str], module: str = "trl_sppo.train") -> int:
 
 @contextmanager
 def passing_on_signals() -> Iterator[None]:
-    """Send SIGTERM and SIGINT on to the processes that this one has started, and wait for their end."""
+    """Forward SIGTERM and SIGINT to the child processes, and wait for their end."""
 
     def pass_on(number: int, frame: Any) -> None:
         for child in psutil.Process().children():

@@ -15,10 +15,10 @@ from ..rows import IMAGES
 
 logger = logging.get_logger(__name__)
 
-# Columns of the dataset with these names are in a group's "dataset_columns": its own have them, or files no place
+# Dataset columns of these names are in a group's "dataset_columns": a group uses the names, or files cannot hold them
 TAKEN = (*COLUMNS, *IMAGES, "lengths", "dataset_columns")
 FOLDER = "evaluations"  # in the output directory
-NO_PROMPT = [{"role": "user", "content": ""}]  # TRL's, of a dataset that leaves prompts to its environments
+NO_PROMPT = [{"role": "user", "content": ""}]  # TRL's placeholder if environments bring the prompts
 
 Groups = list[dict[str, Any]]
 
@@ -31,25 +31,25 @@ def group_of(row: dict[str, Any], **own: Any) -> dict[str, Any]:
 
 
 def row_of(group: dict[str, Any]) -> dict[str, Any]:
-    """The row of the dataset that a group is of, which judges get."""
+    """The dataset row of a group, which judges get."""
     free = {name: value for name, value in group.items() if name not in TAKEN}
     return {**free, **(group.get("dataset_columns") or {})}
 
 
 def without_images(group: dict[str, Any]) -> dict[str, Any]:
-    """A group as it is written. Images are large."""
+    """A group without its images, which are too large to store."""
     taken = {name: value for name, value in group.get("dataset_columns", {}).items() if name not in IMAGES}
     rest = {name: value for name, value in group.items() if name != "dataset_columns"}
-    return {**rest, "dataset_columns": taken} if taken else rest  # Parquet has no place for an empty table
+    return {**rest, "dataset_columns": taken} if taken else rest  # Parquet cannot hold an empty struct
 
 
 def with_json(group: dict[str, Any]) -> dict[str, Any]:
-    """A group with completions as JSON: tools make messages of many shapes, which Parquet cannot hold."""
+    """A group with completions as JSON: messages with tool calls have many shapes, which Parquet cannot hold."""
     return {**group, "completions": [json.dumps(completion, default=str) for completion in group["completions"]]}
 
 
 def with_messages(group: dict[str, Any]) -> dict[str, Any]:
-    """A group with messages again, if `with_json` has written it."""
+    """A group with messages again, if `with_json` wrote it."""
     texts = group["completions"]
     if is_conversational({"prompt": group.get("prompt")}) and all(str(text)[:3] == '[{"' for text in texts):
         return {**group, "completions": [json.loads(text) for text in texts]}
@@ -106,7 +106,7 @@ class EvaluationFiles:
             logger.warning(f"{self.folder} holds evaluations of an earlier run: they are now in {aside}.")
 
     def rotate(self, step: int, limit: int | None) -> None:
-        """Of those up to a checkpoint at this step, keep the first and the last `limit`."""
+        """Of the evaluations up to a checkpoint at this step, keep the first and the last `limit`."""
         if limit is not None:
             for name in self.names():
                 for old in [each for each in self.steps(name) if each <= step][1:-limit]:

@@ -15,7 +15,7 @@ Matrix = dict[str, dict[str, WinRate]]
 
 
 def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, Matrix]:
-    """A matrix of win rates by judge, of policies by step. Without judges, the scores of the evaluations count."""
+    """Win rates between policies, as a matrix by step for each judge. Without a panel, stored scores count."""
     if panel is not None:
         for groups in players.values():
             score_groups(panel, groups)
@@ -27,7 +27,7 @@ def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, M
             matrix = ladders.setdefault(judge, {str(step): {} for step in sorted(players)})
             matrix[str(b)][str(a)] = rate
             matrix[str(a)][str(b)] = WinRate(1 - rate.mean, 1 - rate.high, 1 - rate.low, rate.num_prompts)
-    # A judge may not have scored all policies. Its ladder leaves out those that it did not compare with all others
+    # A judge may not have scored all policies. Its ladder leaves out policies without all comparisons
     return {
         judge: {a: row for a, row in matrix.items() if row and len(row) == max(map(len, matrix.values()))}
         for judge, matrix in ladders.items()
@@ -35,7 +35,7 @@ def climb(players: dict[int, Groups], panel: Panel | None = None) -> dict[str, M
 
 
 def which_evaluation_set(run: Path, evaluation_set: str | None) -> str:
-    """The evaluation set asked for, or the first; `"."` if there is only one. Raises `ValueError` if it is unknown."""
+    """The requested evaluation set, or the first; `"."` if there is only one. Raises `ValueError` if it is unknown."""
     names = EvaluationFiles(str(run)).names()
     if evaluation_set is not None and evaluation_set not in names:
         raise ValueError(f"evaluation_set={evaluation_set!r} is unknown. This run has {names}.")

@@ -1,4 +1,4 @@
-"""Opponents of a training's evaluations: the completions of earlier ones."""
+"""Opponents in evaluations during training: the completions of earlier evaluations."""
 
 import math
 from collections.abc import Sequence, Sized
@@ -39,7 +39,7 @@ def choose_metric(args: Any, judges: Sequence[str], eval_dataset: Any) -> None:
 
 
 def check_metric(metric: str | None, found: dict[str, float], judges: Sequence[str]) -> None:
-    """Raise `RunError` if evaluations like this one, the first, which has no opponent yet, do not measure a metric."""
+    """Raise `RunError` if evaluations do not measure a metric. The first one `found` some, and had no opponent."""
     sets = [name.removesuffix("_loss") for name in found if name.endswith("_loss")]
     opponents = [f"{each}_win_rate_vs_{label}" for each in sets for label in ("initial", "previous")]
     rates = [f"{opponent}/{judge}" for opponent in opponents for judge in (*judges, "opponent_mean_length")]
@@ -51,8 +51,8 @@ def check_metric(metric: str | None, found: dict[str, float], judges: Sequence[s
 
 class Opponents(TrainerCallback):
     """
-    Lets each evaluation of a training play against the first one and the one before, without sampling those again. The
-    trainer calls, on all processes: `begin`, `add` for each batch, `finish`.
+    Lets each evaluation play against the stored completions of the first one and of the one before. The trainer calls,
+    on all processes: `begin`, `add` for each batch, `finish`.
     """
 
     def __init__(self, trainer: Any):
@@ -62,7 +62,7 @@ class Opponents(TrainerCallback):
         self.forget()
 
     def forget(self, checkpoint: str | None = None) -> None:
-        """Begin anew, or continue from a checkpoint, beside which earlier evaluations may be."""
+        """Start from nothing, or from a checkpoint, whose run may have earlier evaluations."""
         self._steps: dict[str, list[int]] = {}  # optimizer steps at which each evaluation set was sampled
         self._memory: dict[tuple[str, int], Groups] = {}  # the first and the last of each evaluation set
         self._groups: Groups = []
@@ -79,7 +79,7 @@ class Opponents(TrainerCallback):
         return self._elsewhere is not None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # The initial policy is the first opponent. A resumed run has that, or cannot have it any more
+        # The initial policy is the first opponent. A resumed run has evaluated it, or no longer can
         is_first = state.global_step == 0 and not self.is_resumed and not self._steps
         if is_first and args.eval_strategy != IntervalStrategy.NO:
             judges = [*self.trainer.panel.names, *self.trainer.voters.names]
@@ -96,13 +96,13 @@ class Opponents(TrainerCallback):
     ) -> None:
         """Add a batch: this process's rows and completions; all processes' lengths and scores, `(groups, K)`."""
         size = lengths.size(1)
-        # Images are for oracles, and gathered only if there are any: they are large
+        # Images are large, so they are gathered only if there are oracles
         has_oracles = bool(self.trainer.voters.oracles or self.trainer.panel.oracles)
         names = [name for name in rows[0] if has_oracles or name not in IMAGES]
         prompts = gather_object([{name: row[name] for name in names} for row in rows])[::size]
         texts = gather_object(list(completions))
         for g, prompt in enumerate(prompts):
-            # Parquet has no place for an empty table
+            # Parquet cannot hold an empty struct
             judged = {"scores": {name: to_lists(values[g]) for name, values in scores.items()}} if scores else {}
             self._groups.append(group_of(
                 {"prompt": NO_PROMPT, **prompt},
@@ -182,7 +182,7 @@ class Opponents(TrainerCallback):
         if opponents is None:
             return {}
         if not matched(groups, opponents)[0]:
-            logger.warning_once("this evaluation has none of the prompts of the one before: no win rates against it.")
+            logger.warning_once("this evaluation shares no prompt with the one before: no win rates against it.")
             return {}
         voters = self.trainer.voters  # whose scores the groups have
         results = play(groups, opponents, self.trainer.panel, voters.oracles)

@@ -1,4 +1,4 @@
-"""Win rates of one policy against another, on the prompts that both have completions of."""
+"""Win rates of one policy against another, on the prompts for which both have completions."""
 
 from typing import Any
 
@@ -34,17 +34,17 @@ def score_groups(panel: Panel, groups: Groups) -> None:
 
 
 def aligned(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """What `matched` returns. Raises `ValueError` if that is empty; logs how many rows play if some are left out."""
+    """The result of `matched`. Raises `ValueError` if it is empty, and logs its size if rows are left out."""
     ours, theirs = matched(groups, opponents)
     if not ours:
-        raise ValueError("two policies have answered no prompt in common, so they cannot play against each other.")
+        raise ValueError("the two policies have completions of no common prompt, so they cannot be compared.")
     if len(ours) < max(len(groups), len(opponents)):
-        logger.warning(f"two policies play on the {len(ours)} prompts that both have answered.")
+        logger.warning(f"the two policies are compared on the {len(ours)} prompts for which both have completions.")
     return ours, theirs
 
 
 def matched(groups: Groups, opponents: Groups) -> tuple[Groups, Groups]:
-    """Rows of two policies with the same prompt, one to one, first those whose other columns are equal too."""
+    """Rows of two policies with the same prompt, one to one. Rows whose other columns are equal too come first."""
     waiting: dict[str, Groups] = {}
     for group in opponents:
         waiting.setdefault(key_of(group["prompt"]), []).append(group)
@@ -82,7 +82,7 @@ def play(
     oracles = {**(voters or {}), **panel.oracles} if panel is not None else {}
     for name, oracle in oracles.items():
         assert panel is not None  # for mypy
-        answers = ask_oracle(
+        verdicts = ask_oracle(
             oracle,
             [group["prompt"] for group in groups for _ in range(total)],
             [text for pair in zip(groups, opponents, strict=True) for group in pair for text in group["completions"]],
@@ -95,13 +95,13 @@ def play(
             log_metric=panel.log_metric,
             disable_tqdm=panel.disable_tqdm,
         )
-        if answers.num_lost:
+        if verdicts.num_lost:
             logger.warning(
-                f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons of two policies are "
-                f"lost, since {answers.problem}. They take no part in the win rate."
+                f"preference_func {name!r}: {verdicts.num_lost} of {verdicts.num_asked} comparisons of two policies "
+                f"are lost, since {verdicts.problem}. They take no part in the win rate."
             )
-        if answers.num_lost < answers.num_asked or not answers.num_asked:
-            outcomes[name] = answers.preferences[:, :size, size:]
+        if verdicts.num_lost < verdicts.num_asked or not verdicts.num_asked:
+            outcomes[name] = verdicts.preferences[:, :size, size:]
     return {
         name: (win_rate(outcome), length_controlled_win_rate(outcome, ours, theirs))
         for name, outcome in outcomes.items()

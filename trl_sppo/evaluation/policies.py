@@ -1,4 +1,4 @@
-"""Completions of policies, outside a training: sampled from models and adapters, or read from files."""
+"""Completions of policies outside of training: sampled from models and adapters, or read from files."""
 
 import gc
 import json
@@ -40,7 +40,7 @@ from .files import Groups, group_of, row_of, with_messages
 logger = logging.get_logger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the only sizes of adapters that vLLM makes room for
-# Options of an adapter that vLLM reads, or that say nothing about its forward pass. It ignores most others in silence
+# Options of an adapter that vLLM reads, or that do not affect its forward pass. It silently ignores most others
 VLLM_READS = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "fan_in_fan_out", "lora_dropout", "eva_config", "peft_version", "task_type",
@@ -63,12 +63,12 @@ class Sampling:
     vllm_gpu_memory_utilization: float = field(default=0.5, metadata={"help": "vLLM's share of the GPU's memory."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the policies' own Python code may run."})
     chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of chat templates, as JSON. By default those of the training."}
+        default=None, metadata={"help": "Arguments of chat templates, as JSON. By default the training's."}
     )
 
 
 def run_of(policy: str) -> dict[str, Any]:
-    """The facts that a run wrote down when it began, for a policy that is its folder or its checkpoint; else empty."""
+    """Facts recorded at the start of the run whose folder or checkpoint a policy is; else empty."""
     folder = Path(policy).resolve()
     return (read_beginning(str(folder)) or read_beginning(str(folder.parent))) if Path(policy).is_dir() else {}
 
@@ -106,8 +106,8 @@ def check_policy(policy: str, trust_remote_code: bool = False, use_vllm: bool = 
         return
     if config_of(policy).peft_type == PeftType.PREFIX_TUNING:
         raise ValueError(
-            f"adapter {policy!r} is of prefix tuning, whose prefix `generate` of PEFT and transformers leaves out: "
-            "completions would be those of the base model. Sample it elsewhere, and give the file of its completions."
+            f"adapter {policy!r} uses prefix tuning, and `generate` of PEFT and transformers ignores the prefix: the "
+            "base model would be sampled. Sample it elsewhere, and pass the file of its completions."
         )
     if use_vllm:
         _check_vllm_serves(policy)
@@ -148,8 +148,7 @@ def load_policy(policy: str, trust_remote_code: bool = False, **kwargs: Any) -> 
 def load_completions(path: str) -> Groups:
     """
     Read completions, `"lengths"` and `"scores"` from Parquet, JSON lines or CSV with columns `"prompt"` and
-    `"completions"` (a list) or `"completion"` (one). Of the latter, rows are put together that are equal in all other
-    columns.
+    `"completions"` (a list) or `"completion"` (one; rows whose other columns are all equal become one group).
     """
     try:
         rows: Any = datasets.load_dataset(**dataset_source(path, option="completions"), split="train")
@@ -173,15 +172,15 @@ def load_completions(path: str) -> Groups:
     sizes = {len(group["completions"]) for group in groups.values()}
     if len(sizes) > 1:
         raise ValueError(
-            f"{path!r} has {sorted(sizes)} completions per prompt, but needs as many for each. Rows with one "
-            f"completion are put together if they are equal in all other columns, of {columns}: leave out those that "
-            "say something of the completion."
+            f"{path!r} has {sorted(sizes)} completions per prompt, but needs the same number for each. Rows "
+            f"with one completion are grouped if all other columns of {columns} are equal: leave out columns that "
+            "describe the completion."
         )
     return list(groups.values())
 
 
 def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a file as a group: separates columns of the dataset from those of the group."""
+    """A row of a file as a group: separates columns of the dataset from the group's own."""
     row = dict(row)
     own: dict[str, Any] = {"completions": row.pop("completions", None) or [row.pop("completion", None)]}
     for name, kind in (("scores", dict), ("lengths", list), ("dataset_columns", dict)):
@@ -190,7 +189,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
         elif row.get(name) is None:
             row.pop(name, None)
     stored = own.pop("dataset_columns", {})
-    if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # of a run: so are these names
+    if isinstance(row.get("versions"), dict) and "trl_sppo" in row["versions"]:  # a run wrote these columns
         row = {name: value for name, value in row.items() if name not in COLUMNS}
     return with_messages(group_of({**row, **stored}, **own))
 
@@ -198,7 +197,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     """Sample completions of each of P prompts: groups with S `"completions"` and their `"lengths"` in tokens."""
     if tools := run_of(policy).get("tools"):
-        logger.warning(f"{policy!r} was trained with tools ({', '.join(tools)}), which it does not have here.")
+        logger.warning(f"{policy!r} was trained with tools ({', '.join(tools)}), which are not available here.")
     tokenizer, prompt_ids = read_prompts(policy, prompts, sampling)
     if sampling.use_vllm:
         ids = _sample_with_vllm(policy, tokenizer, prompt_ids, sampling)
@@ -237,7 +236,7 @@ def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any
     for i, prompt in enumerate(prompts["prompt"]):
         try:
             found.append(tokenize_prompt(tokenizer, prompt, sampling.chat_template_kwargs))
-        except Exception as error:  # chat templates raise whatever they like
+        except Exception as error:  # chat templates raise any error
             raise ValueError(
                 f"prompt {i} cannot be read by policy {policy!r}: {error} Leave out such prompts, or change them."
             ) from error
@@ -245,7 +244,7 @@ def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any
 
 
 def tokenize_prompt(tokenizer: Any, prompt: Any, chat_template_kwargs: Any = None) -> list[int]:
-    """What the policy reads, as in TRL. Raises `ValueError` if it would need a chat template and has none."""
+    """Token ids of a prompt, as in TRL. Raises `ValueError` if it needs a chat template and there is none."""
     if not is_conversational({"prompt": prompt}):
         return list(tokenizer(prompt)["input_ids"])
     if tokenizer.chat_template is None:

@@ -7,7 +7,7 @@ import torch
 
 
 # Precision of a normal prior on the coefficients of the length-controlled win rate. It keeps them finite where one
-# policy wins always, or the longer completion does, and is worth a thousandth of a prompt otherwise
+# policy, or the longer completion, always wins, and otherwise has the weight of a thousandth of a prompt
 RIDGE = 1e-3
 
 
@@ -26,7 +26,7 @@ class WinRate:
 
 def outcomes_of_scores(scores: torch.Tensor, opponent_scores: torch.Tensor) -> torch.Tensor:
     """
-    Every completion of a policy against every one of its opponent, for the same prompt.
+    Outcomes of each completion of a policy against each one of its opponent, for the same prompt.
 
         outcome[p, i, j] = [s_pi > o_pj] + 1/2 [s_pi = o_pj]
 
@@ -59,19 +59,16 @@ def win_rate(outcomes: torch.Tensor, confidence: float = 0.95) -> WinRate:
         w_p = mean over pairs (i, j) of outcome[p, i, j],   win rate = mean over p of w_p
         interval = sigmoid(logit(m) +- z se),   m = (sum of w + 1/2) / (P + 1)
 
-    Samples of one prompt are not independent of each other, prompts are: so the standard error of logit(m) is the
-    sandwich estimate over the P prompts. On the scale of log-odds the interval is inside [0, 1]; half a win and half a
-    loss more keep it finite (Haldane, Anscombe), and from being a point, where all is won.
+    Prompts are independent of each other, samples of one prompt are not. So the standard error of logit(m) is the
+    sandwich estimate over the P prompts. Log-odds keep the interval inside [0, 1]. Half an added win and half an added
+    loss keep it finite (Haldane, Anscombe), and wider than a point if everything is won.
 
     Args:
         outcomes (`torch.Tensor` of shape `(P, S, S')`):
             P(sample i of the policy beats sample j of its opponent) for each prompt: of a judge, or from scores by
-            [`outcomes_of_scores`]. NaN where nothing is known; a prompt of which nothing is known is left out.
+            [`outcomes_of_scores`]. NaN where unknown; prompts without any outcome are left out.
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the interval.
-
-    Returns:
-        [`WinRate`].
 
     Raises:
         `ValueError`: if nothing is known of any prompt.
@@ -100,13 +97,13 @@ def length_controlled_win_rate(
     outcomes: torch.Tensor, lengths: torch.Tensor, opponent_lengths: torch.Tensor, confidence: float = 0.95
 ) -> WinRate:
     """
-    The win rate that is left if the completions were of equal length, as in AlpacaEval 2
+    Win rate at equal length of the completions, as in AlpacaEval 2
     (https://huggingface.co/papers/2404.04475, without its term for the difficulty of each prompt).
 
         P(i beats j) = sigmoid(theta + phi tanh((length_i - length_j) / std)),   win rate = sigmoid(theta)
 
-    fitted by logistic regression in which each prompt has the same weight. The interval is over prompts (the sandwich
-    estimate of the variance of theta, on the scale of theta, with half a win and half a loss more at equal length).
+    fitted by logistic regression with equal weight for each prompt. The interval is computed as in [`win_rate`], on
+    the scale of theta, with half a win and half a loss added at equal length.
 
     Args:
         outcomes (`torch.Tensor` of shape `(P, S, S')`):
@@ -115,9 +112,6 @@ def length_controlled_win_rate(
             Lengths of the completions, in any unit.
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the interval.
-
-    Returns:
-        [`WinRate`].
 
     Raises:
         `ValueError`: if nothing is known of any prompt.
@@ -138,7 +132,7 @@ def length_controlled_win_rate(
 
 
 def _result(mean: float, low: float, high: float, num_prompts: int) -> WinRate:
-    """With an interval that holds the estimate also where all is won, or lost."""
+    """A win rate whose interval contains the estimate even if everything is won, or lost."""
     return WinRate(mean, min(low, mean), max(high, mean), num_prompts)
 
 
@@ -146,7 +140,7 @@ def _interval(
     features: torch.Tensor, won: torch.Tensor, weight: torch.Tensor, prompt: torch.Tensor, confidence: float
 ) -> tuple[float, float]:
     """The interval of sigmoid(theta), by the sandwich estimate of its variance over prompts."""
-    # Half a win and half a loss more, at equal length
+    # Half an added win and half an added loss, at equal length
     features = torch.cat([features, torch.tensor([[1.0, 0.0]] * 2, dtype=torch.float64)])
     won = torch.cat([won, torch.tensor([1.0, 0.0], dtype=torch.float64)])
     weight = torch.cat([weight, torch.tensor([0.5, 0.5], dtype=torch.float64)])

@@ -103,7 +103,7 @@ class GeneralPreferenceJudge(LocalJudge):
     def _encode(self, texts: list[tuple[str, str]]) -> tuple[list[list[int]], list[int], torch.Tensor]:
         """Token ids, the index of the prompt's last token, and whether the text was truncated."""
         # Like the official code (GPMPipeline): the rendered template is tokenized with special tokens, so where the
-        # template writes a BOS token there are two; and the last token, whatever it is, is overwritten by EOS
+        # template writes a BOS token there are two; and the last token is always overwritten by EOS
         alone, whole = (self.tokenizer([text[i] for text in texts], verbose=False).input_ids for i in (0, 1))
         ids = [[*row[: min(len(row), self.max_length) - 1], self.tokenizer.eos_token_id] for row in whole]
         ends = [min(len(prompt), len(row)) - 1 for prompt, row in zip(alone, ids, strict=True)]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..oracles.endpoint import BadAnswerError, Endpoint, read_answer
+from ..oracles.endpoint import BadResponseError, Endpoint, read_response
 from ..oracles.texts import Messages, completion_text, last_part, prompt_text
 
 
@@ -90,7 +90,7 @@ class LLMJudge(Endpoint):
                 logprobs=True,
                 top_logprobs=20,  # the most that OpenAI and vLLM give
             )
-            p_a, p_b = read_answer(response.text, _verdict)
+            p_a, p_b = read_response(response.text, _verdict)
             masses.append(p_a + p_b)
             # P = p(A) / (p(A) + p(B))
             return p_a / (p_a + p_b)
@@ -105,7 +105,7 @@ class LLMJudge(Endpoint):
     def _request(self, prompt: Messages, first_text: Messages, second_text: Messages) -> str:
         """The message that is sent for one comparison."""
         # Completions are data. In a JSON string a completion cannot close a quote, so it stays inside its own field.
-        # Control tokens of chat templates (<|im_end|>, </s>, [INST]), by which it could speak for somebody else, begin
+        # Control tokens of chat templates (<|im_end|>, </s>, [INST]), by which it could speak in another role, begin
         # with "<" or "[": both are written as JSON escapes.
         data = {
             "prompt": prompt_text(prompt),
@@ -117,11 +117,11 @@ class LLMJudge(Endpoint):
         return f"{self.instructions}\n\n{text}\n\nWhich answer is better? Reply with one letter, A or B."
 
 
-def _verdict(answer: Any) -> tuple[float, float]:
-    """p(A) and p(B) in the answer of a chat completion endpoint."""
-    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+def _verdict(response: Any) -> tuple[float, float]:
+    """p(A) and p(B) in the response of a chat completion endpoint."""
+    top = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     likeliest = [(str(entry["token"]).strip(), math.exp(entry["logprob"])) for entry in top]
     p_a, p_b = (sum(probability for token, probability in likeliest if token == letter) for letter in "AB")
     if not MIN_VERDICT_MASS <= p_a + p_b < math.inf:
-        raise BadAnswerError(f"its first token is hardly A or B, but one of {[token for token, _ in likeliest]}")
+        raise BadResponseError(f"its first token is hardly A or B, but one of {[token for token, _ in likeliest]}")
     return p_a, p_b

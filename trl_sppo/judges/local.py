@@ -31,7 +31,7 @@ class LocalJudge:
         self._special = special_tokens(tokenizer, *special)
 
     def _said(self, completion: Messages) -> str:
-        """The text of a completion, which can form no special token."""
+        """The text of a completion, with special tokens broken up."""
         return break_up(self._special, completion_text(completion))
 
     def _micro_batches(self, ids: Sequence[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
@@ -39,7 +39,7 @@ class LocalJudge:
         device = PartialState().device  # not earlier: the process may not know its device yet
         if not hasattr(self.model, "hf_device_map"):  # such a model has been placed already, by `device_map`
             self.model.to(device)
-        # Longest first: if memory does not suffice, it fails at once
+        # Longest first: a lack of memory shows at once
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]), reverse=True)
         pad = self.model.config.pad_token_id or 0
         for start in range(0, len(order), self.batch_size):
@@ -55,7 +55,7 @@ class LocalJudge:
         if any(truncated) and not self.num_truncated:
             logger.warning(
                 f"{self.__name__} judged truncated texts in {sum(truncated)} of {len(truncated)} comparisons. Raise "
-                f"its max_length={self.max_length}, or lower `max_completion_length`. Said once; "
+                f"its max_length={self.max_length}, or lower `max_completion_length`. Shown once; "
                 f"{self.__name__}/truncated is the share."
             )
         self.num_truncated += sum(truncated)
@@ -64,7 +64,7 @@ class LocalJudge:
 def load(kind: Any, path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """A model, and transformers' loading info."""
     check_safetensors("judge", path)
-    with no_own_code(path), whole_and_silent():  # nobody would put a divided judge together again
+    with no_own_code(path), whole_and_silent():  # a judge divided among processes would stay divided
         return kind.from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )

@@ -58,7 +58,7 @@ class PairRMJudge(LocalJudge):
 
         P(first beats second | prompt) = sigmoid(logit of [source, prompt, candidate1, first, candidate2, second])
 
-    PairRM reads both completions at once, so its preferences may be intransitive, and they depend on the order: ask in
+    PairRM reads both completions at once, so its preferences may be intransitive, and they depend on the order: use
     both orders and average, as [`SPPOTrainer`] does. Special tokens that a text spells out are broken up.
 
     Args:
@@ -109,7 +109,7 @@ class PairRMJudge(LocalJudge):
         self.max_prompt_length = max_prompt_length
         _check_pair_classifier(name, self.model, max_length)
         self._prefix_ids = _prefix_ids(name, self.tokenizer, self.model.config)
-        # What the tokenizer puts before and after a text: [CLS] and [SEP]
+        # The tokenizer's tokens before and after a text: [CLS] and [SEP]
         plain, full = (self.tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
         start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
         self._before, self._after = full[:start], full[start + len(plain) :]

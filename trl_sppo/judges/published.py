@@ -1,4 +1,4 @@
-"""Published pairwise oracles by name, for recipes. Each is loaded when it is asked for."""
+"""Published pairwise oracles by name, for recipes. Each is loaded when its name is used."""
 
 from typing import Any
 

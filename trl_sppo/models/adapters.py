@@ -17,7 +17,7 @@ from ..trust import check_safetensors, own_code_is_refused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Options of TRL's ModelConfig, and what they are called in the configuration of an adapter
+# Options of TRL's ModelConfig, and their names in the configuration of an adapter
 OPTIONS = {
     "lora_task_type": "task_type", "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
@@ -34,8 +34,8 @@ def check_whole_model(what: str, path: str) -> None:
     """Raise `ValueError` if there is an adapter beside a whole model: transformers would load that, on its base."""
     if Path(path, CONFIG).is_file() and Path(path, "config.json").is_file():
         raise ValueError(
-            f"{what} {path!r} has a config.json of a whole model, and also an {CONFIG}, of which transformers would "
-            f"load the latter. Move {CONFIG} and {WEIGHTS}, or the whole model, to a folder of its own."
+            f"{what} {path!r} has both the config.json of a whole model and an {CONFIG}. transformers would load the "
+            f"adapter. Move {CONFIG} and {WEIGHTS}, or the whole model, to another folder."
         )
 
 
@@ -68,13 +68,13 @@ def tokenizer_of(path: str) -> str:
 
 
 def not_found(what: str, path: str, error: Exception) -> ValueError:
-    """The error for a model, or the base model of an adapter, that is nowhere."""
+    """The error for a missing model, or a missing base model of an adapter."""
     base = base_of(path)
     adapter, place = "", f"--{what.replace(' ', '_')}_name_or_path"
     if base != path:
         adapter, place = f"an adapter of {base!r}, which is ", f"base_model_name_or_path in {path}/{CONFIG}"
     return ValueError(
-        f"{what} {path!r} is {adapter}neither a folder with a config.json nor a model that can be had from the "
+        f"{what} {path!r} is {adapter}neither a folder with a config.json nor a model that is available on the "
         f"Hugging Face hub. Check {place}. ({error})"
     )
 
@@ -100,7 +100,7 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
         problem = (
             f"{WEIGHTS} lacks {some(missing)}" if missing else f"{WEIGHTS} has {some(unknown)}, which has no place"
         )
-    except KeyError as error:  # of a module that is saved whole
+    except KeyError as error:  # for a module that is saved whole
         problem = f"{WEIGHTS} lacks {error.args[0]}"
     except RuntimeError as error:  # other shapes
         problem = " ".join(str(error).split())
@@ -111,7 +111,7 @@ def load_weights(what: str, model: PeftModel, path: str) -> None:
 
 
 def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]]:
-    """Weights that an adapter lacks, and those without a place in its model, of which loading has `found` some."""
+    """Weights that an adapter lacks, and weights that its model lacks, of which loading has `found` some."""
     expected = set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
     # `found` is right about missing weights of LoRA only
     others = {name for name in expected if ".lora_" not in name} - set(load_peft_weights(path, "cpu"))
@@ -119,7 +119,7 @@ def misfits(model: PeftModel, path: str, found: Any) -> tuple[set[str], set[str]
 
 
 def some(names: Collection[str]) -> str:
-    """The first of them, for a message."""
+    """The first few names, for a message."""
     return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -140,8 +140,8 @@ def continue_adapter(
     path: str, args: SPPOConfig, peft_config: PeftConfig | None, processing_class: Any
 ) -> tuple[str, PeftConfig, Any]:
     """
-    What TRL needs to build the policy of an adapter, which `load_weights` completes: base model, configuration, and
-    the tokenizer saved with it, or else `processing_class`. The base model's revision goes into `args`.
+    Base model, configuration and tokenizer of an adapter, from which TRL builds the policy before `load_weights`. The
+    tokenizer is `processing_class`, or else the one saved with it. Sets the base model's revision in `args`.
     """
     if peft_config is not None:
         raise ValueError(
@@ -160,7 +160,7 @@ def continue_adapter(
 
 
 def adopt_options(args: ModelConfig) -> None:
-    """Set LoRA options to those of the adapter that is continued. Raises `ValueError` if one asks for another."""
+    """Set LoRA options to the continued adapter's values. Raises `ValueError` if one has another value."""
     path = str(args.model_name_or_path)
     if not is_adapter(path):
         return
@@ -183,10 +183,7 @@ def _plain(value: Any) -> Any:
 
 
 def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
-    """
-    Keep a frozen copy of the adapter, named "ref", which TRL takes for the initial policy. TRL's own copy, of a policy
-    that was given as a model, lacks some weights: those of IA3, say, and of LoRA on embeddings.
-    """
+    """Keep a frozen copy of the adapter, "ref", as TRL's initial policy. TRL's own copy lacks weights of IA3, say."""
     if "ref" not in model.peft_config:
         config = copy.deepcopy(model.peft_config["default"])
         config.inference_mode = True

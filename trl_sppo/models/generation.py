@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 @contextmanager
 def only_requested_generation(model: Any) -> Iterator[None]:
     """
-    Ignore what a checkpoint's `generation_config.json` recommends, such as `min_p`, except for its special tokens:
-    completions would not come from the policy that is trained. As vLLM does in TRL. Restored afterwards, for saving.
+    Ignore a checkpoint's `generation_config.json`, such as `min_p`, except for its special tokens, as TRL does with
+    vLLM: completions would not come from the policy that is trained. It is restored afterwards, for saving.
     """
     config = vars(model.generation_config)  # in place: wrappers of the model share the object
     recommended = dict(config)

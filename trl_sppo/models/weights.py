@@ -41,8 +41,8 @@ def whole_and_silent() -> Iterator[None]:
 
 def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = (), **kwargs: Any) -> None:
     """
-    Raise `ValueError` if a checkpoint lacks weights of its model that no adapter has `brought`, for which transformers
-    takes random numbers. What is quantized, or no folder with safetensors, is not checked.
+    Raise `ValueError` if a checkpoint lacks weights that no adapter has `brought`: transformers would take random
+    numbers. Quantized checkpoints, and paths without safetensors, are not checked.
     """
     config = Path(path, "config.json")
     has_files = config.is_file() and any(config.parent.glob("*.safetensors"))
@@ -54,6 +54,6 @@ def check_weights(what: str, path: str, kind: Any, brought: Collection[str] = ()
     missing = set(info["missing_keys"]) - set(brought)
     if missing:
         raise ValueError(
-            f"{what} {path!r} lacks the weights {some(missing)} of a {type(model).__name__}, for which random numbers "
-            "would be taken. Save it again with all of its weights, or give another checkpoint."
+            f"{what} {path!r} lacks the weights {some(missing)} of a {type(model).__name__}, so they would be random. "
+            "Save it again with all of its weights, or pass another checkpoint."
         )

@@ -1,4 +1,4 @@
-"""Asking pairwise oracles: pairs, orders, processes, and bad answers."""
+"""Pairwise oracles: pairs, orders, processes, and invalid verdicts."""
 
 import asyncio
 import inspect
@@ -17,7 +17,7 @@ from trl.trainer.utils import start_event_loop_in_daemon
 from ..preferences import preferences_from_answers
 
 
-# Of the dataset's columns, oracles do not get those that their own arguments have the names of, or that TRL adds
+# Columns that oracles do not get: TRL adds them, or an oracle's own arguments have these names
 NO_COLUMNS = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
 
 SAYS_NOTHING = "it returned None"
@@ -39,7 +39,7 @@ def told_apart(names: list[str]) -> list[str]:
 def check_oracle(oracle: PreferenceFunc) -> None:
     """Raise `ValueError` if a pairwise oracle could not be called."""
     try:
-        # Partially: what else it requires may be columns of the dataset
+        # Partially: its other arguments may be columns of the dataset
         inspect.signature(oracle).bind_partial(prompts=[], first=[], second=[], log_metric=None, a_column=[])
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -50,8 +50,8 @@ def check_oracle(oracle: PreferenceFunc) -> None:
 
 def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
     """
-    The comparisons to ask for, `(comparisons, 3)`: group, first and second completion, by groups. `same`, of shape
-    `(groups, K, K)`, marks those not to ask for. In one order, the first place alternates.
+    The comparisons to make, `(comparisons, 3)`: group, first and second completion, by groups. `same`, of shape
+    `(groups, K, K)`, marks pairs to skip. With one order, the first place alternates.
     """
     ask = ~same
     if not both_orders:
@@ -62,11 +62,11 @@ def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
 
 
 @dataclass
-class Answers:
-    """What a pairwise oracle said about a rollout."""
+class Verdicts:
+    """Verdicts of a pairwise oracle on a rollout."""
 
     matrix: torch.Tensor  # (groups, K, K): P(i beats j) when i is shown first, NaN where not asked or lost
-    same: torch.Tensor  # (groups, K, K): identical completions, about which it was not asked
+    same: torch.Tensor  # (groups, K, K): identical completions, which are not compared
     num_asked: int  # comparisons, over all processes
     num_lost: int
     problem: str = SAYS_NOTHING  # the first one
@@ -88,12 +88,12 @@ def ask_oracle(
     accelerator: Accelerator,
     log_metric: Callable[[str, float], None],
     disable_tqdm: bool = False,
-    known: torch.Tensor | None = None,  # the matrix of earlier answers, which are not asked for again
+    known: torch.Tensor | None = None,  # the matrix of stored verdicts, which replaces the calls
     first_side: int | None = None,  # compare only the first so many of each group with the others of it
-) -> Answers:
+) -> Verdicts:
     """
-    Compare the completions of each group, each process a part of the pairs. The result is the same on all processes.
-    An answer outside [0, 1] or missing, also because the oracle raised, is lost.
+    Compare the completions of each group, a part of the pairs on each process. All processes get the same result. A
+    verdict that is missing or outside [0, 1], or whose call raised an error, is lost.
     """
     columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
@@ -104,11 +104,11 @@ def ask_oracle(
         needless = same | (is_first[:, None] == is_first)
     pairs = ordered_pairs(needless, both_orders)
     if known is not None:
-        return Answers(known, same, len(pairs), num_lost=int(known[pairs.unbind(dim=1)].isnan().sum()))
+        return Verdicts(known, same, len(pairs), num_lost=int(known[pairs.unbind(dim=1)].isnan().sum()))
     share = -(-len(pairs) // accelerator.num_processes)
     calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
 
-    answers: list[float] = []
+    verdicts: list[float] = []
     problems: list[str] = []
     hidden = disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process
     for call in tqdm(calls, desc=f"{oracle_name(oracle)}: calls with comparisons", leave=False, disable=hidden):
@@ -124,17 +124,17 @@ def ask_oracle(
             output = oracle(**own_copy(asked), log_metric=log_metric)
             if inspect.iscoroutine(output):
                 (output,) = run_coroutines([output])
-            answers += _read_answers(output, len(first), problems)
-        except Exception as error:  # whatever it is: rollouts are too dear to be thrown away for one bad call
-            answers += [torch.nan] * len(first)
+            verdicts += _read_verdicts(output, len(first), problems)
+        except Exception as error:  # of any kind: one bad call must not discard expensive rollouts
+            verdicts += [torch.nan] * len(first)
             problems.append(f"it raised {type(error).__name__}: {error}")
 
-    said = torch.tensor(gather_object(answers))
+    said = torch.tensor(gather_object(verdicts))
     problems = gather_object(problems)
     matrix = torch.full(same.shape, torch.nan)
     matrix[pairs.unbind(dim=1)] = said
     num_lost = int(said.isnan().sum())
-    return Answers(matrix, same, len(pairs), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
+    return Verdicts(matrix, same, len(pairs), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
 
 
 def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
@@ -149,7 +149,7 @@ def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
 
 
 def own_copy(value: Any) -> Any:
-    """Lists and mappings are copied, and what is in them. A function that changes its copy changes nothing else."""
+    """A deep copy of lists and mappings, so that a function can change only its own arguments."""
     if type(value) is dict:
         return {key: own_copy(item) for key, item in value.items()}
     return [own_copy(item) for item in value] if type(value) is list else value
@@ -158,7 +158,7 @@ def own_copy(value: Any) -> Any:
 def run_coroutines(
     coroutines: Sequence[Coroutine[Any, Any, Any]], loop: asyncio.AbstractEventLoop | None = None
 ) -> list[Any]:
-    """Results of coroutines that run together, or what they raised. By default in one loop of this process."""
+    """Results or exceptions of coroutines that run together, by default in one loop of this process."""
 
     async def together() -> list[Any]:
         return await asyncio.gather(*coroutines, return_exceptions=True)
@@ -176,15 +176,15 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _read_answers(output: Any, expected: int, problems: list[str]) -> list[float]:
-    """Probabilities, NaN where there is none. Adds what is wrong to `problems`."""
+def _read_verdicts(output: Any, expected: int, problems: list[str]) -> list[float]:
+    """Probabilities, NaN where there is none. Adds errors to `problems`."""
     if isinstance(output, BaseException):
         raise output
     values = list(output)
     if len(values) != expected:
-        raise ValueError(f"it returned {len(values)} answers to {expected} comparisons")
-    answers = [None if value is None else float(value) for value in values]
-    wrong = [answer for answer in answers if answer is not None and not 0 <= answer <= 1]
+        raise ValueError(f"it returned {len(values)} values for {expected} comparisons")
+    verdicts = [None if value is None else float(value) for value in values]
+    wrong = [verdict for verdict in verdicts if verdict is not None and not 0 <= verdict <= 1]
     if wrong:
-        problems.append(f"it answered {wrong[0]}, which is no probability in [0, 1]")
-    return [answer if answer is not None and 0 <= answer <= 1 else torch.nan for answer in answers]
+        problems.append(f"it returned {wrong[0]}, which is not a probability in [0, 1]")
+    return [verdict if verdict is not None and 0 <= verdict <= 1 else torch.nan for verdict in verdicts]

@@ -18,16 +18,16 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 
-class BadAnswerError(Exception):
+class BadResponseError(Exception):
     """A server's response lacks what was requested."""
 
 
-def read_answer(body: str, read: Callable[[Any], T]) -> T:
-    """What `read` finds in a server's JSON, of which nothing is taken for granted."""
+def read_response(body: str, read: Callable[[Any], T]) -> T:
+    """The value that `read` finds in a server's JSON, which may have any form."""
     try:
         return read(json.loads(body))
     except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise BadAnswerError(f"the answer lacks what was asked for: {body!r}") from error
+        raise BadResponseError(f"the response lacks the expected fields: {body!r}") from error
 
 
 class Endpoint:
@@ -52,7 +52,7 @@ class Endpoint:
         self.base_url = base_url
         self.max_concurrency = max_concurrency
         self.num_lost = 0
-        self._api_key = api_key or "no-key"  # the client wants one
+        self._api_key = api_key or "no-key"  # the client requires one
         self._client_options: Any = {"api_key": self._api_key, "timeout": timeout, "max_retries": max_retries}
 
     async def _ask_all(
@@ -70,7 +70,7 @@ class Endpoint:
                 async with limit:
                     try:
                         return await ask(client, *question)
-                    except (OpenAIError, BadAnswerError) as error:
+                    except (OpenAIError, BadResponseError) as error:
                         problems.append(error)
                         return None
 
@@ -79,7 +79,7 @@ class Endpoint:
 
     def _count_lost(self, problems: Sequence[Exception], what: str) -> None:
         if problems and not self.num_lost:
-            logger.warning(f"{self.__name__} gave {what} (this is said once). The first: {self._reason(problems[0])}")
+            logger.warning(f"{self.__name__} gave {what} (shown once). The first: {self._reason(problems[0])}")
         self.num_lost += len(problems)
 
     def _reason(self, error: Exception) -> str:

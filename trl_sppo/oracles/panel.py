@@ -1,4 +1,4 @@
-"""Panels of judges: reward sources that score completions, and pairwise oracles that compare those of two policies."""
+"""Panels of judges: reward sources that score completions, and pairwise oracles that compare them."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class Panel:
             for i, prompt in enumerate(prompts if messages else ()):
                 try:
                     self.sources.text(tokenizer, prompt, [{"role": "assistant", "content": "a"}])
-                except Exception as error:  # templates raise whatever they like
+                except Exception as error:  # templates raise any error
                     problem = f"prompt {i} is refused by the chat template of judge {name!r}"
                     raise ValueError(f"{problem}: {error} Leave out such prompts, or change them.") from error
 
@@ -57,7 +57,7 @@ def load_panel(
     columns: Sequence[str] | None = None,  # of the prompts, if known: functions that need others are refused
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Panel:
-    """Check judges, and load those that are reward models. Raises `ValueError` if a judge could not be called."""
+    """Check judges, and load the reward models. Raises `ValueError` if a judge could not be called."""
     if columns is not None:
         functions = [source for source in reward_funcs if callable(source) and not isinstance(source, nn.Module)]
         for function in functions:

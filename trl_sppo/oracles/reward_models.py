@@ -1,4 +1,4 @@
-"""Reward models: checked before they are loaded, and run in micro-batches."""
+"""Reward models: checks before they are loaded, and scores in micro-batches."""
 
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext
@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 Scores = Sequence[float | None]
 RewardSource = str | PreTrainedModel | Callable[..., Scores | Coroutine[Any, Any, Scores]]
 
-# Names of the scoring head in transformers' sequence classifiers. It is small, and what it rounds is the score itself
+# Names of the scoring head in transformers' sequence classifiers. It is small, and rounding it would round the score
 HEADS = ["score", "classifier", "classification_head", "logits_proj"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -60,7 +60,7 @@ class MicroBatchedRewardModel(nn.Module):
         if isinstance(config, PreTrainedConfig):
             self._name = f"reward model {config._name_or_path!r}"
             config = config.get_text_config()
-            config.use_cache = False  # decoders keep keys and values by default, and nobody reads them
+            config.use_cache = False  # decoders keep keys and values by default, and nothing reads them
             self._context = getattr(config, "max_position_embeddings", None)
 
     def forward(
@@ -73,11 +73,11 @@ class MicroBatchedRewardModel(nn.Module):
             logger.warning(
                 f"{self._name} has a context of {self._context} tokens, and is given texts of up to "
                 f"{input_ids.size(1)}: it fails on them, or their scores mean little. Leave out long prompts, lower "
-                "max_completion_length, or take a reward model with a longer context. Said once."
+                "max_completion_length, or take a reward model with a longer context. Shown once."
             )
             self._context = None
         scores = torch.empty(len(input_ids), device=input_ids.device)
-        # Longest first: if memory does not suffice, it fails at once
+        # Longest first: a lack of memory shows at once
         for rows in lengths.argsort(descending=True).split(self.batch_size):
             longest = int(lengths[rows[0]].clamp(min=1))
             logits = self.model(**{name: value[rows, :longest] for name, value in inputs.items()}).logits
@@ -107,8 +107,8 @@ def load_reward_models(
     check: Callable[[list[Any], list[Any]], None] | None = None,  # gets sources and tokenizers before weights load
 ) -> tuple[list[Any], list[Any]]:
     """
-    Check all reward models, and only then load those given by path, in their own dtype. Returns all reward sources and
-    their tokenizers. Raises `ValueError` for one that cannot be found or used.
+    Check all reward models, then load the ones given by path, in their own dtype. Returns all reward sources and their
+    tokenizers. Raises `ValueError` for one that cannot be found or used.
     """
     reward_funcs = [
         ServedRewardModel(source, chat_template_kwargs=chat_template_kwargs)
@@ -137,7 +137,7 @@ def load_reward_models(
         if isinstance(source, str):
             source = _load(source, source in trust_remote_code, quantization)
         if isinstance(source, PreTrainedModel):
-            # By which a classifier finds the last token of a text. An adapter's base has another one, or none
+            # A classifier finds the last token of a text by it. An adapter's base has another one, or none
             source.config.get_text_config().pad_token_id = cast(Any, tokenizer).pad_token_id
         models.append(source)
     return models, tokenizers
@@ -154,7 +154,7 @@ def check_reward_model(source: str | nn.Module, tokenizer: Any, conversational: 
     if tokenizer is None and not name:
         raise ValueError(
             f"no tokenizer is known for reward model {type(source).__name__}, which was not loaded from a "
-            "checkpoint: pass one in `reward_processing_classes`. Of an adapter give the path, or merge it first."
+            "checkpoint: pass one in `reward_processing_classes`. For an adapter, pass its path, or merge it first."
         )
     with own_code_is_refused(*_own_code(name)):
         if tokenizer is None:
@@ -183,7 +183,7 @@ def _load(path: str, trusted: bool, quantization: str | None) -> PreTrainedModel
     head = _head_of(path)
     # The dtype that it was trained in: no weight of the head is rounded
     dtype = {"dtype": DTYPES[next(iter(head.values()))[1]]} if head else {}
-    # For FSDP, transformers may load weights in the first process only, and nobody would fill the others'
+    # For FSDP, transformers may load weights in the first process only, and the others would stay empty
     environment = patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
     with environment, own_code_is_refused(*_own_code(path)), silent() if head else nullcontext():
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -214,14 +214,14 @@ def check_reward_quantization(quantization: str, reward_funcs: Sequence[RewardSo
     """Raise `ValueError` if there is nothing to quantize here."""
     if not any(isinstance(source, str) and not is_url(source) for source in reward_funcs):
         raise ValueError(
-            f"reward_quantization={quantization!r} is about reward models that are loaded from a path, but none is."
+            f"reward_quantization={quantization!r} applies to reward models given by path, but there is none."
         )
 
 
 def _own_code(name: str) -> tuple[str, str]:
-    """What brings code of its own, and the cure, for messages."""
+    """The checkpoint with its own code, and the fix, for messages."""
     return f"reward model {name!r}", (
-        f"If you trust it, set `reward_trust_remote_code`: [{name!r}]. Of a loaded model, pass its tokenizer in "
+        f"If you trust it, set `reward_trust_remote_code`: [{name!r}]. For a loaded model, pass its tokenizer in "
         "`reward_processing_classes`."
     )
 
@@ -235,7 +235,7 @@ def _quantization_config(quantization: str | None) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=HEADS,  # despite its name it is heeded in 4 bit too
+        llm_int8_skip_modules=HEADS,  # despite its name it also applies in 4 bit
     )
 
 
@@ -266,9 +266,8 @@ def _check_config(path: str, trusted: bool) -> None:
     if not heads and not own_code:
         raise ValueError(
             f"reward model {path!r} has no scoring head: the config.json of {base_of(path)!r} names "
-            f"{architectures or 'no architecture'}, and a head made now would give random scores. Use a "
-            "`...ForSequenceClassification` model with one label, as TRL's RewardTrainer saves it, or an adapter that "
-            "was trained with lora_task_type SEQ_CLS."
+            f"{architectures or 'no architecture'}. Use a `...ForSequenceClassification` model with one label, as "
+            "TRL's RewardTrainer saves it, or an adapter that was trained with lora_task_type SEQ_CLS."
         )
     # Two labels are the default, and then not written to config.json
     labels = PreTrainedConfig(**{name: config[name] for name in ("num_labels", "id2label") if config.get(name)})

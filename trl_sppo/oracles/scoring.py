@@ -1,4 +1,4 @@
-"""Reward sources: reward models and reward functions, asked for scores."""
+"""Reward sources: reward models and reward functions that score completions."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 # Columns of the dataset that reward functions do not get: their own arguments have these names
 NO_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 
-TEXTS = 256  # of a reward model's, tokenized at a time
+TEXTS = 256  # tokenized at a time for a reward model
 
 
 @dataclass(eq=False)
@@ -52,10 +52,10 @@ class RewardSources:
         columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
         scores = torch.full((len(completions), len(self.names)), torch.nan)
         asked = {"prompts": prompts, "completions": completions, **columns, **more}
-        coroutines: dict[int, Coroutine] = {}  # asked together
+        coroutines: dict[int, Coroutine] = {}  # run together
         for i, (name, source, tokenizer) in enumerate(zip(self.names, self.sources, self.tokenizers, strict=True)):
             with self._named(name, completions, columns, if_one_fails):
-                # With copies: each source scores what was sampled, whatever another does to its arguments
+                # Copies: a source that changes its arguments must not affect the others
                 if is_async_callable(source) and not isinstance(source, nn.Module):
                     coroutines[i] = _timed(source(**own_copy(asked)), timed, name)
                     continue
@@ -70,7 +70,7 @@ class RewardSources:
         return scores.masked_fill(~scores.isfinite(), torch.nan)
 
     def text(self, tokenizer: Any, prompt: Any, completion: Any) -> str:
-        """What a reward model reads."""
+        """The text that a reward model reads."""
         if not is_conversational({"prompt": prompt}):
             return prompt + completion
         conversation: Any = {"messages": [*prompt, *completion]}
@@ -94,7 +94,7 @@ class RewardSources:
     def score_everywhere(
         self, accelerator: Accelerator, prompts: Sequence[Any], completions: Sequence[Any], columns: dict, **more: Any
     ) -> torch.Tensor:
-        """Scores of all processes' completions, `(completions, sources)`. Warns once of each source without some."""
+        """Scores of all processes' completions, `(completions, sources)`. Warns once per source that lacks some."""
         if not self.names:
             return torch.zeros(len(completions) * accelerator.num_processes, 0, device=accelerator.device)
         scores = accelerator.gather(self.score(prompts, completions, columns, **more).to(accelerator.device))
@@ -104,7 +104,7 @@ class RewardSources:
                 self._warned.add(name)
                 logger.warning(
                     f"{self.kind} {name!r} gave no finite score (None, NaN or infinite) for {unscorable} of "
-                    f"{len(column)} completions: they take no part in its comparisons. Said once for each source; the "
+                    f"{len(column)} completions: they take no part in its comparisons. Shown once per source; the "
                     "metric win_rate/unscorable counts the completions that no source could score."
                 )
         return scores
@@ -113,7 +113,7 @@ class RewardSources:
     def _named(self, name: str, completions: Sequence, columns: dict, advice: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, the completions are not lost
+        except Exception as error:  # of any kind: the completions are not lost
             if isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):
                 raise
             form = "a text" if isinstance(completions[0], str) else "a list of messages"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from .endpoint import BadAnswerError, Endpoint, read_answer
+from .endpoint import BadResponseError, Endpoint, read_response
 from .texts import Messages, last_part
 
 
@@ -15,8 +15,8 @@ class ServedRewardModel(Endpoint):
     A classifier with one label behind a vLLM server (`vllm serve MODEL --runner pooling`), as a reward function.
 
     The score of a completion is the model's logit, without an activation function. The server renders messages with
-    its own chat template, and adds no special tokens to a text, so the model reads what it would read in this process.
-    Texts are not truncated. Where the server gives no score, also because a text is too long, it is `None`.
+    its own chat template, and adds no special tokens to a text, so the model reads the same text as in this process.
+    Texts are not truncated. If the server gives no score, for example because a text is too long, the score is `None`.
 
     Args:
         url (`str`):
@@ -74,7 +74,7 @@ class ServedRewardModel(Endpoint):
         requests = [(self._request(*pair),) for pair in zip(prompts, completions, strict=True)]
 
         async def ask(client: Any, request: dict[str, Any]) -> float:
-            return read_answer(await client.post("/classify", body=request, cast_to=str), _score)
+            return read_response(await client.post("/classify", body=request, cast_to=str), _score)
 
         scores, problems = await self._ask_all(ask, requests)
         if len(problems) < len(scores):
@@ -88,7 +88,7 @@ class ServedRewardModel(Endpoint):
         return scores
 
     def check(self, conversational: bool) -> None:
-        """Raise `ValueError` if the server gives no score of a trial."""
+        """Raise `ValueError` if the server does not score a trial."""
         from openai import OpenAI, OpenAIError
 
         trial: tuple[Messages, Messages] = "a", "b"
@@ -98,10 +98,10 @@ class ServedRewardModel(Endpoint):
             with OpenAI(base_url=self.base_url, **self._client_options) as client:
                 if self.model is None:
                     models = client.get("/v1/models", cast_to=str)
-                    self.model = read_answer(models, lambda answer: str(answer["data"][0]["id"]))
+                    self.model = read_response(models, lambda response: str(response["data"][0]["id"]))
                     self.__name__ = last_part(self.model)
-                read_answer(client.post("/classify", body=self._request(*trial), cast_to=str), _score)
-        except (OpenAIError, BadAnswerError) as error:
+                read_response(client.post("/classify", body=self._request(*trial), cast_to=str), _score)
+        except (OpenAIError, BadResponseError) as error:
             raise ValueError(
                 f"no vLLM server at {self.base_url!r} gives a score. Start one with `vllm serve MODEL --runner "
                 "pooling`: MODEL is a classifier with one label, and has a chat template if prompts are "
@@ -110,7 +110,7 @@ class ServedRewardModel(Endpoint):
         self._has_scored = True
 
     def _request(self, prompt: Messages, completion: Messages) -> dict[str, Any]:
-        """What is sent for one completion."""
+        """The request for one completion."""
         # Without its activation function, vLLM gives the logit; with it, the default, the sigmoid of the logit
         request: dict[str, Any] = {"use_activation": False, "add_special_tokens": False}
         if self.model is not None:
@@ -123,19 +123,19 @@ class ServedRewardModel(Endpoint):
 
 
 def _text_message(message: Any) -> dict[str, str]:
-    """A message that vLLM renders as transformers does. It drops, or rewrites, what else messages can hold."""
+    """A message that vLLM renders as transformers does. It drops or rewrites other fields."""
     fields = {name: value for name, value in message.items() if value is not None}
     if fields.keys() - {"role", "name", "content"} or not isinstance(fields.get("content"), str):
         raise ValueError(
             f"a served reward model reads messages of a role and a text, but got one with {sorted(fields)}. Remove "
-            "what else there is; for tool calls and images, load the reward model in this process."
+            "the other fields; for tool calls and images, load the reward model in this process."
         )
     return fields
 
 
-def _score(answer: Any) -> float:
-    """The score in the answer of a classification endpoint: one finite number."""
-    (result,) = answer["data"]
+def _score(response: Any) -> float:
+    """The score in the response of a classification endpoint: one finite number."""
+    (result,) = response["data"]
     (score,) = result["probs"]
     if type(score) not in (int, float) or not math.isfinite(score):
         raise ValueError(score)

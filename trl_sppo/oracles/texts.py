@@ -10,7 +10,7 @@ Messages: TypeAlias = str | list[dict[str, Any]]
 
 
 def completion_text(completion: Messages) -> str:
-    """The text of a completion: what the assistant said."""
+    """The text of a completion: the assistant's messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(_content_text(message) for message in completion if message["role"] == "assistant")
@@ -32,7 +32,7 @@ def _content_text(message: dict[str, Any]) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, *more: str) -> re.Pattern[str]:
-    """A pattern of what a model reads as control if a text spells it: special tokens and tokens of the template."""
+    """A pattern of texts that a model reads as control: special tokens and tokens of the template."""
     template = str(tokenizer.chat_template or "")
     added = tokenizer.added_tokens_decoder.values()
     # Added tokens that only stand for white space are text, though templates have it too

@@ -12,16 +12,16 @@ from ..config import SPPOConfig
 from ..diagnostics import order_disagreement
 from ..errors import RunError
 from ..preferences import preferences_from_scores, sum_of_scores
-from .asking import SAYS_NOTHING, Answers, PreferenceFunc, ask_oracle
+from .asking import SAYS_NOTHING, PreferenceFunc, Verdicts, ask_oracle
 from .endpoint import Endpoint
 from .scoring import RewardSources
 
 
 logger = logging.get_logger(__name__)
 
-PATIENCE = 100  # prompts that functions may leave without a score from the start, since they may be of another task
-STREAM = 1000  # as many, where nobody knows how many there are, and in which order
-CHANCE = 1e-6  # and later as many as come in a row with this probability, by the share of those with a score
+PATIENCE = 100  # prompts that functions may leave without a score from the start: they may be of another task
+STREAM = 1000  # the same, if the number and the order of the prompts are unknown
+CHANCE = 1e-6  # later: as many as come in a row with this probability, given the share of prompts with a score
 
 
 class Voters:
@@ -66,7 +66,7 @@ class Voters:
         self._silence = dict(state["silence"])
 
     def describe(self) -> dict[str, Any]:
-        """What the model card and the rollout files say about the voters."""
+        """The voters, for the model card and the rollout files."""
         without_vote = [name for name, weight in zip(self.names, self.weights, strict=True) if weight == 0]
         oracles = list(self.oracles)
         return {"reward_sources": self.sources.names, "preference_funcs": oracles, "without_vote": without_vote}
@@ -78,13 +78,13 @@ class Voters:
         columns: dict[str, list],
         group_size: int,
         log_metric: Callable[[str, float], None],
-        known: Callable[[str], torch.Tensor] | None = None,  # by name: the matrix of earlier answers, see ask_oracle
-    ) -> tuple[dict[str, Answers], dict[str, float]]:
-        """Answers of the pairwise oracles by name, the same on all processes; and metrics."""
-        found: dict[str, Answers] = {}
+        known: Callable[[str], torch.Tensor] | None = None,  # by name: the matrix of stored verdicts, see ask_oracle
+    ) -> tuple[dict[str, Verdicts], dict[str, float]]:
+        """Verdicts of the pairwise oracles by name, the same on all processes; and metrics."""
+        found: dict[str, Verdicts] = {}
         metrics: dict[str, float] = {}
         for name, oracle in self.oracles.items():
-            answers = ask_oracle(
+            verdicts = ask_oracle(
                 oracle,
                 prompts,
                 completions,
@@ -97,21 +97,21 @@ class Voters:
                 disable_tqdm=bool(self.args.disable_tqdm),
                 known=None if known is None else known(name),
             )
-            if answers.num_asked:
-                metrics[f"preferences/{name}/lost"] = answers.num_lost / answers.num_asked
-            metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(answers.matrix).item()
-            if answers.num_lost and name not in self._warned:
+            if verdicts.num_asked:
+                metrics[f"preferences/{name}/lost"] = verdicts.num_lost / verdicts.num_asked
+            metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(verdicts.matrix).item()
+            if verdicts.num_lost and name not in self._warned:
                 self._warned.add(name)
                 logger.warning(
-                    f"preference_func {name!r}: {answers.num_lost} of {answers.num_asked} comparisons are lost, since "
-                    f"{answers.problem}. They take no part in the win rates. Said once for each oracle; the metric "
+                    f"preference_func {name!r}: {verdicts.num_lost} of {verdicts.num_asked} comparisons are lost, "
+                    f"since {verdicts.problem}. They take no part in the win rates. Shown once per oracle; the metric "
                     f"preferences/{name}/lost counts them."
                 )
-            found[name] = answers
+            found[name] = verdicts
         return found, metrics
 
-    def check_silence(self, scores: torch.Tensor, answers: dict[str, Answers], group_size: int) -> None:
-        """Raise `RunError` if a voter has given no score or answer for too many prompts."""
+    def check_silence(self, scores: torch.Tensor, verdicts: dict[str, Verdicts], group_size: int) -> None:
+        """Raise `RunError` if a voter has given no score or verdict for too many prompts."""
         voting = [i for i, weight in enumerate(self.source_weights) if weight > 0]
         if self.sources.names and not self.oracles:
             prompts = (~scores[:, voting].isnan()).any(dim=1).view(-1, group_size).any(dim=1)
@@ -125,21 +125,21 @@ class Voters:
                 )
         alone = sum(weight > 0 for weight in self.weights) == 1
         for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
-            said = answers[name]
+            said = verdicts[name]
             known = (~said.matrix.isnan()).flatten(1).any(dim=1)
-            asked = (~said.same).flatten(1).any(dim=1)  # not about groups of identical completions
+            asked = (~said.same).flatten(1).any(dim=1)  # groups of identical completions are not compared
             may_pass = said.problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
             num_silent = self.silent_prompts(name, known[asked], may_pass, alone) if weight > 0 else 0
             if num_silent:
                 raise RunError(
-                    f"preference_func {name!r} gave no usable answer to any comparison of the last {num_silent} "
+                    f"preference_func {name!r} gave no valid verdict on any comparison of the last {num_silent} "
                     f"prompts: {said.problem}. It must return one probability in [0, 1] for each."
                 )
 
     def silent_prompts(self, voter: str, scored: torch.Tensor, may_pass: bool, alone: bool = True) -> int:
         """
-        The number of prompts in a row without a score or answer of a voter if it is too large, else 0. A voter that
-        may pass has as long as its kind of prompts may take to come; any other three rollouts, and none at the start.
+        The number of prompts in a row without a score or verdict of a voter if it is too large, else 0. A voter that
+        may skip prompts has the time that its prompts may take to come; others three rollouts, and none at the start.
         """
         seen, num_scored, prompts, rollouts = self._silence.get(voter, (0, 0, 0, 0))
         if scored.any() or len(scored) == 0:
@@ -159,11 +159,11 @@ class Voters:
         return prompts if prompts >= limit and (num_scored == 0 or rollouts >= 3) else 0
 
     def panel(
-        self, scores: torch.Tensor, answers: dict[str, Answers], ended: torch.Tensor
+        self, scores: torch.Tensor, verdicts: dict[str, Verdicts], ended: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[float]]:
         """The votes: preference matrices of shape `(groups, K, K)`, and their weights."""
         votes, weights = preferences_of_sources(scores, self.source_weights, ended, self.args)
-        votes += [answer.preferences.to(scores.device) for answer in answers.values()]
+        votes += [verdict.preferences.to(scores.device) for verdict in verdicts.values()]
         return votes, [*weights, *self.oracle_weights]
 
 

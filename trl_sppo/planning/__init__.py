@@ -1,1 +1,1 @@
-"""What a recipe would do and need: `trl-sppo check`."""
+"""Plans of recipes, their memory, and advice, for `trl-sppo check`."""

@@ -1,4 +1,4 @@
-"""Advice on a recipe: what it would do, and what looks wrong."""
+"""Advice on a recipe: a description, and a list of what looks wrong."""
 
 import math
 
@@ -14,7 +14,7 @@ from .plan import Plan
 ROOM = 0.9  # share of a GPU's memory to plan with. The rest is for the CUDA context, buffers and fragmentation
 SLOW_LORA, FAST_FULL = 1e-6, 5e-6  # learning rates: 2 and 10 times the paper's, which is for full fine-tuning
 
-# What to change if a phase needs too much memory
+# Fixes if a phase needs too much memory
 CURES = {
     "generating": "Lower vllm_gpu_memory_utilization, or without vLLM per_device_train_batch_size or "
     "steps_per_generation.",
@@ -43,7 +43,7 @@ def kept_per_group(plan: Plan) -> int | None:
 
 
 def describe(plan: Plan) -> list[str]:
-    """Describe what a training would do, one sentence or two per line."""
+    """Describe a training, one or two sentences per line."""
     script, args, model_args, place = plan.script, plan.args, plan.model_args, plan.place
     assert args.generation_batch_size is not None and args.num_generations is not None
     assert args.steps_per_generation is not None
@@ -82,7 +82,7 @@ def describe(plan: Plan) -> list[str]:
     per_step = batch * args.num_iterations // steps
     trained = "all of them trained on"
     if kept is None:
-        trained = "as many as the threshold leaves of them trained on"
+        trained = "trained on if the threshold keeps them"
     elif kept != group:
         trained = f"{per_step * kept // group:,} of them trained on if no two tie"
     lines.append(
@@ -107,7 +107,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def advise(plan: Plan) -> tuple[list[str], list[str]]:
-    """Find what looks wrong about a training, and what is worth knowing."""
+    """Problems of a training, and notes on it."""
     args, model_args, script, gpu = plan.args, plan.model_args, plan.script, plan.place.gpu
     wrong = []
     if plan.rows is not None:
@@ -147,7 +147,7 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
         ),
         (
             not (script.eval_reward_model_name_or_path or script.eval_reward_funcs or script.eval_preference_funcs),
-            "No judge evaluates the policy that it is not trained on. Set eval_strategy and eval_reward_funcs or "
+            "No evaluation has a judge that is not trained on. Set eval_strategy and eval_reward_funcs or "
             "eval_reward_model_name_or_path, or use `trl-sppo eval` afterwards.",
         ),
         (

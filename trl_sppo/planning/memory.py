@@ -1,4 +1,4 @@
-"""Memory that a training needs on a GPU, computed from the models' configurations, without their weights."""
+"""Memory of a training on a GPU, estimated from the models' configurations, without their weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +149,7 @@ def budget(
 
 
 def peak(rows: dict[str, float]) -> tuple[float, str]:
-    """The bytes at the time of the phase that needs most, and the name of that phase."""
+    """The bytes of the phase that needs most, and the name of that phase."""
     phases: dict[str, float] = {}
     for name, value in rows.items():
         phase, colon, _ = name.partition(": ")

@@ -1,4 +1,4 @@
-"""Plans: what a recipe asks for, and what is known of its models and data before they are loaded."""
+"""Plans: a recipe's options, and facts about its models and data before they are loaded."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ FUNCTIONS = "reward_funcs", "eval_reward_funcs", "preference_funcs", "eval_prefe
 
 @dataclass
 class Plan:
-    """A training as a recipe describes it, with what is known of its models and data, and what is not."""
+    """A training as a recipe describes it, with known and unknown facts about its models and data."""
 
     script: SPPOScriptArguments
     args: SPPOConfig
@@ -54,7 +54,7 @@ class Plan:
 
 
 def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1024) -> Plan:
-    """Read a recipe, overridden by `argv`, and what is available of its models and data. `gpu` is in bytes."""
+    """Read a recipe, overridden by `argv`, and the available models and data. `gpu` is in bytes."""
     argv = ["--config", recipe, *split_config(argv)]
     launch = launch_arguments(make_parser("trl-sppo check"), argv)
     processes, sharding, unknown = _launch(launch)
@@ -82,7 +82,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
 
 
 def _launch(launch: list[str]) -> tuple[int, str | None, list[str]]:
-    """The number of processes that training would start here, how they divide the policy, and what is unknown."""
+    """The number of processes that training would start here, how they shard the policy, and unknown facts."""
     options = launch_command_parser().parse_args([*launch, "--module", "trl_sppo.train"])
     file = accelerate_config(options.config_file)
     given = options.num_processes or getattr(file, "num_processes", None)

@@ -10,7 +10,7 @@ from ..rows import ROW
 from .targets import RolloutTargets
 
 
-# What the forward pass of a model with images needs besides tokens
+# Inputs of a model with images besides tokens
 IMAGE_FIELDS = (
     "pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -33,7 +33,7 @@ class Rollout:
     targets: RolloutTargets | None = None
 
     def rows(self, extra_fields: dict[str, Any]) -> list[dict[str, Any]]:
-        """Rows of the dataset, with what a `rollout_func` has returned besides the completions, as in TRL."""
+        """Rows of the dataset, with the other values that a `rollout_func` returned, as in TRL."""
         rows = [{name: value for name, value in row.items() if name != ROW} for row in self.inputs]
         for name, value in extra_fields.items():
             for row, each in zip(rows, value if isinstance(value, list) else [value] * len(rows), strict=False):
@@ -42,8 +42,8 @@ class Rollout:
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        Per completion, of shape `(N, 3)`: the number of tokens that the policy sampled, whether it ends, and a number
-        that is equal for equal completions. A completion without tokens is stored as one token `pad`.
+        Per completion, of shape `(N, 3)`: the number of sampled tokens, whether it ends, and a number that is equal
+        for equal completions. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None
@@ -53,7 +53,7 @@ class Rollout:
         ])  # fmt: skip
 
     def rows_with_logps(self) -> torch.Tensor | slice:
-        """Of this process's rows, those that need log-probabilities under the policy that sampled them."""
+        """This process's rows that need log-probabilities under the policy that sampled them."""
         assert self.targets is not None
         return slice(None) if self.only_sampled else self.targets.rows[: self.targets.num_logps]
 
@@ -77,7 +77,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch in CPU memory, made ready for being copied to a GPU while that computes."""
+    """A batch in pinned CPU memory, from which copies to a GPU overlap with computation."""
     if device.type != "cuda":
         return batch
     return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
@@ -85,7 +85,7 @@ def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def rows_to_train_on(batch: dict[str, Any], device: torch.device, at_least_one: bool, trim: bool) -> dict[str, Any]:
     """
-    Rows of a micro-batch that are trained on, moved to the device. With `at_least_one`, one row stays where none is
+    Rows of a micro-batch that are trained on, moved to the device. With `at_least_one`, one row stays if none is
     trained on: every process must take part in a forward pass. With `trim`, columns that only other rows need are cut.
     """
     rows = batch["kept"].nonzero().squeeze(1)
@@ -116,7 +116,7 @@ def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:
 
 
 def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """Completion tokens that the policy sampled: neither padding nor a tool's words."""
+    """Completion tokens that the policy sampled: neither padding nor a tool's output."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 

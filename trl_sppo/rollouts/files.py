@@ -30,9 +30,9 @@ COLUMNS = {
     "answers": None,  # of each pairwise oracle by name: K x K, P(i beats j) when i is shown first, null if not asked
     "preferences": List(List(Value("float32"))),  # K x K, of the whole panel, null where unscorable
     "win_rates": List(Value("float32")),
-    "logps": List(List(Value("float32"))),  # by the trainer, of each token; null for what it did not compute
+    "logps": List(List(Value("float32"))),  # by the trainer, of each token; null if not computed
     "importance_weights": List(Value("float32")),  # of vLLM's samples
-    "policy": Value("string"),  # what the run began from
+    "policy": Value("string"),  # the initial model
     "run": Value("string"),  # the same for runs with the same options
     "versions": {name: Value("string") for name in ("trl_sppo", "trl", "transformers", "torch", "vllm")},
 }  # fmt: skip
@@ -71,7 +71,7 @@ class RolloutFiles:
         path = self.path(iteration)
         return pyarrow.parquet.read_table(path).to_pylist() if path.is_file() else None
 
-    # Until an iteration's file is whole, what was said of its completions lies beside it
+    # Until an iteration's file is complete, scores and preferences are in a file beside it
 
     def write_scored(self, iteration: int, groups: Sequence[dict[str, Any]]) -> None:
         """Write the scores and preferences of an iteration's completions, beside its file."""
@@ -88,11 +88,11 @@ class RolloutFiles:
         return [{**group, **row} for group, row in zip(groups, rows, strict=True)]
 
     def forget_scored(self, iteration: int) -> None:
-        """Delete the scores and preferences of completions that are sampled anew."""
+        """Delete the scores and preferences of completions that are sampled again."""
         shutil.rmtree(self.state(iteration, scored=True), ignore_errors=True)
 
     def set_aside(self, iteration: int = 0) -> None:
-        """Move what another run has left here from an iteration on, so that the two runs are not mixed up."""
+        """Move another run's files, from an iteration on, so that the two runs do not mix."""
         paths = [path for path in self.folder.glob("iteration-*.parquet") if _iteration(path) >= iteration]
         if not paths:
             return
@@ -106,7 +106,7 @@ class RolloutFiles:
         )
 
     def rotate(self, next_iteration: int, limit: int | None) -> None:
-        """Delete what is not needed by a run that samples `next_iteration` next. Keeps `limit` iterations before."""
+        """Delete files that a run does not need before `next_iteration`. Keeps `limit` iterations before."""
         for state in self._states.glob("*-*"):
             if int(state.name.split("-")[0]) < next_iteration:
                 shutil.rmtree(state)
@@ -117,7 +117,7 @@ class RolloutFiles:
 
 
 def write_parquet(path: Path, groups: Sequence[dict[str, Any]], prompt_features: Features | None) -> None:
-    """Write groups, one per row. The file is there whole or not at all, whenever the process ends."""
+    """Write groups, one per row. The file exists whole or not at all, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = Dataset.from_list(list(groups), features=_features(groups, prompt_features)).data.table
     partial = path.with_name(f".{path.name}.partial")

@@ -25,11 +25,11 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
             and its K `"completions"`, texts or lists of messages. Optional: `"preferences"` (K x K) or `"scores"` (K,
             or by the name of each source), without which a reward source has to score them; `"completion_ids"`,
             without which completions are tokenized here; `"logps"` (of each token under the policy that sampled them),
-            without which the policy at hand is taken for that one.
+            without which the current policy counts as that one.
         num_generations (`int`):
             K.
 
-    Raises `ValueError` if there is nothing, or not what is needed.
+    Raises `ValueError` if there is nothing to train on, or a column is missing.
     """
     try:
         if os.path.isfile(path):
@@ -52,8 +52,8 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
         ).flatten_indices()
     if _some(dataset, "tool_mask"):
         raise ValueError(
-            f"rollouts={path!r} have tokens of tools in their completions (column 'tool_mask'), which would be taken "
-            "for the policy's. Train where they are sampled."
+            f"rollouts={path!r} have tokens of tools in their completions (column 'tool_mask'), which would count "
+            "as the policy's. Train where they are sampled."
         )
     for i, row in enumerate(dataset.select_columns(["prompt", "completions"])):
         found = None if row["completions"] is None else len(row["completions"])
@@ -65,16 +65,16 @@ def load_rollouts(path: str, num_generations: int) -> Dataset:
 
 
 def _some(dataset: Dataset, name: str) -> bool:
-    """Whether a column is there with something in it."""
+    """Whether a column exists and has values."""
     return name in dataset.column_names and dataset.data.column(name).null_count < len(dataset)
 
 
 def is_judged(dataset: Dataset) -> bool:
-    """Whether rollouts bring preferences or scores, so that no oracle has to be asked."""
+    """Whether rollouts bring preferences or scores, so that no oracle is needed."""
     return any(_some(dataset, name) for name in ("preferences", "scores"))
 
 
 def prompts_of(rollouts: Dataset) -> Dataset:
-    """The prompts of rollouts, and where each stands: TRL copies rows many times, so it gets no more."""
+    """The prompts of rollouts and their row numbers: TRL copies rows many times, so it gets no more."""
     light = [name for name in rollouts.column_names if name not in COLUMNS]
     return rollouts.select_columns(light).add_column(ROW, list(range(len(rollouts))))

@@ -1,4 +1,4 @@
-"""The recorder of rollouts, which writes them as they are made, and finds them again when a run is resumed."""
+"""Recorder of rollouts: writes them as they are made, and returns them when a run is resumed."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from ..oracles.asking import Answers
+from ..oracles.asking import Verdicts
 from ..oracles.voters import preferences_of_sources
 from ..rows import IMAGES, ROW, same_prompts, to_lists, to_tensor, without_nulls
 from .files import COLUMNS, RolloutFiles, installed_versions
@@ -21,7 +21,7 @@ from .targets import RolloutTargets
 
 logger = logging.get_logger(__name__)
 
-# Options, by how their names begin, that change nothing about what is sampled
+# Options, by the beginnings of their names, that do not affect sampling
 NEUTRAL = (
     "output_dir", "run_name", "logging_", "log_", "num_completions_to_print", "save_", "eval_", "do_", "report_to",
     "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_", "resume_from_checkpoint", "ignore_data_skip",
@@ -31,9 +31,9 @@ NEUTRAL = (
 
 class RolloutRecorder:
     """
-    Writes the rollouts of a training as they are made, finds them again when the run is resumed, or returns those of
-    `args.rollouts` (`given`). For each iteration the trainer calls, on all processes: `begin`, `completion_ids`,
-    `sampled`, `scored`, `finish`.
+    Writes the rollouts of a training, and returns them when the run is resumed, or returns the `given` ones of
+    `args.rollouts`. For each iteration the trainer calls, on all processes: `begin`, `completion_ids`, `sampled`,
+    `scored`, `finish`.
     """
 
     def __init__(self, trainer: Any, given: Dataset | None):
@@ -44,7 +44,7 @@ class RolloutRecorder:
         self.rollouts: Any = given
         self.given = given is not None
         self._writes = self.args.save_rollouts and not self.given
-        # What tools, environments and a `rollout_func` do cannot be done again from tokens
+        # The work of tools, environments and a `rollout_func` cannot be repeated from tokens
         repeatable = not (trainer.tools or trainer.environment_factories or trainer.rollout_func)
         self.recalls = self._writes and repeatable and self.args.save_strategy != SaveStrategy.NO
         self._has_warned = False
@@ -54,7 +54,7 @@ class RolloutRecorder:
         # One row per group: of the whole rollout, and the same on all processes, if it is given or recalled
         self.groups: list[dict[str, Any]] = []
         self._on_disk: set[str] = set()  # columns of the iteration's file, on the main process
-        self._mine: dict[int, dict[str, Any]] = {}  # with all columns, those that this process has completions of
+        self._mine: dict[int, dict[str, Any]] = {}  # with all columns, groups with completions of this process
         self._recalled = False
 
     def begin(self, iteration: int, inputs: Sequence[dict[str, Any]], group_size: int, resumed: bool) -> None:
@@ -82,7 +82,7 @@ class RolloutRecorder:
                 groups = self.files.with_scored(self._iteration, groups)
                 state = self.files.state(self._iteration, scored="win_rates" in groups[0])
                 if groups[0]["run"] != self._run() or not same_prompts(groups, prompts) or not state.is_dir():
-                    self.files.set_aside(self._iteration)  # before the random states are written over
+                    self.files.set_aside(self._iteration)  # before the random states are overwritten
                     groups = None
         self.groups = broadcast_object_list([groups])[0] or []
         self._recalled = bool(self.groups)
@@ -97,7 +97,7 @@ class RolloutRecorder:
         return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _first_of_groups(self, rows: Sequence[Any]) -> list[Any]:
-        """Of this process's rows, one for each completion, those of the first completions of their groups."""
+        """This process's rows, of one per completion, that are the first of their groups."""
         start = self.accelerator.process_index * len(rows)  # a group may straddle processes
         return [row for i, row in enumerate(rows) if (start + i) % self._group_size == 0]
 
@@ -118,7 +118,7 @@ class RolloutRecorder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the iteration at hand was recalled with all that `SPPOTrainer.rollout` writes."""
+        """Whether the iteration was recalled with everything that `SPPOTrainer.rollout` writes."""
         return self._recalled and self.groups[0].get("logps") is not None
 
     def skip(self) -> None:
@@ -138,7 +138,7 @@ class RolloutRecorder:
         return known, None if None in logps or self.given else logps
 
     def _tokenize(self, prompt: Any, prompt_ids: list[int], completion: Any) -> list[int]:
-        """Tokens of a completion by others, up to its end."""
+        """Tokens of a given completion, up to its end."""
         trainer, tokenizer = self.trainer, self.trainer._tokenizer
         if isinstance(completion, str):
             ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
@@ -165,7 +165,7 @@ class RolloutRecorder:
         tool_mask: list[list[int]] | None,
         sampling_logps: list[list[float]] | None,
     ) -> None:
-        """Write down what TRL has sampled, an entry per completion of this process, before oracles are asked."""
+        """Write TRL's samples, an entry per completion of this process, before they are scored."""
         self._lengths = [len(ids) for ids in completion_ids]
         if self._recalled:
             self.trainer.load_random_state(self.files.state(self._iteration, self.is_scored))
@@ -203,7 +203,7 @@ class RolloutRecorder:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the iteration at hand was recalled with its scores and preferences."""
+        """Whether the iteration was recalled with its scores and preferences."""
         return self._recalled and "win_rates" in self.groups[0]
 
     def scores(self, names: Sequence[str]) -> torch.Tensor:
@@ -212,16 +212,16 @@ class RolloutRecorder:
         shape = (len(names), len(self.groups) * self._group_size)
         return to_tensor(table).view(shape).T.to(self.accelerator.device)
 
-    def answers(self, name: str) -> torch.Tensor:
-        """Recalled answers of a pairwise oracle, of shape `(groups, K, K)`."""
+    def verdicts(self, name: str) -> torch.Tensor:
+        """Recalled verdicts of a pairwise oracle, of shape `(groups, K, K)`."""
         return to_tensor([group["answers"][name] for group in self.groups])
 
-    def scored(self, scores: dict[str, torch.Tensor], answers: dict[str, Answers], targets: RolloutTargets) -> None:
-        """Write down scores of shape `(groups, K)` by reward source, and answers by pairwise oracle."""
+    def scored(self, scores: dict[str, torch.Tensor], verdicts: dict[str, Verdicts], targets: RolloutTargets) -> None:
+        """Write scores of shape `(groups, K)` by reward source, and verdicts by pairwise oracle."""
         if self.is_scored or not self._writes:
             return
         if self.accelerator.is_main_process:
-            matrices = {name: answer.matrix for name, answer in answers.items()}
+            matrices = {name: verdict.matrix for name, verdict in verdicts.items()}
             for g, group in enumerate(self.groups):
                 for name, tables in (("scores", scores), ("answers", matrices)):
                     if tables:
@@ -249,7 +249,7 @@ class RolloutRecorder:
         return preferences_of_sources(scores.to(ended.device), [1.0] * len(scores), ended, self.args)
 
     def finish(self, batch: dict[str, Any], kept: torch.Tensor) -> None:
-        """Write log-probabilities down, or put given ones into TRL's batch. `kept`, `(N,)`: those trained on."""
+        """Write log-probabilities, or put given ones into TRL's batch. `kept`, `(N,)`, marks rows to train on."""
         if self.given:
             self._put_logps(batch, kept.tolist())
         elif self._writes:
@@ -271,8 +271,8 @@ class RolloutRecorder:
         ids, rows, weights = batch["completion_ids"], self._local("logps"), self._local("importance_weights")
         if any(row is not None and len(row) != length for row, length in zip(rows, self._lengths, strict=True)):
             raise ValueError(
-                f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than those of their "
-                "completions. Correct the column 'logps', or remove it."
+                f"rollouts={self.args.rollouts!r} have log-probabilities for other tokens than their completions "
+                "have. Correct the column 'logps', or remove it."
             )
         missing = sum(row is None for row, is_kept in zip(rows, kept, strict=True) if is_kept)
         if self.trainer.agree(missing) == 0:
@@ -286,8 +286,8 @@ class RolloutRecorder:
             self._has_warned = True
             logger.warning(
                 f"rollouts={self.args.rollouts!r} lack log-probabilities of some completions that are trained on, so "
-                "the policy at hand is taken for the one that sampled them. That is right for its first iteration: "
-                "let it be the whole file (steps_per_generation), or use `trl-sppo rollout`. Said once."
+                "the current policy counts as the one that sampled them, which is true of its first iteration only: "
+                "let that be the whole file (steps_per_generation), or use `trl-sppo rollout`. Shown once."
             )
         if not self.trainer.agree(int(None in weights)):
             batch["importance_sampling_ratio"] = torch.tensor(weights).unsqueeze(1).to(ids.device)
@@ -305,13 +305,13 @@ class RolloutRecorder:
 
 
 def make_rollouts(trainer: Any) -> str:
-    """Sample and score an [`SPPOTrainer`]'s prompts. Returns the folder. Raises `ValueError` if that cannot be."""
+    """Sample and score an [`SPPOTrainer`]'s prompts. Returns the folder. Raises `ValueError` if it cannot."""
     args, recorder = trainer.args, trainer._recorder
     if trainer._is_sharded:
         raise ValueError("rollouts are sampled with whole models. Launch without FSDP or DeepSpeed, which shard them.")
     if not recorder.recalls:
         options = "save_rollouts=False, save_strategy='no', rollouts=..., tools, environments or a rollout_func"
-        raise ValueError(f"rollouts are to be written, but {options} rule that out. Remove that option.")
+        raise ValueError(f"rollouts cannot be written with {options}. Remove that option.")
     period = trainer._micro_steps_per_iteration
     batches = trainer.get_train_dataloader()
     total = len(batches) // period if isinstance(trainer.train_dataset, Dataset) else None

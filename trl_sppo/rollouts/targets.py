@@ -1,4 +1,4 @@
-"""Targets of a rollout: from preferences to the rows that are trained on; and metrics of steps."""
+"""Targets of a rollout, from preferences to the rows to train on, and metrics of steps."""
 
 import copy
 import math
@@ -31,8 +31,8 @@ class RolloutTargets:
     regressed: torch.Tensor  # the loss's win rates: those themselves, their hard form, or head-to-head ones
     baseline: torch.Tensor  # stands for log Z / eta
     kept: torch.Tensor  # bool: whether a completion is trained on
-    # This process's rows: those kept, then row 0 as padding. Every process has as many, so that all run the same
-    # number of forward passes (sharded models need that), and so has each slice of the generation batch
+    # This process's kept rows, then row 0 as padding. All processes have the same number, since sharded models need
+    # the same number of forward passes, and so have all slices of the generation batch
     rows: torch.Tensor
     num_kept: int  # the first of `rows`, which are trained on
     num_logps: int  # the first of `rows`, which get log-probabilities: the most that any process keeps
@@ -115,7 +115,7 @@ class StepMetrics:
         self._of_rollout[mode], self._sums = {}, {}
 
     def add_of_rollout(self, mode: str, metrics: dict[str, float]) -> None:
-        """Add metrics of the rollout at hand, the same on all processes."""
+        """Add metrics of the current rollout, the same on all processes."""
         self._of_rollout[mode].update(metrics)
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
@@ -124,7 +124,7 @@ class StepMetrics:
             self._sums[name] = self._sums.get(name, 0) + sums.float()
 
     def finish(self, mode: str) -> dict[str, float]:
-        """The metrics of an optimizer step, over all processes. What could not be measured is left out."""
+        """The metrics of an optimizer step, over all processes. Metrics without a value are left out."""
         values = dict(self._of_rollout[mode])
         if self._sums:
             sums = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")

@@ -1,4 +1,4 @@
-"""The policy's weights on their way into vLLM: exact where TRL's way rounds, possible where TRL's needs a GPU."""
+"""Weight syncs to vLLM: exact where TRL's would round, and possible on a CPU."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +25,7 @@ def prepare_weight_sync(generation: VLLMGeneration) -> None:
 
 def _restore_base_weights(generation: VLLMGeneration, named_params: Callable[[], NamedTensors]) -> NamedTensors:
     # TRL merges the adapter in place for the sync, W + BA, and takes it out again afterwards. In bfloat16 that rounds
-    # twice: each sync would move the frozen weights a little further from those that the adapter is saved for.
+    # twice: each sync would move the frozen weights a little further from the adapter's base.
     layers = [module for module in generation.model.modules() if isinstance(module, BaseTunerLayer)]
     kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.get_base_layer().parameters()]
     try:

@@ -57,7 +57,7 @@ def _is_locked_now(lock: Any, folder: str) -> bool:
 
 
 def _who_holds(owner: Path) -> tuple[str, bool]:
-    """The process in words, and whether it is dead, as far as can be seen from here."""
+    """The process in words, and whether it is known to be dead."""
     try:
         facts = json.loads(owner.read_text())
     except (OSError, ValueError):  # it begins, or ends, right now

@@ -1,4 +1,4 @@
-"""Checkpoints: whole ones and torn ones, and the runs that they fit: of the same base model, adapter and optimizer."""
+"""Checkpoints: whole and torn ones, and the runs that can resume from them."""
 
 import hashlib
 import json
@@ -17,33 +17,33 @@ from ..files import _now, read_beginning, write_atomically
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"  # in each checkpoint
-FORMAT = 2  # of what a checkpoint holds besides what transformers saves
+FORMAT = 2  # of a checkpoint's files besides transformers' own
 REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
-# Options that say how an iteration is cut into micro-batches. What a checkpoint holds of one fits these only
+# Options that determine how an iteration is cut into micro-batches. A checkpoint's rollouts fit only these
 LAYOUT = (
     "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
     "num_iterations",
 )  # fmt: skip
 
-# Of an adapter's configuration: what may differ between a checkpoint and the run that resumes it
+# Settings of an adapter that may differ between a checkpoint and the run that resumes it
 _FREE = {
     "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
     "lora_dropout",
 }  # fmt: skip
-# And what PEFT leaves as it is when it adds the adapter to a model. It settles the rest
+# Settings that PEFT keeps when it adds the adapter to a model. It completes the others
 _SETTLED = {"peft_type", "r", "lora_alpha", "bias", "lora_bias", "init_lora_weights", "use_dora", "use_rslora"}
-# What only the hash is known of, if that
+# Facts of which at most a hash is known
 _HASHED = {
     "base_weights": "the base model",
     "initial_adapter": "the adapter that the run began with",
     "tokenizer": "the tokenizer or its chat template",
 }
-_BLOCKS, _BLOCK = 64, 4096  # of each file of weights: so many blocks are read, of so many bytes
+_BLOCKS, _BLOCK = 64, 4096  # blocks to read of each file of weights, and bytes of a block
 
 
 def write_manifest(checkpoint: Path, step: int, args: Any, form: dict[str, Any]) -> None:
-    """Declare a checkpoint whole, with what a run that resumes from it must know. It is written last."""
+    """Declare a checkpoint whole, with facts for a run that resumes from it. It is written last."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
@@ -76,7 +76,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _checkpoints(folder: str | Path) -> tuple[dict[Path, str], dict[Path, str]]:
-    """The whole ones of the run that began last in a folder, with their time; and why the others do not count."""
+    """Whole checkpoints of the last run in a folder, with their time; and why the others do not count."""
     began_at = read_beginning(str(folder)).get("began_at", "")
     whole: dict[Path, str] = {}
     others: dict[Path, str] = {}
@@ -95,13 +95,13 @@ def _checkpoints(folder: str | Path) -> tuple[dict[Path, str], dict[Path, str]]:
 
 
 def last_whole_checkpoint(folder: str) -> Path | None:
-    """The whole checkpoint that was written last by the run that began last in a folder."""
+    """The last whole checkpoint of the last run in a folder."""
     whole, _ = _checkpoints(folder)
     return max(whole, key=lambda path: whole[path], default=None)
 
 
 def checkpoints_of_run(folder: str) -> dict[int, Path]:
-    """By step, the whole checkpoints of the run that began last in a folder; all if no SPPOTrainer has written it."""
+    """By step, the whole checkpoints of the last run in a folder; all if no SPPOTrainer wrote it."""
     whole, others = _checkpoints(folder)
     if not read_beginning(folder):
         return {_step(path): path for path in (*whole, *others)}
@@ -111,7 +111,7 @@ def checkpoints_of_run(folder: str) -> dict[int, Path]:
 
 
 def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
-    """The checkpoint asked for, which must be whole, or with `True` the last whole one in `output_dir`, if any."""
+    """The requested checkpoint, which must be whole, or with `True` the last whole one in `output_dir`, if any."""
     if not resume_from_checkpoint or str(resume_from_checkpoint).lower() == "false":
         return None
     if str(resume_from_checkpoint).lower() != "true":
@@ -127,7 +127,7 @@ def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
     found = max(whole, key=lambda path: whole[path], default=None)
     for path, why in others.items():
         if found is None or _step(path) >= _step(found):
-            logger.warning_once(f"{path} {why}. Going on from {found or 'the start'}.")
+            logger.warning_once(f"{path} {why}. Continuing from {found or 'the start'}.")
     if found is None:
         logger.warning_once(f"There is no checkpoint in {output_dir} yet: the run begins at step 0.")
     return None if found is None else str(found)
@@ -153,7 +153,7 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
             return
         problem = f"belongs to a run with other options ({'; '.join(changed)}), whose state it holds"
     raise ValueError(
-        f"{checkpoint} {problem}: this run cannot continue from it. Set the options, or the version, back, or begin a "
+        f"{checkpoint} {problem}: this run cannot continue from it. Restore the options or the version, or begin a "
         f"new run from its weights with model_name_or_path={checkpoint!r} and another output_dir."
     )
 
@@ -174,7 +174,7 @@ def how_to_go_on(output_dir: str) -> str:
         )
     place = "There is no checkpoint yet" if checkpoint is None else f"The last checkpoint is {checkpoint}"
     return (
-        f"{place}; the same command with --resume_from_checkpoint true goes on (in Python: "
+        f"{place}; the same command with --resume_from_checkpoint true continues (in Python: "
         "`trainer.train(resume_from_checkpoint=True)`)."
     )
 
@@ -189,11 +189,11 @@ def form_of(
     args: Any,
     model: str | nn.Module,
     peft_config: Any = None,  # of the adapter that is to be added
-    optimizer: Any = None,  # in the place of args.optim
+    optimizer: Any = None,  # instead of args.optim
     bits: int | None = None,  # 8 or 4, if the base model is quantized
     continued: str | None = None,  # folder of the adapter that the run began with
 ) -> dict[str, Any]:
-    """Describe, as JSON can, what a run trains. `model` is the policy, before or after its adapter is added."""
+    """Describe the trained model of a run for JSON. `model` is the policy, before or after its adapter is added."""
     is_added = peft_config is None and hasattr(model, "peft_config")
     if is_added:
         peft_config = next(iter(cast(Any, model).peft_config.values()))
@@ -219,12 +219,12 @@ def form_of(
 
 
 def digest(*facts: Any) -> str:
-    """The same for the same facts."""
+    """A hash of facts."""
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(folder: str) -> str | None:
-    """The same for the same weights, wherever they are: of blocks of each file. `None` where there are no files."""
+    """A hash of blocks of each file of weights. `None` if there are no files."""
     files = sorted(Path(folder).glob("*.safetensors")) if folder else []
     hashed = hashlib.sha256()
     for path in files:
@@ -237,7 +237,7 @@ def fingerprint(folder: str) -> str | None:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what is known of two forms and differs."""
+    """Known differences between two forms, in words."""
     then, now = _flat(then), _flat(now)
     if then.get("base_weights") is not None and then["base_weights"] == now.get("base_weights"):
         del then["base"]  # it may have been moved

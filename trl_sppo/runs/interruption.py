@@ -1,4 +1,4 @@
-"""Ending a run in order: on SIGTERM, on Ctrl-C, and before a time limit."""
+"""Orderly ends of a run: on SIGTERM, on Ctrl-C, and before a time limit."""
 
 import math
 import os
@@ -23,8 +23,8 @@ RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 class Interruption(TrainerCallback):
     """
-    Ends training with a checkpoint after the micro-step in which SIGTERM or SIGINT has come, or the last one in a time
-    budget (minutes from the start of the process). Several processes end after a rollout or an optimizer step.
+    Ends training with a checkpoint after the micro-step in which SIGTERM or SIGINT arrives, or before the time budget
+    (minutes from the start of the process) is over. Several processes end after a rollout or an optimizer step.
     """
 
     def __init__(self, trainer: Any, time_budget: float | None):
@@ -34,15 +34,15 @@ class Interruption(TrainerCallback):
         seconds = math.inf if time_budget is None else 60 * time_budget * (1 - RESERVE)
         self._deadline = psutil.Process().create_time() + seconds
         self._micro_step_began = 0.0
-        # The longest time between two looks at the clock, with evaluations and checkpoints: with and without a rollout
+        # Longest time between two checks of the clock, with evaluations and checkpoints: with and without a rollout
         self._longest = {True: 0.0, False: 0.0}
-        self._rollout = True  # whether the micro-step at hand begins with one
+        self._rollout = True  # whether the current micro-step begins with one
         self._epoch_has_ended = False
-        self.beginning: dict[str, Any] | None = None  # the state when the optimizer step at hand began
+        self.beginning: dict[str, Any] | None = None  # the state when the current optimizer step began
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it, signals only ask for the end. Python delivers them to the main thread alone."""
+        """A context in which signals only request the end. Python delivers them to the main thread alone."""
         self.exit_code = self._signal = self.beginning = None
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -55,8 +55,8 @@ class Interruption(TrainerCallback):
             if self._signal is None:
                 self._signal, first = number, time.monotonic()
                 name = signal.Signals(number).name
-                words = f"{name}: finishing the step at hand, then a checkpoint is written. Again: ends at once."
-                os.write(2, f"\ntrl-sppo: {words}\n".encode())  # logging may be what was interrupted
+                words = f"{name}: finishing the current step, then writing a checkpoint. Repeat to end at once."
+                os.write(2, f"\ntrl-sppo: {words}\n".encode())  # logging may have been interrupted
             elif time.monotonic() - first > SAME_SIGNAL:
                 signal.signal(number, handlers[number])
                 signal.raise_signal(number)  # in this thread: another might take its time
@@ -92,7 +92,7 @@ class Interruption(TrainerCallback):
     def on_substep_end(self, args, state, control, **kwargs):
         # Several processes agree by a message: inside an optimizer step only once, if it began with a rollout
         if (self._rollout or self.trainer.accelerator.num_processes == 1) and self.is_over():
-            # What the optimizer step at hand has done so far changed no weight. A resumed run begins with it
+            # The current optimizer step has not changed a weight yet. A resumed run begins with it
             self.trainer.set_state(self.beginning)
             control.should_training_stop = True
 
@@ -114,7 +114,7 @@ class Interruption(TrainerCallback):
     def check_time(self) -> None:
         """End the process if its time is up."""
         if self.trainer.agree(int(time.time() > self._deadline)):
-            print("trl-sppo: the time budget is used up. The same command goes on.")
+            print("trl-sppo: the time budget is used up. The same command continues.")
             raise SystemExit(EXIT_TIME_BUDGET)
 
     def _begin_micro_step(self) -> None:

@@ -1,4 +1,4 @@
-"""The model card: how the model was trained, and how often it beats the one it started from, besides TRL's text."""
+"""Model card: TRL's text, the training, and the win rates against the initial model."""
 
 import re
 import textwrap
@@ -29,7 +29,7 @@ PAPER = {
 def add_to_card(path: Path, trainer: Any) -> None:
     """Add the training and the win rates of a trainer's log to a model card that TRL has just written."""
     text = path.read_text()
-    # TRL has no name for a model that was loaded from a folder, nor for one that goes nowhere but into a folder
+    # TRL has no name for a model that is loaded from, or saved to, a folder only
     text = text.replace("[None](https://huggingface.co/None)", "a model in a folder")
     text = text.replace('model="None"', f'model="{path.parent.resolve().name}"')
     text = text.replace("- TRL: ", f"- TRL-SPPO: {__version__}\n- TRL: ", 1)

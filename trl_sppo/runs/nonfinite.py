@@ -14,7 +14,7 @@ from ..errors import RunError
 
 logger = logging.get_logger(__name__)
 
-# In a row. One bad batch is bad luck; a policy that is broken stays so. As many as for an oracle that stays silent
+# In a row: a broken policy stays broken. The same number as for an oracle without verdicts
 MAX_SKIPPED_STEPS = 3
 
 
@@ -57,7 +57,7 @@ class NonFiniteSteps:
 
 
 def save_batch(trainer: Any, folder: Path) -> None:
-    """Save this process's micro-batches of the optimizer step at hand: tensors and texts."""
+    """Save this process's micro-batches of the current optimizer step: tensors and texts."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = trainer.accelerator.process_index
     slices, steps = trainer._buffered_inputs, trainer.args.gradient_accumulation_steps

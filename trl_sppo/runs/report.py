@@ -24,7 +24,7 @@ from .model_card import last_win_rates
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_SAMPLES = 500  # prompts of which the page shows the completions of both policies
 
-# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and what a value beyond them means
+# Metric, healthy bounds at the end of a run (the same as in docs/metrics.md), and the meaning of other values
 RULES = (
     ("kl_to_rollout_policy", 0.0, 0.1, "a rollout moves the policy far: lower the learning rate, or take fewer steps"),
     ("log_ratio_to_target", 0.001, 1.0, "near 0: raise the learning rate or lower eta; above 1: lower the rate"),
@@ -52,7 +52,7 @@ def write_report(run: Path, evaluation_set: str | None = None) -> Path:
     if len(players) > 1:
         steps = min(players), max(players)
         ladders = climb(players)
-        last, first = aligned(players[steps[1]], players[steps[0]])  # all that follows goes by rows
+        last, first = aligned(players[steps[1]], players[steps[0]])  # the following compares rows
         several = {
             "steps": steps,
             "lengths": [mean_length(groups) for groups in (first, last)],

@@ -1,4 +1,4 @@
-"""[`ResumableTrainer`]: GRPO's trainer, whose runs may end at any point and continue."""
+"""[`ResumableTrainer`]: GRPO's trainer with runs that may end at any point and continue."""
 
 import copy
 import random
@@ -45,10 +45,7 @@ torch.serialization.register_package(
 
 
 class ResumableTrainer(GRPOTrainer):
-    """
-    GRPO's trainer with checkpoints that hold the whole state of a run, also the rollouts that are still to be trained
-    on and the order of the prompts. A checkpoint counts only once it is whole.
-    """
+    """GRPO's trainer with checkpoints of the whole state of a run, including its rollouts."""
 
     args: SPPOConfig
     model: torch.nn.Module
@@ -78,28 +75,20 @@ class ResumableTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        Train, as [`~transformers.Trainer.train`] does.
+        Train, with the arguments and the result of [`~transformers.Trainer.train`].
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to continue from, or `True` for the last whole one in `args.output_dir`, if there is any.
-            args, kwargs:
-                Further arguments of [`~transformers.Trainer.train`].
+        `resume_from_checkpoint` is the checkpoint to continue from, or `True` for the last whole one in
+        `args.output_dir`, if there is any.
 
-        Returns:
-            [`~transformers.trainer_utils.TrainOutput`].
-
-        Raises:
-            `SystemExit` or `KeyboardInterrupt`: after a checkpoint, if SIGTERM or SIGINT has come meanwhile, or
-            `args.time_budget` is used up.
-            `ValueError`: if the checkpoint does not fit, or another run uses `args.output_dir`.
+        Raises `SystemExit` or `KeyboardInterrupt` after a checkpoint, on SIGTERM, SIGINT or the end of
+        `args.time_budget`; `ValueError` if the checkpoint does not fit, or another run uses `args.output_dir`.
         """
         with self.alone():
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within it, no other run may write to the output directory."""
+        """A context in which no other run may write to the output directory."""
         with ExitStack() as stack:
             problem = None
             try:
@@ -122,7 +111,7 @@ class ResumableTrainer(GRPOTrainer):
             (checkpoint,) = broadcast_object_list([checkpoint])
         if checkpoint is not None:
             check_fits(checkpoint, self.args, self._form)
-        # What an earlier training of this trainer has left
+        # An earlier training of this trainer may have left these
         self._step, self._buffered_inputs, self._last_saved_step = 0, None, None
         self._metrics["train"].clear()
         self._nonfinite.forget()
@@ -141,7 +130,7 @@ class ResumableTrainer(GRPOTrainer):
         return output
 
     def describe(self) -> dict[str, Any]:
-        """Facts for readers of the run."""
+        """Facts about the run, for its record."""
         datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
         features = [getattr(dataset, "features", None) or {} for dataset in datasets]
         has_images = any(set(IMAGES) & set(each) or "Image(" in str(each) for each in features)
@@ -186,7 +175,7 @@ class ResumableTrainer(GRPOTrainer):
         return self._buffered_inputs is None or self._step % self._micro_steps_per_iteration == 0
 
     def get_state(self) -> dict[str, Any]:
-        """What a run that continues here needs, besides weights and optimizer."""
+        """The state that a resumed run needs, besides weights and optimizer."""
         return {
             **{name: copy.deepcopy(getattr(self, name)) for name in self._saved},
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
@@ -217,7 +206,7 @@ class ResumableTrainer(GRPOTrainer):
             return super().evaluate(*args, **kwargs)
         finally:
             _set_random_state(random_state)
-            del self.accelerator._dataloaders[num_dataloaders:]  # accelerate keeps that of each evaluation for ever
+            del self.accelerator._dataloaders[num_dataloaders:]  # accelerate keeps the loader of each evaluation
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -226,16 +215,16 @@ class ResumableTrainer(GRPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         done = self.state.global_step >= self.state.max_steps  # before it was resumed: it would take one more
         if done:
-            logger.warning(f"this run had taken all of its {self.state.max_steps} steps. To go on, raise max_steps.")
+            logger.warning(f"this run has taken all of its {self.state.max_steps} steps. Raise max_steps to continue.")
         if done or self._interruption.is_over():
             self.control.should_training_stop = True
-            self.model.train()  # the last lines of the log are those of a training
+            self.model.train()  # the last lines of the log belong to training
             num_batches = 0
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         if skip_scheduler and self._opponents.is_resumed:
-            return {}  # that of eval_on_start, which the run has had when it began
+            return {}  # eval_on_start: the run was evaluated when it began
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args, **kwargs):
@@ -304,7 +293,7 @@ class ResumableTrainer(GRPOTrainer):
         super()._load_rng_state(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # PEFT loads adapters in float32, also those that TRL trains in bfloat16 (on a policy in 4 or 8 bit)
+        # PEFT loads adapters in float32, even if TRL trains them in bfloat16 (on a policy in 4 or 8 bit)
         policy = cast(torch.nn.Module, self.model)
         dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -316,7 +305,7 @@ class ResumableTrainer(GRPOTrainer):
             parameter.data = parameter.data.to(dtypes[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        # A checkpoint's state brings back the options of its optimizer. Those of this run act
+        # A checkpoint's state restores the options of its optimizer. This run's options replace them
         _, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args, cast(Any, self.model)
         )
