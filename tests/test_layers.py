@@ -49,7 +49,7 @@ def imports_of(module: tuple[str, ...], path: Path) -> set[tuple[str, ...]]:
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "trl_sppo"):
             parts = tuple((node.module or "").split(".")) if node.module else ()
             target = package[: len(package) - node.level + 1] + parts if node.level else parts[1:]
-            for alias in node.names:
+            for alias in [alias for alias in node.names if alias.name != "__version__"]:
                 inner = (*target, alias.name)
                 found.add(inner if inner in MODULES else target or ("__init__",))
     return found - {module}
