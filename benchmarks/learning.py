@@ -45,7 +45,7 @@ from transformers import set_seed
 from trl_sppo.evaluation.policies import tokenize_prompt
 from trl_sppo.evaluation.statistics import WinRate, outcomes_of_scores, win_rate
 from trl_sppo.files import write_atomically
-from trl_sppo.quickstart.on_topic import on_topic
+from trl_sppo.quickstart.scores import on_topic
 from trl_sppo.rollouts.files import installed_versions
 
 

@@ -19,7 +19,7 @@ from trl.trainer.utils import selective_log_softmax
 from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.evaluation.policies import Sampling, sample_ids, tokenize_prompt
 from trl_sppo.quickstart.run import FOLDER
-from trl_sppo.quickstart.vader import vader
+from trl_sppo.quickstart.scores import vader
 
 
 COMPLETIONS = 384

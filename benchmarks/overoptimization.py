@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.quickstart.assets import REWARD_TEMPLATE
-from trl_sppo.quickstart.on_topic import on_topic
 from trl_sppo.quickstart.run import FOLDER as QUICKSTART
-from trl_sppo.quickstart.vader import vader
+from trl_sppo.quickstart.scores import on_topic, vader
 from trl_sppo.runs.report import RULES
 
 

@@ -2,7 +2,7 @@
 
     trl-sppo quickstart                          # once: the policies
     trl-sppo eval --model_name_or_path quickstart/run --opponent_name_or_path quickstart/policy \
-        --dataset_name quickstart/prompts --reward_funcs trl_sppo.quickstart.vader.vader \
+        --dataset_name quickstart/prompts --reward_funcs trl_sppo.quickstart.scores.vader \
         --reward_model_name_or_path quickstart/reward_model --max_completion_length 40 --num_generations 8
     python benchmarks/sample_sizes.py eval/model.parquet eval/opponent.parquet
 

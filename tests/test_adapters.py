@@ -376,7 +376,7 @@ def test_a_run_of_a_run(recipe, rewards, tiny_policy, tmp_path):
 
 
 def test_rollouts_come_from_the_adapter(recipe, rewards, tiny_policy, adapter, tmp_path):
-    train.make_rollouts(recipe(adapter, "rolled"))
+    train.main(recipe(adapter, "rolled"), only_rollouts=True)
     (file, *_) = sorted(Path("rolled/rollouts").glob("*.parquet"))
     rows = Dataset.from_parquet(str(file)).to_list()
     assert {row["policy"] for row in rows} == {adapter}

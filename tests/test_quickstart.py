@@ -16,10 +16,8 @@ from huggingface_hub import constants
 from trl_sppo.evaluation.statistics import WinRate
 from trl_sppo.oracles.reward_models import MicroBatchedRewardModel, load_reward_models
 from trl_sppo.quickstart import assets
-from trl_sppo.quickstart.on_topic import on_topic
-from trl_sppo.quickstart.relevance import relevance
 from trl_sppo.quickstart.run import _draw, _show
-from trl_sppo.quickstart.vader import vader
+from trl_sppo.quickstart.scores import on_topic, relevance, vader
 
 
 FOLDER = files("trl_sppo.quickstart")

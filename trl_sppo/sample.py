@@ -6,10 +6,8 @@ from .quiet import say_interrupts
 if __name__ == "__main__":
     say_interrupts()
 
-from .train import make_rollouts as main
+from .train import run
 
 
 if __name__ == "__main__":
-    trainer = main()
-    if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
-        trainer.end()
+    run(only_rollouts=True)

@@ -86,7 +86,7 @@ def build_trainer(argv: list[str]):
 
 
 def main(argv: list[str] | None = None, only_rollouts: bool = False):
-    """Train as the arguments say, save the policy to `output_dir`, and return the trainer."""
+    """Train as the arguments say, or only write rollouts, and return the trainer. The policy goes to `output_dir`."""
     try:
         trainer = build_trainer(sys.argv[1:] if argv is None else argv)
     except (ValueError, ImportError, OSError) as error:
@@ -120,12 +120,12 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
     return trainer
 
 
-def make_rollouts(argv: list[str] | None = None):
-    """Sample and score completions as the arguments say, write them to `output_dir`, and return the trainer."""
-    return main(argv, only_rollouts=True)
+def run(only_rollouts: bool = False) -> None:
+    """Train as the command line says, or only write rollouts, and finish trackers and processes."""
+    trainer = main(only_rollouts=only_rollouts)
+    if hasattr(trainer, "end"):  # since transformers 5.18
+        trainer.end()
 
 
 if __name__ == "__main__":
-    trainer = main()
-    if hasattr(trainer, "end"):  # finishes trackers and processes, since transformers 5.18
-        trainer.end()
+    run()

@@ -78,11 +78,10 @@ def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    other = left.twinx()
-    for axis, name, color in ((left, "reward_model", "tab:blue"), (other, "relevance", "tab:orange")):
-        axis.plot(*curve(history, f"rewards/{name}/mean"), marker="o", color=color)
-        axis.set_ylabel(f"{name.replace('_', ' ')}, mean score", color=color)
-    left.set(title="Scores of the rollouts", xlabel="optimizer step")
+    for name in ("reward_model", "relevance"):
+        left.plot(*curve(history, f"rewards/{name}/mean"), marker="o", label=name.replace("_", " "))
+    left.set(title="Scores of the rollouts", xlabel="optimizer step", ylabel="mean")
+    left.legend()
     middle.plot(*curve(history, "winner_log_ratio"), marker="o", color="tab:green", label="winners")
     middle.plot(*curve(history, "loser_log_ratio"), marker="o", color="tab:red", label="losers")
     middle.axhline(0, color="grey", linewidth=0.8)
@@ -90,9 +89,8 @@ def _draw(path: Path, history: list[dict], results: dict[str, WinRate]) -> None:
     middle.legend()
     names = [JUDGES.get(judge, judge).replace(" (", "\n(") for judge in results]
     colors = ["tab:green" if "not trained" in name else "tab:grey" for name in names]
-    means = [result.mean for result in results.values()]
     errors = [[r.mean - r.low for r in results.values()], [r.high - r.mean for r in results.values()]]
-    right.bar(names, means, yerr=errors, capsize=6, color=colors, width=0.5)
+    right.bar(names, [rate.mean for rate in results.values()], yerr=errors, capsize=6, color=colors, width=0.5)
     right.axhline(0.5, color="grey", linewidth=0.8)
     right.tick_params(axis="x", labelsize="small")
     right.set(title="Win rate against the initial policy", ylim=(0, 1), ylabel="held-out prompts, 95 % interval")
