@@ -24,6 +24,7 @@ from trl_sppo.commands.evaluate import EvalArguments
 from trl_sppo.commands.judging import parse
 from trl_sppo.config import SPPOConfig
 from trl_sppo.oracles.asking import check_oracle
+from trl_sppo.quickstart import assets
 
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +170,7 @@ def test_commands_run(page, readers_folder):
 
 
 @pytest.fixture
-def readers_folder(workdir, tmp_path):
+def readers_folder(workdir, tmp_path, monkeypatch):
     """What the pages take to be there: the quickstart's files, their own, and `recipe.yaml` and `train.yaml`."""
     workdir(save_strategy="steps", save_steps=1, per_device_train_batch_size=4)
     recipe = (tmp_path / "recipe.yaml").read_text()
@@ -180,6 +181,11 @@ def readers_folder(workdir, tmp_path):
     for part in (decoder(), make_tokenizer()):
         part.save_pretrained(quickstart / "reward_model")
     shutil.copytree(Path(trl_sppo.__file__).parent / "quickstart" / "prompts", quickstart / "prompts")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    fetched = tmp_path / "home/trl_sppo/quickstart"
+    shutil.copytree(tmp_path / "policy", fetched / assets.ENCODER)
+    (fetched / assets.POLICY).parent.mkdir()
+    (fetched / assets.POLICY).touch()
     (mine,), (row,), (rewards, _) = (
         blocks(ROOT / "docs/quickstart.md", language) for language in ("yaml", "json", "python")
     )
