@@ -11,6 +11,7 @@ by a reward function and a pairwise oracle.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 
@@ -147,6 +148,7 @@ def launch(case, policy: Path, folder: Path, resume: bool, kill_at: float | str 
             log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            faulthandler.enable()
             if world > 1:
                 os.environ.update(
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
@@ -184,10 +186,13 @@ def _watch_files(kill_at: int | str | float | None) -> list[int]:
     return opened
 
 
-def wait(children: list[int], kill_after: float | None = None) -> bool:
-    """Wait for the processes, or kill them. When one dies, the others are killed. Whether all ended well."""
+def wait(children: list[int], kill_after: float | None = None, codes: dict[int, int] | None = None) -> bool:
+    """
+    Wait for the processes, or kill them. When one dies, the others are killed. Whether all ended well; `codes` gets
+    their statuses.
+    """
     start = time.monotonic()
-    codes: dict[int, int] = {}
+    codes = {} if codes is None else codes
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
@@ -269,7 +274,8 @@ def run(points: int, seed: int, work: Path) -> dict[str, Counter]:
             if not (path / "manifest.json").exists() and (last is None or step(path) >= step(last))
         ]
         log.open("a").write("\n==== resumed\n")
-        assert wait(launch(case, work / "policy", folder, resume=True)), log.read_text()
+        codes: dict[int, int] = {}
+        assert wait(launch(case, work / "policy", folder, resume=True), codes=codes), f"{codes} {log.read_text()}"
         if torn and "is torn" not in log.read_text():
             raise AssertionError(f"a torn checkpoint was not told of: {log.read_text()}")
         mine = result(folder)
