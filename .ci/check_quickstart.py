@@ -8,4 +8,4 @@ with open(sys.argv[1]) as file:
     win_rates = json.load(file)
 print(json.dumps(win_rates, indent=2))
 for judge in ("vader", "on_topic"):
-    assert win_rates[judge]["mean"] >= 0.55, win_rates[judge]
+    assert win_rates[judge]["low"] > 0.55, win_rates[judge]
