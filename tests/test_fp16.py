@@ -42,6 +42,7 @@ def same(first: dict, second: dict) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.shows("fp16")
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])  # the latter skips steps in its kernel
 def test_a_step_that_overflows_is_skipped(start, tmp_path, optim):
     """The scaler's way: the scale is halved and nothing is counted, also more often in a row than ends other runs."""

@@ -120,6 +120,7 @@ def run(make_trainer, tiny_model, tmp_path, monkeypatch, capsys):
 
         def forward(embedding, inputs):
             seen.hooks = max(seen.hooks, len(embedding._forward_hooks))
+            seen.width = inputs[0].shape[1]  # at the end, that of the last micro-batch
             seen.seed, seen.deterministic = torch.initial_seed(), torch.are_deterministic_algorithms_enabled()
             seen.verbosity = transformers.logging.get_verbosity()
             if torch.is_autocast_enabled("cpu"):
@@ -333,9 +334,7 @@ CASES = {
     "steps_per_generation": Case(2, lambda run: run.rows, [16]),
     "num_iterations": Case(2, lambda run: run.rows, [8]),
     "shuffle_dataset": Case(False, lambda run: run.prompts[::4], [*"abcd"], {"prompts": [*"abcdefgh"]}),
-    "pad_to_multiple_of": Case(
-        8, lambda run: run.trainer._buffered_inputs[0]["completion_ids"].shape[1] % 8, 0
-    ),
+    "pad_to_multiple_of": Case(8, lambda run: run.width % 8, 0),
     # generation
     "temperature": Case(0.5, sampled("temperature"), 0.5),
     "top_p": Case(0.9, sampled("top_p"), 0.9),
@@ -552,7 +551,7 @@ LEFT = {
     "It is for models that are sharded over several devices (test_distributed.py)": [
         "fsdp", "fsdp_config", "deepspeed", "ds3_gather_for_generation",
     ],
-    "It is for a GPU": ["fp16", "tf32", "vllm_enable_sleep_mode"],
+    "It is for a GPU": ["tf32", "vllm_enable_sleep_mode"],
     "It needs a package that this one does not install": [
         "use_liger_kernel", "liger_kernel_config", "optim_target_modules",
     ],

@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from trl_sppo import SPPOConfig, preferences_from_scores
-from trl_sppo.rollouts.batch import pin, take_rows, trim_completions
+from trl_sppo.rollouts.batch import pin
 from trl_sppo.rollouts.targets import RolloutTargets
 
 
@@ -50,24 +50,11 @@ def test_unusable_completions_are_compared_and_not_kept(tmp_path):
     torch.testing.assert_close(one.win_rates[0], torch.tensor([0, 0.5, 1.0]))
 
 
-def test_take_rows_and_trim():
-    batch = {
-        "prompt_ids": torch.arange(8).view(2, 4),
-        "completion_ids": torch.arange(10).view(2, 5),
-        "completion_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]),
-        "num_items_in_batch": torch.tensor(6),
-        "absent": None,
-    }
-    row = trim_completions(take_rows(batch, torch.tensor([1])), longest=2)
-    assert row["completion_ids"].tolist() == [[5, 6]] and row["completion_mask"].tolist() == [[1, 1]]
-    assert row["prompt_ids"].tolist() == [[4, 5, 6, 7]] and row["num_items_in_batch"].item() == 6
-
-
 # ---- Where rollouts live
 
 
 def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
-    """16 completions in 4 slices of which half is trained on: in CPU memory at once, on the device two at a time."""
+    """16 completions in 4 slices of which half is trained on: in CPU memory at once, on the device slice by slice."""
     moves = []
 
     def record(batch, device, **kwargs):
@@ -75,18 +62,14 @@ def test_rollouts_come_to_the_device_slice_by_slice(fixed, monkeypatch):
             moves.append((len(batch["completion_ids"]), str(device)))
         return send_to_device(batch, device, **kwargs)
 
-    taken = []
     for module in ("trainer", "rollouts.batch"):
         monkeypatch.setattr(f"trl_sppo.{module}.send_to_device", record)
-        monkeypatch.setattr(f"trl_sppo.{module}.take_rows", lambda *args: taken.append(len(moves)) or take_rows(*args))
     trainer = fixed(
         per_device_train_batch_size=4, steps_per_generation=4, train_on="best_and_worst", max_steps=4, num_iterations=1
     )
     trainer.train()
     assert moves[0] == (8, "cpu")
     assert [rows for rows, _ in moves[1:]] == [2, 2, 2, 2]
-    # Of a slice rows are taken on the device only: taken from pinned memory, they would not be pinned
-    assert taken == [0, 2, 3, 4, 5]
     assert all(piece["completion_ids"].device.type == "cpu" for piece in trainer._buffered_inputs)
 
 

@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset, load_dataset
 from helpers import COMPLETIONS, alphabet_score, count_abc, decoder, fixed_rollout, make_tokenizer, more_abc, weights
 from peft import LoraConfig, PeftModel, get_peft_model
-from trl import GRPOTrainer
 
 import trl_sppo.trainer
 from trl_sppo import SPPOConfig
 from trl_sppo.errors import RunError
+from trl_sppo.rollouts.micro_batches import cut_by_length, log_probs
 
 
 NAN = math.nan
@@ -150,13 +150,12 @@ def test_bradley_terry_and_include_self_reach_the_win_rates(fixed, tiny_model):
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_dropped_completions_cost_no_forward(fixed, tiny_model, monkeypatch, num_iterations, micro_batches):
     rows = []
-    original = GRPOTrainer._get_per_token_logps_and_entropies
 
-    def count(self, model, input_ids, *args, **kwargs):
-        rows.append(len(input_ids))
-        return original(self, model, input_ids, *args, **kwargs)
+    def count(model, ids, *args, **kwargs):
+        rows.append(len(ids))
+        return log_probs(model, ids, *args, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", count)
+    monkeypatch.setattr("trl_sppo.trainer.log_probs", count)
     trainer = fixed(
         model=tiny_model,
         train_on="best_and_worst",
@@ -168,7 +167,7 @@ def test_dropped_completions_cost_no_forward(fixed, tiny_model, monkeypatch, num
     trainer.train()
     # Four groups of four: 8 of 16 rows. More than one pass needs the log-probabilities of pi_t: those rows, once.
     # Of 16 micro-batches 8 have nothing to train on, and make no forward pass.
-    one_pass = [8 // min(micro_batches, 8)] * min(micro_batches, 8)
+    one_pass = {1: [8], 2: [3, 5], 16: [1] * 8}[micro_batches]
     assert rows == (one_pass if num_iterations == 1 else [8, *one_pass, *one_pass])
 
 
@@ -319,11 +318,9 @@ def test_metrics_and_evaluation(make_trainer):
 def test_evaluations_compute_no_log_probabilities(make_trainer, monkeypatch):
     """The policy is the one that sampled: the loss is the mean squared target, (eta (W - 1/2))^2."""
     passes = []
-    original = GRPOTrainer._get_per_token_logps_and_entropies
     monkeypatch.setattr(
-        GRPOTrainer,
-        "_get_per_token_logps_and_entropies",
-        lambda self, *args, **kwargs: (passes.append(self.model.training), original(self, *args, **kwargs))[1],
+        "trl_sppo.trainer.log_probs",
+        lambda model, *args: (passes.append(model.training), log_probs(model, *args))[1],
     )
     scores = {"ab": [1.0, 2.0, 3.0, 3.0], "q": [0.0, 0.0, 0.0, 4.0]}
 
@@ -515,11 +512,10 @@ def test_an_interrupted_rollout_leaves_nothing_behind(fixed, tiny_model, monkeyp
         return alphabet_score(completion_ids)
 
     trainer = fixed(model=tiny_model, reward_funcs=score, num_iterations=2, max_steps=2)
-    original = GRPOTrainer._get_per_token_logps_and_entropies
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("trl_sppo.trainer.log_probs", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", original)
+    monkeypatch.setattr("trl_sppo.trainer.log_probs", log_probs)
     trainer.train()
     assert calls == [16, 16]
 
@@ -590,19 +586,15 @@ def test_padding_that_only_dropped_completions_needed_is_cut(fixed, tiny_model, 
     table = {p: [[3 + k, 1] if k in (0, 3) else [3 + k, 4, 5, 6, 7, 8, 1] for k in range(4)] for p in COMPLETIONS}
     monkeypatch.setattr("helpers.COMPLETIONS", table)
     shapes = []
-    original = GRPOTrainer._get_per_token_logps_and_entropies
-
-    def record(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
-        shapes.append((len(input_ids), logits_to_keep))
-        return original(self, model, input_ids, attention_mask, logits_to_keep, **kwargs)
-
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", record)
+    tiny_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     fixed(
         model=tiny_model,
         reward_funcs=lambda completion_ids, **kwargs: [float(ids[0]) for ids in completion_ids],
         train_on="best_and_worst",
     ).train()
-    assert shapes == [(8, 2)]
+    assert shapes == [(8, len("cd e") + 2)]
 
 
 # ---- vLLM, up to its door: what TRL does with its completions and log-probabilities
@@ -802,14 +794,8 @@ def test_a_reward_function_changes_only_its_own_copies(make_trainer, vandal):
 
 def test_kept_completions_are_counted_once_per_iteration(make_trainer, monkeypatch):
     """Four optimizer steps of two micro-batches: each micro-batch knows the count of its own step."""
-    counts, used = [], []
-    original = trl_sppo.trainer.count_kept
-
-    def count(slices, per_step, accelerator):
-        counts.append(original(slices, per_step, accelerator))
-        return counts[-1]
-
-    monkeypatch.setattr(trl_sppo.trainer, "count_kept", count)
+    cut, used = [], []
+    monkeypatch.setattr("trl_sppo.trainer.cut_by_length", lambda *args: cut.append(cut_by_length(*args)) or cut[-1])
     trainer = make_trainer(
         per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=8, max_steps=4,
         win_rate_threshold=0.8, prompts=["ab", "fgh", "cd e", "xyz"] * 8,
@@ -822,7 +808,8 @@ def test_kept_completions_are_counted_once_per_iteration(make_trainer, monkeypat
 
     monkeypatch.setattr(trainer, "_compute_loss", use)
     trainer.train()
-    (kept,) = counts
+    ((*slices,),) = cut
+    kept = [each["num_kept"] for each in slices[::2]]
     assert len(kept) == 4 and len(used) == 8
     for step in range(4):
         (one, a), (two, b) = used[2 * step : 2 * step + 2]

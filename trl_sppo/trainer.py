@@ -27,8 +27,9 @@ from .oracles.panel import make_panel
 from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
 from .oracles.scoring import RewardSources
 from .oracles.voters import Voters
-from .rollouts.batch import Rollout, columns_of, count_kept, loss_mask, model_inputs, pin, rows_to_train_on, take_rows
+from .rollouts.batch import Rollout, columns_of, loss_mask, model_inputs, pin, to_device
 from .rollouts.given import is_judged, load_rollouts, prompts_of
+from .rollouts.micro_batches import cut_by_length, log_probs, take_rows
 from .rollouts.recorder import make_rollouts
 from .rollouts.targets import RolloutTargets, StepMetrics
 from .rollouts.weight_sync import prepare_weight_sync
@@ -317,10 +318,14 @@ class SPPOTrainer(ResumableTrainer):
         is_new = self.model.training and self.needs_rollout()
         inputs = super()._prepare_inputs(generation_batch)
         if is_new:
-            slices, per_step = cast(list, self._buffered_inputs), self.args.gradient_accumulation_steps
-            num_kept = count_kept(slices, per_step, self.accelerator)
-            for i in range(len(slices)):  # one by one, so that memory holds no iteration twice
-                slices[i] = pin({**slices[i], "num_kept": num_kept[i // per_step]}, self.accelerator.device)
+            args, device = self.args, self.accelerator.device
+            slices = cut_by_length(
+                cast(list, self._buffered_inputs),
+                args.gradient_accumulation_steps,
+                args.per_device_train_batch_size,
+                self.accelerator,
+            )
+            self._buffered_inputs = slices = [pin(each, device) for each in slices]
             inputs = slices[self._step % len(slices)]
         return inputs
 
@@ -447,18 +452,50 @@ class SPPOTrainer(ResumableTrainer):
 
     # ---- Seam 2: log-probabilities
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
-        rollout, logps_of = self._rollout, super()._get_per_token_logps_and_entropies
-        if rollout is None or rollout.targets is None or kwargs.get("num_images") is not None:
-            return logps_of(model, input_ids, attention_mask, *args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        if any(value is not None for value in images.values()):
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **images,
+            )
+
+        def logps_of(rows):
+            with self.accelerator.autocast():
+                return log_probs(
+                    model,
+                    input_ids[rows],
+                    attention_mask[rows],
+                    logits_to_keep,
+                    batch_size or len(input_ids),
+                    self.pad_to_multiple_of,
+                    compute_aux_loss,
+                )
+
+        rollout = self._rollout
+        if rollout is None or rollout.targets is None:
+            return logps_of(slice(None))
         # During a rollout: only for the rows that will be trained on, and in evaluations for none. The others are NaN,
         # which TRL's vLLM importance correction reads as "unknown", and which would not stay unnoticed in a loss.
-        if not self.model.training:
-            return torch.full((len(input_ids), args[0]), torch.nan, device=input_ids.device), None, None
-        rows = rollout.rows_with_logps()
-        known, *_ = logps_of(model, input_ids[rows], attention_mask[rows], *args, **kwargs)
-        logps = known.new_full((len(input_ids), known.size(1)), torch.nan)
-        logps[rows] = known
+        logps = torch.full((len(input_ids), logits_to_keep), torch.nan, device=input_ids.device)
+        if self.model.training:
+            rows = rollout.rows_with_logps()
+            logps[rows], *_ = logps_of(rows)
         return logps, None, None
 
     # ---- Seam 3: the loss
@@ -466,15 +503,18 @@ class SPPOTrainer(ResumableTrainer):
     def _compute_loss(self, model, inputs):
         if self._mode == "eval":
             # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed
-            num_items = count_kept([inputs], 1, self.accelerator)[0] / self.accelerator.num_processes
+            kept = self.accelerator.reduce(inputs["kept"].sum().to(self.accelerator.device), reduction="sum").cpu()
+            num_items = kept.clamp(min=1) / self.accelerator.num_processes
             loss, _ = self._sppo_loss(torch.zeros_like(inputs["win_rates"]), inputs, num_items)
             self._log_step()
             return loss.to(self.accelerator.device)
         several = self.accelerator.num_processes > 1
-        if not several and not inputs["kept"].any():
+        if len(inputs["kept"]) == 0 or not (several or inputs["kept"].any()):
             self._log_step()
+            if several:  # no parameter has a part in it: its hooks would wait for the other processes
+                return torch.zeros((), requires_grad=True, device=self.accelerator.device) * 1.0
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
-        inputs = rows_to_train_on(inputs, self.accelerator.device, several, trim=self.pad_to_multiple_of is None)
+        inputs = to_device(inputs, self.accelerator.device)
         mask = loss_mask(inputs)
         args, kwargs = model_inputs(inputs)
         per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(

@@ -63,14 +63,6 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
-def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """The given rows of every tensor of a batch that has rows."""
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-        for name, value in batch.items()
-    }
-
-
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with all its tensors on a device."""
     return send_to_device(batch, device, non_blocking=device.type == "cuda")
@@ -83,24 +75,6 @@ def pin(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def rows_to_train_on(batch: dict[str, Any], device: torch.device, at_least_one: bool, trim: bool) -> dict[str, Any]:
-    """
-    Rows of a micro-batch that are trained on, moved to the device. With `at_least_one`, one row stays if none is
-    trained on: every process must take part in a forward pass. With `trim`, columns that only other rows need are cut.
-    """
-    rows = batch["kept"].nonzero().squeeze(1)
-    if len(rows) == 0 and at_least_one:
-        rows = rows.new_zeros(1)
-    longest = int(batch["completion_mask"][rows].sum(dim=1).max()) if len(rows) else 0
-    # First to the device: rows that were taken from pinned memory would not be pinned
-    batch = to_device(batch, device)
-    if "num_images" not in batch:
-        batch = take_rows(batch, rows.to(device))
-        if trim:
-            batch = trim_completions(batch, max(longest, 1))
-    return batch
-
-
 def model_inputs(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Arguments of TRL's log-probability pass, after the model."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -109,19 +83,7 @@ def model_inputs(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return (ids, mask, batch["completion_ids"].size(1)), images
 
 
-def trim_completions(batch: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Cut the columns that only completions of other rows need. Prompts stay: their padding gives the positions."""
-    names = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
-    return {name: value[:, :longest] if name in names else value for name, value in batch.items()}
-
-
 def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
     """Completion tokens that the policy sampled: neither padding nor a tool's output."""
     mask = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
-
-
-def count_kept(slices: list[dict[str, Any]], per_step: int, accelerator: Any) -> list[torch.Tensor]:
-    """The completions of all processes that are trained on in each optimizer step, from this process's slices."""
-    counts = torch.stack([each["kept"].sum() for each in slices]).view(-1, per_step).sum(dim=1)
-    return list(accelerator.reduce(counts.to(accelerator.device), reduction="sum").clamp(min=1).cpu())

@@ -1,0 +1,195 @@
+"""Micro-batches of rows of similar length, so that training computes few columns that are padding."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-batches allows
+
+
+def cut(lengths: list[int], most: int, limit: int, least: int = 1) -> list[int]:
+    """
+    How many rows, sorted from long to short, each micro-batch takes: as few micro-batches as keep padding below
+    `PADDING`, and then those with the fewest columns.
+
+    Args:
+        lengths: Tokens of each row, descending.
+        most: The largest number of micro-batches. Less padding than these have is not possible.
+        limit: Columns of a micro-batch of several rows. Twice as many where `most` micro-batches do not suffice.
+        least: The smallest number of micro-batches, if there are as many rows.
+    """
+    num_rows, total = len(lengths), sum(lengths)
+    first, end = np.arange(num_rows + 1)[:, None], np.arange(num_rows + 1)
+    rows = end - first  # of a micro-batch that begins at `first` and ends before `end`
+    columns = rows * np.array([*lengths, 0.0])[:, None]
+    columns[(rows <= 0) | ((columns > limit) & (rows > 1))] = np.inf
+    fewest = np.full(num_rows + 1, np.inf)  # columns for the first n rows
+    fewest[0] = 0
+    begins = []
+    for number in range(1, min(most, num_rows) + 1):
+        through = fewest[:, None] + columns
+        begins.append(through.argmin(axis=0))
+        fewest = through.min(axis=0)
+        if number >= least and fewest[-1] <= (1 + PADDING) * total:
+            break
+    if fewest[-1] == np.inf:
+        return cut(lengths, most, 2 * limit, least)
+    sizes, stop = [], num_rows
+    for begin in reversed(begins):
+        sizes.append(stop - int(begin[stop]))
+        stop = int(begin[stop])
+    return sizes[::-1]
+
+
+def cut_by_length(
+    slices: list[dict[str, Any]], per_step: int, batch_size: int, accelerator: Any
+) -> list[dict[str, Any]]:
+    """
+    The slices of a generation batch, `per_step` for each optimizer step, cut again: the rows of a step that are
+    trained on, sorted by length, in as few micro-batches as [`cut`] needs. Slices without rows come first.
+
+    All processes have rows in the same slices, since sharded models need the same number of forward passes. A process
+    with fewer rows repeats one that is not trained on. Each slice gets `num_kept`, the rows of all processes that the
+    step trains on. Slices with images stay as they are: pixels have no rows to choose from.
+    """
+    steps = [slices[start : start + per_step] for start in range(0, len(slices), per_step)]
+    has_images, several = "num_images" in slices[0], accelerator.num_processes > 1
+    kept = [int(sum(each["kept"].sum() for each in step)) for step in steps]
+    if has_images:
+        (counts,) = _of_all_processes(accelerator, kept)
+        cut_again = steps
+    else:
+        gathered = [_rows(step, at_least_one=several) for step in steps]
+        limits = [batch_size * lengths[0] // 2 if lengths else 0 for _, lengths in gathered]
+        sizes = [
+            cut(lengths, per_step, limit) if lengths else []
+            for (_, lengths), limit in zip(gathered, limits, strict=True)
+        ]
+        counts, numbers = _of_all_processes(accelerator, kept, [len(each) for each in sizes])
+        cut_again = []
+        for (rows, lengths), limit, own, number in zip(
+            gathered, limits, sizes, numbers.max(dim=0).values, strict=True
+        ):
+            if len(own) < number:
+                own = cut(lengths, int(number), limit, least=int(number))
+            cut_again.append(_divide(rows, own, int(number), per_step))
+    num_kept = counts.sum(dim=0).clamp(min=1)
+    return [{**each, "num_kept": count} for step, count in zip(cut_again, num_kept, strict=True) for each in step]
+
+
+def _of_all_processes(accelerator: Any, *numbers: list[int]) -> list[torch.Tensor]:
+    """Of each list, one row per process, on the CPU."""
+    own = torch.tensor(numbers, device=accelerator.device).unsqueeze(0)
+    return list(accelerator.gather(own).cpu().unbind(dim=1))
+
+
+def _rows(step: list[dict[str, Any]], at_least_one: bool) -> tuple[dict[str, Any], list[int]]:
+    """The rows of a step that are trained on, as one batch from long to short, and their lengths in tokens."""
+    first = step[0]
+    batch = {
+        name: torch.cat([each[name] for each in step]) if _has_rows(value) else value for name, value in first.items()
+    }
+    rows = batch["kept"].nonzero().squeeze(1)
+    if len(rows) == 0 and at_least_one:
+        rows = rows.new_zeros(1)
+    lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1))[rows]
+    lengths, order = lengths.sort(descending=True, stable=True)
+    return take_rows(batch, rows[order]), lengths.tolist()
+
+
+def _divide(rows: dict[str, Any], sizes: list[int], number: int, per_step: int) -> list[dict[str, Any]]:
+    """`per_step` slices, of which the last `number` have rows: as many as `sizes` says, or one not to be trained on."""
+    ends = np.cumsum(sizes)
+    parts = [torch.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    batches = [trim(take_rows(rows, part)) for part in parts]
+    if number > len(sizes):
+        repeated = trim(take_rows(rows, torch.zeros(1, dtype=torch.int64)))
+        batches += [{**repeated, "kept": repeated["kept"] & False}] * (number - len(sizes))
+    return [trim(take_rows(rows, torch.arange(0)))] * (per_step - number) + batches
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def take_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The given rows of every tensor of a batch that has rows."""
+    return {name: value[rows] if _has_rows(value) else value for name, value in batch.items()}
+
+
+def trim(batch: dict[str, Any]) -> dict[str, Any]:
+    """Cut the columns that no row needs: of prompts on the left, of completions on the right."""
+    prompt, completion = (
+        int(batch[name].sum(dim=1).max()) if len(batch[name]) else 0 for name in ("prompt_mask", "completion_mask")
+    )
+    width, trimmed = batch["completion_ids"].size(1), {}
+    for name, value in batch.items():
+        if name.startswith("prompt_") and _has_rows(value):
+            value = value[:, value.size(1) - prompt :]
+        elif _has_rows(value) and value.ndim == 2 and value.size(1) == width:
+            value = value[:, : max(completion, 1)]
+        trimmed[name] = value
+    return trimmed
+
+
+def log_probs(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    logits_to_keep: int,
+    batch_size: int,
+    multiple: int | None = None,
+    compute_aux_loss: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Log-probabilities and entropies of the last `logits_to_keep` columns, of shape `(B, logits_to_keep)` and 0 where
+    there is no token, and the load-balancing loss of mixtures. Arguments and results are those of TRL's pass.
+
+    Tokens of a row begin in the model's first column. So its positions do not depend on the padding of other rows, and
+    no token attends to padding, which comes after it. More than `batch_size` rows take several forward passes, of
+    rows of similar length, and the same number on every process.
+
+    Args:
+        model: With TRL's fused head.
+        ids, mask: Prompts, padded on the left, and completions, padded on the right, of shape `(B, L)`.
+        multiple: Of which the model's columns are.
+    """
+    lengths = mask.sum(dim=1)
+    order, sizes = torch.arange(len(ids), device=ids.device), [len(ids)]
+    if len(ids) > batch_size:
+        order = lengths.argsort(descending=True, stable=True)
+        number = -(-len(ids) // batch_size)
+        in_order = lengths[order].tolist()
+        sizes = cut(in_order, number, batch_size * in_order[0], least=number)
+    parts, aux_losses = [], []
+    for rows in order.split(sizes):
+        logps, entropies, aux_loss = _one_pass(
+            model, ids[rows], mask[rows], logits_to_keep, multiple, compute_aux_loss
+        )
+        parts.append(torch.stack([logps, entropies]))
+        aux_losses.append(aux_loss)
+    logps, entropies = torch.cat(parts, dim=1)[:, order.argsort()]
+    return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+
+
+def _one_pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, multiple: int | None, aux: bool):
+    starts, lengths = mask.argmax(dim=1, keepdim=True), mask.sum(dim=1, keepdim=True)
+    is_scored = mask[:, -logits_to_keep:].bool()
+    before = lengths - is_scored.sum(dim=1, keepdim=True)  # tokens of the prompt
+    width = int(lengths.max())
+    if multiple is not None:
+        width = -(-width // multiple) * multiple
+    columns = torch.arange(width, device=ids.device)
+    ids = ids.gather(1, (starts + columns).clamp(max=ids.size(1) - 1))
+    labels = ids.masked_fill((columns < before) | (columns >= lengths), -100)
+    # Only mixtures need a mask: their loss must not count padding
+    inputs = {"attention_mask": (columns < lengths).long(), "output_router_logits": True} if aux else {}
+    outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
+    places = before - 1 + torch.arange(logits_to_keep, device=ids.device)  # of what predicts each token
+    logps, entropies = (
+        values.gather(1, places.clamp(0, width - 2)).where(is_scored, 0.0)
+        for values in (outputs.log_probs, outputs.entropy)
+    )
+    return logps, entropies, outputs.aux_loss
