@@ -336,6 +336,21 @@ def test_signature_of_the_log_probability_pass():
     )
 
 
+def test_the_fused_head(make_trainer):
+    """What TRL's own pass calls, which the pass of `rollouts/micro_batches.py` calls too."""
+    trainer = make_trainer()
+    ids = torch.tensor([[3, 4, 5], [6, 7, 0]])
+    labels = torch.tensor([[-100, 4, 5], [-100, 7, -100]])
+    outputs = trainer.model(input_ids=ids, labels=labels, fused_lm_head=True)
+    call = "model(input_ids=..., labels=..., fused_lm_head=True)"
+    relied_on = "log_probs and entropy of shape (B, L - 1), 0 where a label is -100, and aux_loss"
+    message = changed(f"TRL's {call}", relied_on, "_get_per_token_logps_and_entropies")
+    assert outputs.log_probs.shape == outputs.entropy.shape == (2, 2) and outputs.aux_loss is None, message
+    assert (outputs.log_probs == 0).tolist() == [[False, False], [False, True]], message
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert "labels=labels, fused_lm_head=True" in source, message
+
+
 def test_signatures_of_the_vllm_backend():
     for name in ("sync_weights", "_iter_named_params"):
         actual = list(inspect.signature(getattr(VLLMGeneration, name)).parameters)
@@ -363,25 +378,19 @@ def test_order_of_calls_and_shapes(make_trainer, monkeypatch):
     """TRL: generate, then log-probabilities, then scores, then the batch is shuffled and split into slices."""
     calls = []
 
-    def spy(name):
-        original = getattr(GRPOTrainer, name)
+    def spy(kind, name):
+        original = getattr(kind, name)
 
         def record(self, *args, **kwargs):
             result = original(self, *args, **kwargs)
             calls.append((name, args, result))
             return result
 
-        monkeypatch.setattr(GRPOTrainer, name, record)
+        monkeypatch.setattr(kind, name, record)
 
-    for name in ("_generate", "_get_per_token_logps_and_entropies"):
-        spy(name)
-    scored = SPPOTrainer._calculate_rewards
-
-    def score(self, *args):
-        calls.append(("_calculate_rewards", args, scored(self, *args)))
-        return calls[-1][2]
-
-    monkeypatch.setattr(SPPOTrainer, "_calculate_rewards", score)
+    spy(GRPOTrainer, "_generate")
+    spy(SPPOTrainer, "_get_per_token_logps_and_entropies")
+    spy(SPPOTrainer, "_calculate_rewards")
     # 16 completions (4 groups of 4), 2 optimizer steps per generation batch: pi_t needs a log-probability pass
     trainer = make_trainer(steps_per_generation=2, max_steps=1)
     trainer.train()

@@ -67,7 +67,8 @@ def slices_of(lengths, kept, per_slice):
     prompts, completions = (torch.tensor(each).unsqueeze(1) for each in zip(*lengths, strict=True))
     number = torch.arange(len(lengths)).unsqueeze(1)
     batch = {
-        "prompt_mask": (columns[0] >= widths[0] - prompts).long(), "completion_mask": (columns[1] < completions).long(),
+        "prompt_mask": (columns[0] >= widths[0] - prompts).long(),
+        "completion_mask": (columns[1] < completions).long(),
         "kept": torch.tensor(kept), "win_rates": number[:, 0].float(),
     }  # fmt: skip
     batch |= {f"{part}_ids": (100 + number) * batch[f"{part}_mask"] for part in ("prompt", "completion")}
@@ -94,6 +95,7 @@ def test_each_kept_row_is_used_once_and_whole():
     old = slices_of(LENGTHS, kept, per_slice=2)
     new = cut_by_length(old, per_step=4, batch_size=2, accelerator=processes())
     assert len(new) == 4 and [int(each["num_kept"]) for each in new] == [6] * 4
+    assert [round(51 * each["share"].item()) for each in new] == [24, 11, 14, 2]
     # Of 12, 12, 11, 8, 6 and 2 tokens. With one row of 12 in each, four micro-batches would not suffice
     assert [each["win_rates"].tolist() for each in new] == [[0, 5], [3], [7, 1], [4]]
     for each in new:
@@ -116,21 +118,23 @@ def test_rows_stay_in_their_optimizer_step():
 
 
 def test_processes_have_rows_in_the_same_slices():
-    """This process keeps one row and the other needs three micro-batches, in the first step. In the second it keeps none."""
+    """In the first step this process keeps one row, and the other needs three micro-batches. In the second: none."""
     kept = [False, False, True, False] + [False] * 4
     old = slices_of(LENGTHS, kept, 1)
     new = cut_by_length(old, per_step=4, batch_size=1, accelerator=processes([[3, 2], [3, 1]]))
     assert [len(each["kept"]) for each in new] == [0, 1, 1, 1, 0, 0, 0, 1]
     assert [each["kept"].tolist() for each in new] == [[], [True], [False], [False], [], [], [], [False]]
     assert [int(each["num_kept"]) for each in new] == [4] * 4 + [2] * 4
+    assert [each["share"].item() for each in new] == [0, 1, 0, 0] + [0] * 4
     assert all(each["completion_mask"].any() for each in new if len(each["kept"]))
 
 
 def test_with_images_slices_stay_as_they_are():
     old = [{**each, "num_images": [1]} for each in slices_of(LENGTHS, [True, False] * 4, 2)]
-    new = cut_by_length(old, per_step=2, batch_size=2, accelerator=processes([[1, 1]]))
+    new = cut_by_length(old, per_step=2, batch_size=2, accelerator=processes([[1, 1], [2, 1]]))
     for before, after in zip(old, new, strict=True):
-        assert after == {**before, "num_kept": after["num_kept"]} and after["num_kept"] == 3
+        assert after == {**before, "num_kept": 3, "share": after["share"]}
+    assert [each["share"].item() for each in new] == pytest.approx([0.75, 0.25, 0.4, 0.6])
 
 
 def test_trim_of_columns_with_the_same_width():

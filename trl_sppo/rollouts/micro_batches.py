@@ -21,6 +21,8 @@ def cut(lengths: list[int], most: int, limit: int, least: int = 1) -> list[int]:
         least: The smallest number of micro-batches, if there are as many rows.
     """
     num_rows, total = len(lengths), sum(lengths)
+    if not num_rows:
+        return []
     first, end = np.arange(num_rows + 1)[:, None], np.arange(num_rows + 1)
     rows = end - first  # of a micro-batch that begins at `first` and ends before `end`
     columns = rows * np.array([*lengths, 0.0])[:, None]
@@ -52,37 +54,41 @@ def cut_by_length(
 
     All processes have rows in the same slices, since sharded models need the same number of forward passes. A process
     with fewer rows repeats one that is not trained on. Each slice gets `num_kept`, the rows of all processes that the
-    step trains on. Slices with images stay as they are: pixels have no rows to choose from.
+    step trains on, and `share`, its part of this process's tokens of the step. Slices with images stay as they are:
+    pixels have no rows to choose from.
     """
     steps = [slices[start : start + per_step] for start in range(0, len(slices), per_step)]
-    has_images, several = "num_images" in slices[0], accelerator.num_processes > 1
     kept = [int(sum(each["kept"].sum() for each in step)) for step in steps]
-    if has_images:
-        (counts,) = _of_all_processes(accelerator, kept)
-        cut_again = steps
-    else:
-        gathered = [_rows(step, at_least_one=several) for step in steps]
-        limits = [batch_size * lengths[0] // 2 if lengths else 0 for _, lengths in gathered]
-        sizes = [
-            cut(lengths, per_step, limit) if lengths else []
-            for (_, lengths), limit in zip(gathered, limits, strict=True)
-        ]
-        counts, numbers = _of_all_processes(accelerator, kept, [len(each) for each in sizes])
-        cut_again = []
-        for (rows, lengths), limit, own, number in zip(
-            gathered, limits, sizes, numbers.max(dim=0).values, strict=True
-        ):
-            if len(own) < number:
-                own = cut(lengths, int(number), limit, least=int(number))
-            cut_again.append(_divide(rows, own, int(number), per_step))
-    num_kept = counts.sum(dim=0).clamp(min=1)
-    return [{**each, "num_kept": count} for step, count in zip(cut_again, num_kept, strict=True) for each in step]
+    has_images, several = "num_images" in slices[0], accelerator.num_processes > 1
+    gathered = [] if has_images else [_rows(step, at_least_one=several) for step in steps]
+    sizes = [cut(lengths, per_step, _limit(lengths, batch_size)) for _, lengths in gathered]
+    numbers = [per_step for _ in steps] if has_images else [len(each) for each in sizes]
+    counts, numbers_of_all = accelerator.gather(torch.tensor([[kept, numbers]], device=accelerator.device)).unbind(1)
+    for i, number in enumerate(numbers_of_all.max(dim=0).values.tolist() if gathered else ()):
+        rows, lengths = gathered[i]
+        if len(sizes[i]) < number:
+            sizes[i] = cut(lengths, number, _limit(lengths, batch_size), least=number)
+        steps[i] = _divide(rows, sizes[i], number, per_step)
+    num_kept = counts.sum(dim=0).clamp(min=1).cpu()
+    return [
+        {**each, "num_kept": count, "share": share}
+        for step, count in zip(steps, num_kept, strict=True)
+        for each, share in zip(step, _shares(step), strict=True)
+    ]
 
 
-def _of_all_processes(accelerator: Any, *numbers: list[int]) -> list[torch.Tensor]:
-    """Of each list, one row per process, on the CPU."""
-    own = torch.tensor(numbers, device=accelerator.device).unsqueeze(0)
-    return list(accelerator.gather(own).cpu().unbind(dim=1))
+def _limit(lengths: list[int], batch_size: int) -> int:
+    """Half of what `batch_size` rows take that are as long as the longest."""
+    return batch_size * lengths[0] // 2 if lengths else 0
+
+
+def _shares(step: list[dict[str, Any]]) -> torch.Tensor:
+    """The part of each slice in the tokens that are trained on, prompts included."""
+    tokens = torch.stack([
+        sum((each[name] * each["kept"].unsqueeze(1)).sum() for name in ("prompt_mask", "completion_mask"))
+        for each in step
+    ])  # fmt: skip
+    return tokens / tokens.sum().clamp(min=1)
 
 
 def _rows(step: list[dict[str, Any]], at_least_one: bool) -> tuple[dict[str, Any], list[int]]:
@@ -100,7 +106,7 @@ def _rows(step: list[dict[str, Any]], at_least_one: bool) -> tuple[dict[str, Any
 
 
 def _divide(rows: dict[str, Any], sizes: list[int], number: int, per_step: int) -> list[dict[str, Any]]:
-    """`per_step` slices, of which the last `number` have rows: as many as `sizes` says, or one not to be trained on."""
+    """`per_step` slices. The last `number` have rows: as many as `sizes` says, or one that is not trained on."""
     ends = np.cumsum(sizes)
     parts = [torch.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     batches = [trim(take_rows(rows, part)) for part in parts]
