@@ -83,7 +83,7 @@ def test_two_processes_equal_one(launch, case):
         assert one["win_rate/kept"][0].item() == pytest.approx(8 / 12)
     elif case == "best_and_worst":
         assert one["win_rate/kept"][0].item() == pytest.approx(4 / 12)
-        assert kept[0].tolist() != kept[1].tolist() and (kept == 0).any()
+        assert (kept == 0).any()
     elif case == "everything":
         assert 0 < one["preferences/oracle/lost"][0].item() < 1
         assert one["preferences/oracle/order_disagreement"][0].item() > 0.1

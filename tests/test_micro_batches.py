@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_sppo.rollouts.micro_batches import PADDING, cut, cut_by_length, log_probs, trim
+from trl_sppo.rollouts.micro_batches import cut, cut_by_length, log_probs, trim
 
 
 # ---- Where to cut
@@ -23,8 +23,7 @@ from trl_sppo.rollouts.micro_batches import PADDING, cut, cut_by_length, log_pro
 def ways(lengths, number, limit):
     """Columns of each way to cut into `number` micro-batches, by trying all."""
     for inner in itertools.combinations(range(1, len(lengths)), number - 1):
-        ends = [0, *inner, len(lengths)]
-        parts = [lengths[a:b] for a, b in itertools.pairwise(ends)]
+        parts = [lengths[a:b] for a, b in itertools.pairwise([0, *inner, len(lengths)])]
         if all(len(part) == 1 or len(part) * part[0] <= limit for part in parts):
             yield sum(len(part) * part[0] for part in parts)
 
@@ -33,28 +32,32 @@ def ways(lengths, number, limit):
 def test_as_few_micro_batches_as_keep_padding_low(seed):
     rng = random.Random(seed)
     lengths = sorted((rng.randint(1, 40) for _ in range(rng.randint(1, 9))), reverse=True)
-    most, limit = rng.randint(3, 6), rng.randint(1, 3) * lengths[0]
-    number, allowed = next(
-        (number, factor * limit)
-        for factor in (1, 2, 4)
-        for number in range(1, most + 1)
-        if any(columns <= (1 + PADDING) * sum(lengths) or number in (most, len(lengths))
-               for columns in ways(lengths, number, factor * limit))
-    )  # fmt: skip
-    sizes = cut(lengths, most, limit)
-    assert len(sizes) == number and sum(sizes) == len(lengths) and min(sizes) > 0
+    most, batch_size = rng.randint(3, 6), rng.randint(3, 6)
+    found = None
+    for full in (0.45, 1):
+        for number in range(1, min(most, len(lengths)) + 1):
+            columns = min(ways(lengths, number, full * batch_size * lengths[0]), default=None)
+            found = (number, columns) if columns else found
+            if columns and columns <= 1.1 * sum(lengths):
+                break
+        if found:
+            break
+    sizes = cut(lengths, batch_size, most)
+    assert sum(sizes) == len(lengths) and min(sizes) > 0
     starts = itertools.accumulate([0, *sizes[:-1]])
     columns = sum(size * lengths[start] for start, size in zip(starts, sizes, strict=True))
-    assert columns == min(ways(lengths, number, allowed))
+    assert (len(sizes), columns) == found
 
 
 def test_equal_lengths_take_full_micro_batches():
-    """Where half of `per_device_train_batch_size` rows do not suffice, as many as it says, and no more."""
-    assert cut([10] * 32, most=4, limit=40) == [8] * 4
-    assert cut([10] * 32, most=8, limit=40) == [4] * 8
-    assert cut([10] * 3, most=8, limit=40) == [3]
-    assert cut([10] * 3, most=8, limit=40, least=2) in ([1, 2], [2, 1])
-    assert cut([10] * 3, most=8, limit=40, least=5) == [1] * 3
+    """Where less than half of `per_device_train_batch_size` rows do not suffice: as many as it says, and no more."""
+    assert cut([10] * 32, batch_size=8, most=4) == [8] * 4
+    assert cut([10] * 32, batch_size=8, most=11) == [2, *[3] * 10]
+    assert cut([10] * 3, batch_size=8, most=8) == [3]
+    assert cut([10] * 3, batch_size=8, most=8, least=2) in ([1, 2], [2, 1])
+    assert cut([10] * 3, batch_size=8, most=8, least=5) == [1] * 3
+    assert cut([10] * 3, batch_size=1, most=8) == [1] * 3
+    assert cut([], batch_size=1, most=8) == []
 
 
 # ---- Slices
@@ -194,7 +197,7 @@ def some_rows(seed=0):
 def test_log_probabilities_are_those_of_each_row_alone(architecture, batch_size):
     model, rows = model_of(architecture), some_rows()
     ids, mask, keep = padded(rows)
-    logps, entropies, aux_loss = log_probs(model, ids, mask, keep, batch_size)
+    logps, entropies, aux_loss = log_probs(model, ids, mask, keep, batch_size, compute_entropy=True)
     assert aux_loss is None and logps.shape == entropies.shape == (5, keep)
     for i, (prompt, completion) in enumerate(rows):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7

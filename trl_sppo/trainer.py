@@ -484,6 +484,7 @@ class SPPOTrainer(ResumableTrainer):
                     logits_to_keep,
                     batch_size or len(input_ids),
                     self.pad_to_multiple_of,
+                    compute_entropy,
                     compute_aux_loss,
                 )
 

@@ -7,38 +7,41 @@ import torch
 
 
 PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-batches allows
+FULL = 0.45  # of the columns that a micro-batch of the longest rows would have, if the number of micro-batches allows
 
 
-def cut(lengths: list[int], most: int, limit: int, least: int = 1) -> list[int]:
+def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[int]:
     """
     How many rows, sorted from long to short, each micro-batch takes: as few micro-batches as keep padding below
     `PADDING`, and then those with the fewest columns.
 
     Args:
         lengths: Tokens of each row, descending.
-        most: The largest number of micro-batches. Less padding than these have is not possible.
-        limit: Columns of a micro-batch of several rows. Twice as many where `most` micro-batches do not suffice.
+        batch_size: A micro-batch of several rows has at most `FULL` times the columns of this many rows of the longest
+            length, or all of them where `most` micro-batches would not suffice.
+        most: The largest number of micro-batches. Padding may then be more.
         least: The smallest number of micro-batches, if there are as many rows.
     """
-    num_rows, total = len(lengths), sum(lengths)
-    if not num_rows:
+    if not lengths:
         return []
-    first, end = np.arange(num_rows + 1)[:, None], np.arange(num_rows + 1)
+    first, end = np.arange(len(lengths) + 1)[:, None], np.arange(len(lengths) + 1)
     rows = end - first  # of a micro-batch that begins at `first` and ends before `end`
     columns = rows * np.array([*lengths, 0.0])[:, None]
-    columns[(rows <= 0) | ((columns > limit) & (rows > 1))] = np.inf
-    fewest = np.full(num_rows + 1, np.inf)  # columns for the first n rows
-    fewest[0] = 0
-    begins = []
-    for number in range(1, min(most, num_rows) + 1):
-        through = fewest[:, None] + columns
-        begins.append(through.argmin(axis=0))
-        fewest = through.min(axis=0)
-        if number >= least and fewest[-1] <= (1 + PADDING) * total:
+    columns[rows <= 0] = np.inf
+    for full in (FULL, 1):
+        allowed = np.where((columns <= full * batch_size * lengths[0]) | (rows == 1), columns, np.inf)
+        fewest = np.full(len(lengths) + 1, np.inf)  # columns for the first n rows
+        fewest[0] = 0
+        begins = []
+        for number in range(1, min(most, len(lengths)) + 1):
+            through = fewest[:, None] + allowed
+            begins.append(through.argmin(axis=0))
+            fewest = through.min(axis=0)
+            if number >= least and fewest[-1] <= (1 + PADDING) * sum(lengths):
+                break
+        if fewest[-1] < np.inf:
             break
-    if fewest[-1] == np.inf:
-        return cut(lengths, most, 2 * limit, least)
-    sizes, stop = [], num_rows
+    sizes, stop = [], len(lengths)
     for begin in reversed(begins):
         sizes.append(stop - int(begin[stop]))
         stop = int(begin[stop])
@@ -61,13 +64,13 @@ def cut_by_length(
     kept = [int(sum(each["kept"].sum() for each in step)) for step in steps]
     has_images, several = "num_images" in slices[0], accelerator.num_processes > 1
     gathered = [] if has_images else [_rows(step, at_least_one=several) for step in steps]
-    sizes = [cut(lengths, per_step, _limit(lengths, batch_size)) for _, lengths in gathered]
+    sizes = [cut(lengths, batch_size, per_step) for _, lengths in gathered]
     numbers = [per_step for _ in steps] if has_images else [len(each) for each in sizes]
     counts, numbers_of_all = accelerator.gather(torch.tensor([[kept, numbers]], device=accelerator.device)).unbind(1)
     for i, number in enumerate(numbers_of_all.max(dim=0).values.tolist() if gathered else ()):
         rows, lengths = gathered[i]
         if len(sizes[i]) < number:
-            sizes[i] = cut(lengths, number, _limit(lengths, batch_size), least=number)
+            sizes[i] = cut(lengths, batch_size, number, least=number)
         steps[i] = _divide(rows, sizes[i], number, per_step)
     num_kept = counts.sum(dim=0).clamp(min=1).cpu()
     return [
@@ -75,11 +78,6 @@ def cut_by_length(
         for step, count in zip(steps, num_kept, strict=True)
         for each, share in zip(step, _shares(step), strict=True)
     ]
-
-
-def _limit(lengths: list[int], batch_size: int) -> int:
-    """Half of what `batch_size` rows take that are as long as the longest."""
-    return batch_size * lengths[0] // 2 if lengths else 0
 
 
 def _shares(step: list[dict[str, Any]]) -> torch.Tensor:
@@ -147,11 +145,13 @@ def log_probs(
     logits_to_keep: int,
     batch_size: int,
     multiple: int | None = None,
+    compute_entropy: bool = False,
     compute_aux_loss: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    Log-probabilities and entropies of the last `logits_to_keep` columns, of shape `(B, logits_to_keep)` and 0 where
-    there is no token, and the load-balancing loss of mixtures. Arguments and results are those of TRL's pass.
+    Log-probabilities of the last `logits_to_keep` columns and, if asked for, entropies, of shape `(B, logits_to_keep)`
+    and 0 where there is no token, and the load-balancing loss of mixtures. Arguments and results are those of TRL's
+    pass.
 
     Tokens of a row begin in the model's first column. So its positions do not depend on the padding of other rows, and
     no token attends to padding, which comes after it. More than `batch_size` rows take several forward passes, of
@@ -167,17 +167,18 @@ def log_probs(
     if len(ids) > batch_size:
         order = lengths.argsort(descending=True, stable=True)
         number = -(-len(ids) // batch_size)
-        in_order = lengths[order].tolist()
-        sizes = cut(in_order, number, batch_size * in_order[0], least=number)
-    parts, aux_losses = [], []
-    for rows in order.split(sizes):
-        logps, entropies, aux_loss = _one_pass(
-            model, ids[rows], mask[rows], logits_to_keep, multiple, compute_aux_loss
-        )
-        parts.append(torch.stack([logps, entropies]))
-        aux_losses.append(aux_loss)
-    logps, entropies = torch.cat(parts, dim=1)[:, order.argsort()]
-    return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+        sizes = cut(lengths[order].tolist(), batch_size, number, least=number)
+    passes = [
+        _one_pass(model, ids[rows], mask[rows], logits_to_keep, multiple, compute_aux_loss)
+        for rows in order.split(sizes)
+    ]
+    logps, entropies, aux_losses = zip(*passes, strict=True)
+    back = order.argsort()
+    return (
+        torch.cat(logps)[back],
+        torch.cat(entropies)[back] if compute_entropy else None,
+        torch.stack(aux_losses).mean() if compute_aux_loss else None,
+    )
 
 
 def _one_pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, multiple: int | None, aux: bool):
@@ -193,9 +194,10 @@ def _one_pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep:
     # Only mixtures need a mask: their loss must not count padding
     inputs = {"attention_mask": (columns < lengths).long(), "output_router_logits": True} if aux else {}
     outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
-    places = before - 1 + torch.arange(logits_to_keep, device=ids.device)  # of what predicts each token
+    # The column that predicts each token of the completion
+    places = (before - 1 + torch.arange(logits_to_keep, device=ids.device)).clamp(0, width - 2)
     logps, entropies = (
-        values.gather(1, places.clamp(0, width - 2)).where(is_scored, 0.0)
+        None if values is None else values.gather(1, places).where(is_scored, 0.0)
         for values in (outputs.log_probs, outputs.entropy)
     )
     return logps, entropies, outputs.aux_loss
