@@ -7,7 +7,7 @@ import torch
 from ..models.adapters import base_of, config_of, is_adapter, kind_of
 from ..objectives import select_completions
 from ..preferences import win_rates_from_scores
-from .memory import BYTES, dtype_of, lengths, peak
+from .memory import BYTES, dtype_of, longest_text, peak
 from .plan import Plan
 
 
@@ -124,7 +124,7 @@ def advise(plan: Plan) -> tuple[list[str], list[str]]:
             f"{completion} leaves no room for a prompt."
         )
     if args.use_vllm and args.vllm_mode == "colocate" and plan.policy is not None and not args.use_cpu:
-        text, _ = lengths(args, plan.place)
+        text = longest_text(args, plan.place)
         needed = plan.policy.parameters * 2 / args.vllm_tensor_parallel_size + text * plan.policy.cache
         share = args.vllm_gpu_memory_utilization * gpu
         if needed > share:

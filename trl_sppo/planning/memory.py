@@ -212,7 +212,7 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
             return {}
         share = args.vllm_gpu_memory_utilization * place.gpu
         return {"generating: vLLM" if args.vllm_enable_sleep_mode else "vLLM, which does not sleep": share}
-    _, padded = lengths(args, place)
+    longest = longest_text(args, place)
     prompt, batch = place.prompt_length, args.per_device_eval_batch_size if evaluates else 0
     if args.rollouts is None:
         batch = max(batch, args.per_device_train_batch_size * (args.steps_per_generation or 1))
@@ -221,28 +221,27 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
     return {
         "reading prompts: cache, one layer, mask": batch * (prompt * policy.cache + chunk * policy.kept)
         + batch * chunk * prompt * (3 + policy.kept_of_pairs),
-        "generating: cache": batch * padded * policy.cache,
-        "generating: of one layer, for all heads": batch * padded * policy.heads * 2 * 2,
+        "generating: cache": batch * longest * policy.cache,
+        "generating: of one layer, for all heads": batch * longest * policy.heads * 2 * 2,
     }
 
 
 def _scoring(args: SPPOConfig, rewards: list[ModelSize], place: Placement) -> dict[str, float]:
-    text, _ = lengths(args, place)
+    text = longest_text(args, place)
     batch = args.reward_batch_size
     layers = [batch * text * size.kept + batch * text**2 * (3 + size.kept_of_pairs) for size in rewards]
     return {"scoring: one layer, mask": max(layers)} if layers else {}
 
 
 def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, place: Placement) -> dict[str, float]:
-    batch, (_, padded) = args.per_device_train_batch_size, lengths(args, place)
-    pairs = batch * padded**2
+    batch, longest = args.per_device_train_batch_size, longest_text(args, place)
     if dtype_of(args, model_args) == "float32" and not args.bf16 and not args.fp16:  # twice what was measured in bf16
         batch *= 2
-    what, inputs, layers = "all layers, mask", 0, policy.layers + 1  # one of them twice
+    what, inputs, layers = "all layers", 0, policy.layers + 1  # one of them twice
     if args.gradient_checkpointing:
-        what, inputs, layers = "inputs of all layers, one layer twice, mask", policy.layers * policy.hidden * 2, 2
-    of_pairs = pairs * (3 + layers * policy.kept_of_pairs)
-    rows = {f"training: {what}": float(batch * padded * (inputs + layers * policy.kept) + of_pairs)}
+        what, inputs, layers = "inputs of all layers, one layer twice", policy.layers * policy.hidden * 2, 2
+    of_pairs = longest**2 * layers * policy.kept_of_pairs
+    rows = {f"training: {what}": float(batch * (longest * (inputs + layers * policy.kept) + of_pairs))}
     if model_args.load_in_4bit:
         rows["training: a matrix in bf16"] = policy.widest * 2
     if place.sharding in ("fsdp1", "fsdp2"):
@@ -256,12 +255,11 @@ def _training(args: SPPOConfig, model_args: ModelConfig, policy: ModelSize, plac
     return rows
 
 
-def lengths(args: SPPOConfig, place: Placement) -> tuple[int, int]:
-    """Tokens of the longest text (prompt and completion), and of a padded row of a micro-batch."""
-    completion = args.max_completion_length or 0
+def longest_text(args: SPPOConfig, place: Placement) -> int:
+    """Tokens of the longest prompt with its completion."""
     if args.use_vllm and args.vllm_max_model_length is not None:
-        return args.vllm_max_model_length, args.vllm_max_model_length + completion
-    return (place.prompt_length + completion,) * 2
+        return args.vllm_max_model_length
+    return place.prompt_length + (args.max_completion_length or 0)
 
 
 _SHORT = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}

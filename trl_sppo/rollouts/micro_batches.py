@@ -150,7 +150,7 @@ def log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
     Log-probabilities of the last `logits_to_keep` columns and, if asked for, entropies, of shape `(B, logits_to_keep)`
-    and 0 where there is no token, and the load-balancing loss of mixtures. Arguments and results are those of TRL's
+    and 0 where there is no token, and the load-balancing loss of mixtures. Arguments and results are as in TRL's
     pass.
 
     Tokens of a row begin in the model's first column. So its positions do not depend on the padding of other rows, and

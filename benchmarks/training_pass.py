@@ -1,0 +1,157 @@
+"""Time and memory after the rollout, beside TRL's GRPO, with prompts and completions of realistic lengths.
+
+    python benchmarks/training_pass.py                 # one optimizer step of each, in turns: half an hour
+
+All trainers get the same 128 completions of 16 prompts, in micro-batches of 8. Lengths are log-normal: prompts of
+median 60 tokens (sigma 1.0, at most 512), completions of median 280 (sigma 0.9, at most 1,024). These are our choice:
+the median and the tail of chat data. Policy: a Qwen2 of 5 million parameters with random weights, on one thread.
+"""
+
+import argparse
+import json
+import math
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from gpu_tools import tokenizer_of
+from transformers import AutoModelForCausalLM, Qwen2Config
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_sppo import SPPOConfig, SPPOTrainer
+
+
+PROMPTS, GROUP, MICRO = 16, 8, 8
+KINDS: dict[str, dict[str, Any]] = {
+    "GRPO": {},
+    "SPPO, all": {},
+    "SPPO, threshold 0.6": {"win_rate_threshold": 0.6},
+    "SPPO, best and worst": {"train_on": "best_and_worst"},
+}
+
+
+def draw(number: int, median: float, sigma: float, longest: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [min(max(int(rng.lognormvariate(math.log(median), sigma)), 2), longest) for _ in range(number)]
+
+
+def score(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Scores that have nothing to do with the length, and do not tie."""
+    return [random.Random(str(ids)).random() for ids in completion_ids]
+
+
+def policy() -> Any:
+    config = Qwen2Config(
+        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def measure(name: str, seed: int, log_probabilities: bool) -> dict[str, float]:
+    """Seconds of the rollout and of the rest of a generation batch, in CPU time, and what the step computes."""
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    prompts = ["".join(f"w{rng.randrange(5, 4096)}" for _ in range(n)) for n in draw(PROMPTS, 60, 1.0, 512, seed)]
+    lengths = draw(PROMPTS * GROUP, 280, 0.9, 1024, seed + 1)
+    completions = [[*(rng.randrange(5, 4096) for _ in range(n - 1)), 1] for n in lengths]
+
+    def rollout(batch: list, trainer: Any) -> dict[str, Any]:
+        own = iter(completions[: len(batch)])
+        return {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in batch],
+            "completion_ids": [next(own) for _ in batch], "logprobs": None,
+        }  # fmt: skip
+
+    model = policy()
+    counted = {"columns": 0, "passes": 0}
+
+    def count(module, args, kwargs):
+        counted["columns"] += kwargs["input_ids"].numel() * torch.is_grad_enabled()
+        counted["passes"] += torch.is_grad_enabled()
+
+    model.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if name == "GRPO" else (SPPOTrainer, SPPOConfig)
+    steps = PROMPTS * GROUP // MICRO
+    with tempfile.TemporaryDirectory() as folder:
+        config: Any = config_class(
+            folder, num_generations=GROUP, per_device_train_batch_size=MICRO, steps_per_generation=steps,
+            gradient_accumulation_steps=steps, num_iterations=2 if log_probabilities else 1, max_steps=1,
+            max_completion_length=1024, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", disable_tqdm=True, shuffle_dataset=False, **KINDS[name],
+        )  # fmt: skip
+        trainer = trainer_class(
+            model, score, config, Dataset.from_dict({"prompt": prompts}),
+            processing_class=tokenizer_of(model.config), rollout_func=rollout,
+        )  # fmt: skip
+        trained, seconds = [0], [0.0]
+        generate = trainer._generate_and_score_completions
+
+        def timed(inputs: Any) -> Any:
+            start = time.process_time()
+            batch = generate(inputs)
+            seconds[0] += time.process_time() - start
+            kept = batch.get("kept", torch.ones(len(batch["prompt_ids"]), dtype=torch.bool))
+            trained[0] = sum(int(batch[part][kept].sum()) for part in ("prompt_mask", "completion_mask"))
+            return batch
+
+        trainer._generate_and_score_completions = timed  # type: ignore[method-assign]
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        trainer.train()
+        total = time.process_time() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "rollout_s": seconds[0], "training_s": total - seconds[0], "memory_GB": (after - before) / 2**20,
+        "columns_per_token": counted["columns"] / trained[0], "passes": counted["passes"],
+    }  # fmt: skip
+
+
+def rounds(number: int, log_probabilities: bool) -> Iterator[dict[str, dict[str, float]]]:
+    """Each round has its own lengths, and each trainer its own process."""
+    for seed in range(number):
+        row = {}
+        for name in KINDS:
+            command = [sys.executable, __file__, "--measure", name, "--seed", str(seed)]
+            command += ["--log_probabilities"] * log_probabilities
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, {key: round(value, 2) for key, value in row[name].items()}, flush=True)
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--log_probabilities", action="store_true", help="Measure the pass at rollout instead.")
+    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.seed, args.log_probabilities)))
+        return
+    rows = list(rounds(args.rounds, args.log_probabilities))
+    what = "rollout_s" if args.log_probabilities else "training_s"
+    print("\n| trainer | seconds | of GRPO's | columns per token | forward passes | peak memory, of GRPO's |")
+    print("|---|---|---|---|---|---|")
+    for name in KINDS:
+        mean = {key: statistics.mean(row[name][key] for row in rows) for key in rows[0][name]}
+        ratios = [row[name][what] / row["GRPO"][what] for row in rows]
+        memory = statistics.mean(row[name]["memory_GB"] / row["GRPO"]["memory_GB"] for row in rows)
+        spread = f"{statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(
+            f"| {name} | {mean[what]:.1f} | {spread} | {mean['columns_per_token']:.2f} | {mean['passes']:.0f} | "
+            f"{memory:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
