@@ -1,11 +1,13 @@
 """What can be known about vLLM without vLLM: that a sync leaves the policy as it was, and what is refused."""
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -14,53 +16,118 @@ from trl_sppo.checks.models import check_sharding
 from trl_sppo.rollouts.weight_sync import prepare_weight_sync
 
 
-def lora_generation(tiny_model):
-    """TRL's own walk over the parameters of a LoRA policy in bfloat16, without an engine."""
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+def generation_of(policy):
+    """TRL's own walk over the parameters of a policy, without an engine."""
     generation = object.__new__(VLLMGeneration)
-    generation.model, generation.mode = get_peft_model(tiny_model.bfloat16(), lora), "server"
+    generation.model, generation.mode = policy, "server"
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
     return generation
 
 
-def test_a_hundred_syncs_of_an_adapter_leave_the_base_weights_as_they_were(tiny_model):
-    names = [name for name, _ in tiny_model.named_parameters()]
-    generation = lora_generation(tiny_model)
-    model = generation.model
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    weight = layer.base_layer.weight
-    merged = (weight + layer.get_delta_weight("default")).detach().bfloat16()
+def lora_generation(tiny_model):
+    return generation_of(
+        get_peft_model(tiny_model.bfloat16(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    )
 
+
+def test_trls_own_sync_moves_the_base_weights(tiny_model):
+    generation = lora_generation(tiny_model)
+    weight = generation.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     before = weight.detach().clone()
     list(generation._iter_named_params())
     assert not torch.equal(weight, before), (
         "TRL's own sync is exact by now: trl_sppo/rollouts/weight_sync.py has less to do"
     )
 
-    with torch.no_grad():
-        weight.copy_(before)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+def test_a_sync_reads_the_policy_and_merges_in_float32(tiny_model):
+    names = [name for name, _ in tiny_model.named_parameters()]
+    generation = lora_generation(tiny_model)
+    model = generation.model
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = (getattr(layer, f"lora_{part}")["default"].weight.float() for part in "AB")
+    merged = (layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)).bfloat16()
+
+    before = {name: (parameter.data_ptr(), parameter.detach().clone()) for name, parameter in model.named_parameters()}
     prepare_weight_sync(generation)
-    for _ in range(100):
-        sent = dict(generation._iter_named_params())  # looked at after the adapter is out again
+    for _ in range(3):
+        sent = dict(generation._iter_named_params())
     assert list(sent) == names
     assert torch.equal(sent["model.layers.0.self_attn.q_proj.weight"], merged)
     for name, parameter in model.named_parameters():
+        address, value = before[name]
+        assert parameter.data_ptr() == address and torch.equal(parameter, value), name
+    assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+    model.merge_adapter()  # PEFT's again
+    assert layer.merged
+
+
+def lora(**options):
+    return {"default": LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **options})}
+
+
+FORMS = {
+    "LoRA": lora(),
+    "all linear layers": lora(target_modules="all-linear"),
+    "rsLoRA": lora(use_rslora=True, lora_alpha=3),
+    "DoRA": lora(use_dora=True),
+    "bias": lora(target_modules=["q_proj"], lora_bias=True),
+    "embeddings and head, tied": lora(target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "modules_to_save": lora(modules_to_save=["norm"]),
+    "new tokens": lora(trainable_token_indices=[3, 5]),
+    "parameters": lora(target_modules=[], target_parameters=["mlp.up_proj.weight"]),
+    "two adapters": {**lora(), "other": LoraConfig(r=2, target_modules=["q_proj", "k_proj"])},
+    "IA3": {"default": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])},
+    "VeRA": {"default": VeraConfig(r=4, target_modules=["q_proj"])},
+    "LoHa": {"default": LoHaConfig(r=4, target_modules=["q_proj"])},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_sent_is_pefts_own_merge(tiny_model, form, dtype):
+    """Of a copy in float32, to the last bit, and then rounded once. The policy is not touched."""
+    torch.manual_seed(0)
+    (first, config), *others = FORMS[form].items()
+    policy = get_peft_model(tiny_model.to(dtype), config, adapter_name=first, autocast_adapter_dtype=False)
+    for name, other in others:
+        policy.add_adapter(name, other)
+    if others:
+        policy.base_model.set_adapter([first, *(name for name, _ in others)])
+    for parameter in policy.parameters():
+        parameter.data += (0.1 * torch.randn(parameter.shape)).to(dtype)
+    copied = copy.deepcopy(policy).float()
+    names = dict(generation_of(copy.deepcopy(policy))._iter_named_params())
+    copied.merge_adapter()
+    expected = {
+        name.replace(".base_layer", "").replace("modules_to_save.default.", ""): value
+        for name, value in copied.get_base_model().named_parameters()
+        if copied.prefix not in name and "original_module" not in name
+    }
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    generation = generation_of(policy)
+    prepare_weight_sync(generation)
+    sent = dict(generation._iter_named_params())
+    assert sent.keys() == names.keys() == expected.keys()
+    for name, tensor in sent.items():
+        assert torch.equal(tensor, expected[name].to(dtype)), name
+    for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
 
-def test_a_sync_that_fails_halfway_leaves_them_too(tiny_model):
+def test_a_sync_that_fails_halfway_leaves_the_policy_as_it_was(tiny_model):
     generation = lora_generation(tiny_model)
     model = generation.model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     prepare_weight_sync(generation)
     sync = generation._iter_named_params()
-    next(sync)
-    assert model.base_model.model.model.layers[0].self_attn.q_proj.merged
+    for _ in range(3):
+        next(sync)
     sync.close()  # what an exception in the receiver comes to
-    assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+    model.merge_adapter()
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.merged
 
 
 def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):

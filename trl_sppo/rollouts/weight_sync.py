@@ -1,4 +1,4 @@
-"""Weight syncs to vLLM: exact where TRL's would round, and possible on a CPU."""
+"""Weight syncs to vLLM: adapters are merged into copies, and a sync is possible on a CPU."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,31 +14,52 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def prepare_weight_sync(generation: VLLMGeneration) -> None:
-    """Make weight syncs to vLLM leave a LoRA policy's base weights as they were, and work on a CPU."""
+    """Make weight syncs to vLLM only read the weights of a policy with adapters, and work on a CPU."""
     instance: Any = generation
-    # Under FSDP this is refused. ZeRO-3 gathers into copies anyway
-    if is_peft_model(generation.model) and not generation._dist.is_fsdp:
-        instance._iter_named_params = partial(_restore_base_weights, generation, generation._iter_named_params)
+    if is_peft_model(generation.model) and not generation._dist.is_fsdp:  # which is refused
+        instance._iter_named_params = partial(_merge_into_copies, generation, generation._iter_named_params)
     if generation.mode == "colocate" and generation.accelerator.device.type == "cpu":
         instance.sync_weights = partial(_sync_on_cpu, generation)
 
 
-def _restore_base_weights(generation: VLLMGeneration, named_params: Callable[[], NamedTensors]) -> NamedTensors:
-    # TRL merges the adapter in place for the sync, W + BA, and takes it out again afterwards. In bfloat16 that rounds
-    # twice: each sync would move the frozen weights a little further from the adapter's base.
-    layers = [module for module in generation.model.modules() if isinstance(module, BaseTunerLayer)]
-    kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.get_base_layer().parameters()]
+def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], NamedTensors]) -> NamedTensors:
+    # TRL merges all adapters in place, W + BA, and takes them out again. In bfloat16 that rounds twice: each sync
+    # would move the frozen weights a little further from the adapter's base.
+    model: Any = generation.model
+    model.merge_adapter = model.unmerge_adapter = lambda: None  # found before PEFT's
+    merged: dict[int, torch.Tensor] = {}  # of one layer, by the address of the weight in the policy
+    layers: dict[int, list[BaseTunerLayer]] = {}
     try:
         for name, tensor in named_params():
-            # vLLM may hold on to a tensor until its whole layer has come, when the adapter is out again
-            yield name, tensor.clone()
+            if not layers:  # not before: ZeRO-3 has gathered the weights by now
+                for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+                    for parameter in layer.get_base_layer().parameters():
+                        layers.setdefault(parameter.data_ptr(), []).append(layer)
+            address = tensor.data_ptr()
+            if address in layers and address not in merged:
+                merged = _merged(layers[address])
+            yield name, merged.get(address, tensor)
+    finally:
+        del model.merge_adapter, model.unmerge_adapter
+
+
+@torch.no_grad()
+def _merged(layers: list[BaseTunerLayer]) -> dict[int, torch.Tensor]:
+    """Base weights of layers that share some, with all active adapters. PEFT merges in float32, rounded once."""
+    base = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
+    tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+    before = {tensor: tensor.data for tensor in tensors if tensor.is_floating_point()}
+    try:
+        for tensor, data in before.items():
+            tensor.data = data.to(torch.float32, copy=True)
+        for layer in layers:
+            layer.merge()
+        return {before[parameter].data_ptr(): parameter.data.to(before[parameter].dtype) for parameter in base}
     finally:
         for layer in layers:
-            if layer.merged:  # the sync has failed halfway
-                layer.unmerge()
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)
+            layer.merged_adapters.clear()
+        for tensor, data in before.items():
+            tensor.data = data
 
 
 def _sync_on_cpu(generation: VLLMGeneration) -> None:

@@ -1,0 +1,148 @@
+"""Weight syncs of a LoRA policy to vLLM, without a receiver: time, memory, and what they do to the frozen weights.
+
+    python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: two minutes, and 10 GB of memory
+    python benchmarks/weight_sync.py --parts drift    # a small model over 1,000 syncs, its adapter trained between them
+
+Compared, in turns: TRL's merge in place, the same with the base weights restored from a copy in CPU memory, which this
+package did before, and this package's merge into copies.
+"""
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+from gpu_tools import LORA
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from published_models import POLICIES
+from transformers import AutoModelForCausalLM, Qwen2Config
+from trl.generation.vllm_generation import VLLMGeneration
+
+from trl_sppo.rollouts.weight_sync import prepare_weight_sync
+
+
+def generation_of(config: Any) -> Any:
+    """TRL's side of vLLM, with a policy of random weights in bf16 and an adapter that changes them."""
+    generation: Any = object.__new__(VLLMGeneration)
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generation.model = get_peft_model(policy, LoraConfig(**LORA, init_lora_weights=False))
+    for name, parameter in generation.model.named_parameters():
+        if "lora_" in name:  # after some training: an update of a hundredth of the weights
+            parameter.data *= 0.1
+    generation.mode = "server"
+    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    return generation
+
+
+def in_place(generation: Any) -> None:
+    for _ in VLLMGeneration._iter_named_params(generation):
+        pass
+
+
+@torch.no_grad()
+def restored(generation: Any) -> None:
+    layers = [module for module in generation.model.modules() if isinstance(module, BaseTunerLayer)]
+    kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.get_base_layer().parameters()]
+    for _, tensor in VLLMGeneration._iter_named_params(generation):
+        tensor.clone()
+    for parameter, value in kept:
+        parameter.copy_(value)
+
+
+def into_copies(generation: Any) -> None:
+    for _ in generation._iter_named_params():
+        pass
+
+
+WAYS: dict[str, Callable[[Any], None]] = {
+    "TRL: in place": in_place,
+    "in place, restored from a copy": restored,
+    "this package: into copies": into_copies,
+}
+
+
+def grown_by(work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and gigabytes that the process grows by at most."""
+    process, peak, done = psutil.Process(), 0, threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    return seconds, max(peak - before, 0) / 1e9
+
+
+def cost(rounds: int) -> None:
+    generation = generation_of(POLICIES["Qwen/Qwen2.5-1.5B-Instruct"])
+    prepare_weight_sync(generation)
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+    for number in range(rounds + 1):
+        for name, sync in WAYS.items():
+            result = grown_by(lambda sync=sync: sync(generation))  # type: ignore[misc]
+            if number:  # the first warms up
+                measured[name].append(result)
+    old = [seconds for seconds, _ in measured["in place, restored from a copy"]]
+    print("| weight sync | seconds | of the restoring one's | grows by, GB |")
+    print("|---|---|---|---|")
+    for name, results in measured.items():
+        ratios = [seconds / before for (seconds, _), before in zip(results, old, strict=True)]
+        seconds, grown = (statistics.mean(each) for each in zip(*results, strict=True))
+        spread = f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {seconds:.2f} | {spread} | {grown:.2f} |")
+
+
+def drift(syncs: int) -> None:
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    print("| weight sync | syncs | weights moved | by, of their norm | by, of the adapter's update |")
+    print("|---|---|---|---|---|")
+    for name in ("TRL: in place", "this package: into copies"):
+        generation = generation_of(config)
+        prepare_weight_sync(generation)
+        layer = generation.model.base_model.model.model.layers[0].self_attn.q_proj
+        weight = layer.base_layer.weight
+        before, update = weight.detach().float(), layer.get_delta_weight("default").detach().float().norm()
+        trained = [p for name, p in generation.model.named_parameters() if "lora_B" in name]
+        for number in range(1, syncs + 1):
+            for parameter in trained:  # an optimizer step, of a hundredth
+                parameter.data += 0.01 * parameter.std() * torch.randn_like(parameter)
+            WAYS[name](generation)
+            if number in (1, 10, 100, syncs):
+                moved = weight.detach().float() - before
+                share, size = (moved != 0).float().mean(), moved.norm()
+                print(f"| {name} | {number:,} | {share:.3f} | {size / before.norm():.1e} | {size / update:.1e} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["cost", "drift"], default=["cost", "drift"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--syncs", type=int, default=1000)
+    args = parser.parse_args()
+    if "cost" in args.parts:
+        cost(args.rounds)
+    if "drift" in args.parts:
+        drift(args.syncs)
+
+
+if __name__ == "__main__":
+    main()
