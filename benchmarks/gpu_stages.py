@@ -352,7 +352,7 @@ def quantization() -> None:
 
 
 def merge() -> None:
-    """A weight sync of a LoRA policy without a receiver: TRL's merge in place, and with the base weights restored."""
+    """A weight sync of a LoRA policy without a receiver: TRL's merge in place, and this package's into copies."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     from trl_sppo.rollouts.weight_sync import prepare_weight_sync
@@ -369,8 +369,8 @@ def merge() -> None:
 
     layer = generation.model.base_model.model.model.layers[0].self_attn.q_proj
     base = layer.base_layer.weight.detach().clone()
-    for label in ("TRL: merge and unmerge in place", "base weights restored from a CPU copy"):
-        if label.startswith("base"):
+    for label in ("TRL: merge and unmerge in place", "merged into copies"):
+        if label.startswith("merged"):
             layer.base_layer.weight.data.copy_(base)
             prepare_weight_sync(generation)
         sync()

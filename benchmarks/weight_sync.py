@@ -1,7 +1,7 @@
 """Weight syncs of a LoRA policy to vLLM, without a receiver: time, memory, and what they do to the frozen weights.
 
     python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: two minutes, and 10 GB of memory
-    python benchmarks/weight_sync.py --parts drift    # a small model over 1,000 syncs, its adapter trained between them
+    python benchmarks/weight_sync.py --parts drift    # a small model, trained between 1,000 syncs
 
 Compared, in turns: TRL's merge in place, the same with the base weights restored from a copy in CPU memory, which this
 package did before, and this package's merge into copies.

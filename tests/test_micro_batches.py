@@ -34,7 +34,7 @@ def test_as_few_micro_batches_as_keep_padding_low(seed):
     lengths = sorted((rng.randint(1, 40) for _ in range(rng.randint(1, 9))), reverse=True)
     most, batch_size = rng.randint(3, 6), rng.randint(3, 6)
     found = None
-    for full in (0.45, 1):
+    for full in (0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         for number in range(1, min(most, len(lengths)) + 1):
             columns = min(ways(lengths, number, full * batch_size * lengths[0]), default=None)
             found = (number, columns) if columns else found
@@ -53,6 +53,7 @@ def test_equal_lengths_take_full_micro_batches():
     """Where less than half of `per_device_train_batch_size` rows do not suffice: as many as it says, and no more."""
     assert cut([10] * 32, batch_size=8, most=4) == [8] * 4
     assert cut([10] * 32, batch_size=8, most=11) == [2, *[3] * 10]
+    assert sorted(cut([10] * 32, batch_size=8, most=8)) == [4] * 8
     assert cut([10] * 3, batch_size=8, most=8) == [3]
     assert cut([10] * 3, batch_size=8, most=8, least=2) in ([1, 2], [2, 1])
     assert cut([10] * 3, batch_size=8, most=8, least=5) == [1] * 3

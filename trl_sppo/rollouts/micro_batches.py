@@ -7,7 +7,8 @@ import torch
 
 
 PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-batches allows
-FULL = 0.45  # of the columns that a micro-batch of the longest rows would have, if the number of micro-batches allows
+# Of the columns that a micro-batch of the longest rows would have: the first that the number of micro-batches allows
+FULL = (0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[int]:
@@ -18,7 +19,7 @@ def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[
     Args:
         lengths: Tokens of each row, descending.
         batch_size: A micro-batch of several rows has at most `FULL` times the columns of this many rows of the longest
-            length, or all of them where `most` micro-batches would not suffice.
+            length: as little as `most` micro-batches allow.
         most: The largest number of micro-batches. Padding may then be more.
         least: The smallest number of micro-batches, if there are as many rows.
     """
@@ -28,7 +29,7 @@ def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[
     rows = end - first  # of a micro-batch that begins at `first` and ends before `end`
     columns = rows * np.array([*lengths, 0.0])[:, None]
     columns[rows <= 0] = np.inf
-    for full in (FULL, 1):
+    for full in FULL:
         allowed = np.where((columns <= full * batch_size * lengths[0]) | (rows == 1), columns, np.inf)
         fewest = np.full(len(lengths) + 1, np.inf)  # columns for the first n rows
         fewest[0] = 0
