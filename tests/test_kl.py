@@ -9,6 +9,8 @@ from helpers import COMPLETIONS, alphabet_score, token_logps, weights
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForCausalLM
 
+from trl_sppo.rollouts.micro_batches import log_probs
+
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
@@ -135,16 +137,10 @@ def test_the_reference_can_follow_the_policy(fixed, tiny_policy):
 
 
 def test_only_what_is_trained_on_costs_a_pass_of_the_reference(fixed, tiny_policy, monkeypatch):
-    from trl import GRPOTrainer
-
     rows = []
-    original = GRPOTrainer._get_per_token_logps_and_entropies
-
-    def count(self, model, input_ids, *args, **kwargs):
-        rows.append(len(input_ids))
-        return original(self, model, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", count)
+    monkeypatch.setattr(
+        "trl_sppo.trainer.log_probs", lambda model, ids, *args: rows.append(len(ids)) or log_probs(model, ids, *args)
+    )
     fixed(model=tiny_policy, beta=1.0, train_on="best_and_worst").train()
     assert rows == [8, 8]  # the initial policy, and the step
 
