@@ -1,4 +1,4 @@
-"""Weight syncs of a LoRA policy to vLLM, without a receiver: time, memory, and what they do to the frozen weights.
+"""Weight syncs of a LoRA policy to vLLM, without a receiver: their time, and what they do to the frozen weights.
 
     python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: two minutes, and 10 GB of memory
     python benchmarks/weight_sync.py --parts drift    # a small model, trained between 1,000 syncs
@@ -9,14 +9,12 @@ package did before, and this package's merge into copies.
 
 import argparse
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 from gpu_tools import LORA
 from peft import LoraConfig, get_peft_model
@@ -69,43 +67,23 @@ WAYS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def grown_by(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and gigabytes that the process grows by at most."""
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    return seconds, max(peak - before, 0) / 1e9
-
-
 def cost(rounds: int) -> None:
     generation = generation_of(POLICIES["Qwen/Qwen2.5-1.5B-Instruct"])
     prepare_weight_sync(generation)
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+    measured: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):
         for name, sync in WAYS.items():
-            result = grown_by(lambda sync=sync: sync(generation))  # type: ignore[misc]
+            start = time.perf_counter()
+            sync(generation)
             if number:  # the first warms up
-                measured[name].append(result)
-    old = [seconds for seconds, _ in measured["in place, restored from a copy"]]
-    print("| weight sync | seconds | of the restoring one's | grows by, GB |")
-    print("|---|---|---|---|")
-    for name, results in measured.items():
-        ratios = [seconds / before for (seconds, _), before in zip(results, old, strict=True)]
-        seconds, grown = (statistics.mean(each) for each in zip(*results, strict=True))
+                measured[name].append(time.perf_counter() - start)
+    before = measured["in place, restored from a copy"]
+    print("| weight sync | seconds | relative to the restoring one |")
+    print("|---|---|---|")
+    for name, seconds in measured.items():
+        ratios = [a / b for a, b in zip(seconds, before, strict=True)]
         spread = f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {seconds:.2f} | {spread} | {grown:.2f} |")
+        print(f"| {name} | {statistics.mean(seconds):.2f} | {spread} |")
 
 
 def drift(syncs: int) -> None:
