@@ -45,7 +45,7 @@ def draw(number: int, median: float, sigma: float, longest: int, seed: int) -> l
     return [min(max(int(rng.lognormvariate(math.log(median), sigma)), 2), longest) for _ in range(number)]
 
 
-def score(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+def score(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
     """Scores that have nothing to do with the length, and do not tie."""
     return [random.Random(str(ids)).random() for ids in completion_ids]
 
@@ -80,7 +80,7 @@ def measure(name: str, seed: int, log_probabilities: bool) -> dict[str, float]:
     """Seconds of the rollout and of the rest of a generation batch, in CPU time, and what the step computes."""
     torch.set_num_threads(1)
     if name.endswith("packed"):
-        trl_sppo.rollouts.micro_batches._one_pass = packed
+        trl_sppo.rollouts.micro_batches._one_pass = packed  # type: ignore[assignment]
     rng = random.Random(seed)
     prompts = ["".join(f"w{rng.randrange(5, 4096)}" for _ in range(n)) for n in draw(PROMPTS, 60, 1.0, 512, seed)]
     lengths = draw(PROMPTS * GROUP, 280, 0.9, 1024, seed + 1)

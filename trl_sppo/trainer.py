@@ -319,13 +319,14 @@ class SPPOTrainer(ResumableTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if is_new:
             args, device = self.args, self.accelerator.device
-            slices = cut_by_length(
+            slices: Any = cut_by_length(
                 cast(list, self._buffered_inputs),
                 args.gradient_accumulation_steps,
                 args.per_device_train_batch_size,
                 self.accelerator,
             )
-            self._buffered_inputs = slices = [pin(each, device) for each in slices]
+            slices = [pin(each, device) for each in slices]
+            self._buffered_inputs = slices
             inputs = slices[self._step % len(slices)]
         return inputs
 
@@ -483,7 +484,7 @@ class SPPOTrainer(ResumableTrainer):
                     attention_mask[rows],
                     logits_to_keep,
                     batch_size or len(input_ids),
-                    self.pad_to_multiple_of,
+                    cast(int | None, self.pad_to_multiple_of),  # TRL has resolved "auto"
                     compute_entropy,
                     compute_aux_loss,
                 )
@@ -518,9 +519,8 @@ class SPPOTrainer(ResumableTrainer):
         inputs = to_device(inputs, self.accelerator.device)
         mask = loss_mask(inputs)
         args, kwargs = model_inputs(inputs)
-        per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-            model, *args, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled, **kwargs
-        )
+        kwargs |= {"compute_entropy": True, "compute_aux_loss": self.aux_loss_enabled}
+        per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(model, *args, **kwargs)
         # π_t sampled the batch. TRL leaves its log-probs out where the batch is used before the policy changes.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps.detach())
         per_token_log_ratios = torch.where(mask, per_token_logps - old_per_token_logps, 0.0)

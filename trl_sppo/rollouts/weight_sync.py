@@ -28,7 +28,7 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
     model: Any = generation.model
     model.merge_adapter = model.unmerge_adapter = lambda: None  # found before PEFT's
     merged: dict[int, torch.Tensor] = {}  # of one layer, by the address of the weight in the policy
-    layers: dict[int, list[BaseTunerLayer]] = {}
+    layers: dict[int, list[Any]] = {}  # of PEFT
     try:
         for name, tensor in named_params():
             if not layers:  # not before: ZeRO-3 has gathered the weights by now
@@ -44,7 +44,7 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
 
 
 @torch.no_grad()
-def _merged(layers: list[BaseTunerLayer]) -> dict[int, torch.Tensor]:
+def _merged(layers: list[Any]) -> dict[int, torch.Tensor]:
     """Base weights of layers that share some, with all active adapters. PEFT merges in float32, rounded once."""
     base = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
     tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
