@@ -24,6 +24,7 @@ from gpu_tools import (
     synchronize,
 )
 
+import trl_sppo.trainer
 from trl_sppo import SPPOTrainer, train
 from trl_sppo.planning.plan import Plan, read
 
@@ -128,7 +129,7 @@ def _call_after(owner: Any, method: str, work: Callable[[], Any]) -> None:
 
 def _count_tokens(tokens: dict[str, int]) -> None:
     """Count the tokens that are trained on, and the columns that are computed for them."""
-    loss, logps = SPPOTrainer._compute_loss, SPPOTrainer._get_per_token_logps_and_entropies
+    loss, log_probs = SPPOTrainer._compute_loss, trl_sppo.trainer.log_probs
 
     def compute_loss(self, model, inputs):
         prompt, completion = (int(inputs[f"{part}_mask"][inputs["kept"]].sum()) for part in ("prompt", "completion"))
@@ -140,12 +141,12 @@ def _count_tokens(tokens: dict[str, int]) -> None:
         finally:
             tokens["in the loss"] = False
 
-    def get_logps(self, model, input_ids, *args, **kwargs):
-        tokens["columns"] += input_ids.numel() * bool(tokens["in the loss"])
-        return logps(self, model, input_ids, *args, **kwargs)
+    def count(model, ids, mask, *args):
+        tokens["columns"] += len(ids) * int(mask.sum(dim=1).max()) * bool(tokens["in the loss"])
+        return log_probs(model, ids, mask, *args)
 
     SPPOTrainer._compute_loss = compute_loss  # type: ignore[method-assign]
-    SPPOTrainer._get_per_token_logps_and_entropies = get_logps  # type: ignore[method-assign]
+    trl_sppo.trainer.log_probs = count
 
 
 def _arithmetic(plan: Plan) -> dict[str, float]:

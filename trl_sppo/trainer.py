@@ -529,7 +529,7 @@ class SPPOTrainer(ResumableTrainer):
         num_items = inputs["num_kept"] / self.accelerator.num_processes
         loss, metrics = self._sppo_loss(per_token_log_ratios.sum(dim=1), inputs, num_items, weights)
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss * inputs["share"]
+            loss = loss + self.router_aux_loss_coef * aux_loss * inputs["share"]  # of the step's tokens
             metrics["aux_loss"] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)])
 
         tokens = mask & inputs["kept"].unsqueeze(1)

@@ -28,25 +28,32 @@ def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[
     first, end = np.arange(len(lengths) + 1)[:, None], np.arange(len(lengths) + 1)
     rows = end - first  # of a micro-batch that begins at `first` and ends before `end`
     columns = rows * np.array([*lengths, 0.0])[:, None]
-    columns[rows <= 0] = np.inf
-    for full in FULL:
-        allowed = np.where((columns <= full * batch_size * lengths[0]) | (rows == 1), columns, np.inf)
-        fewest = np.full(len(lengths) + 1, np.inf)  # columns for the first n rows
-        fewest[0] = 0
-        begins = []
-        for number in range(1, min(most, len(lengths)) + 1):
-            through = fewest[:, None] + allowed
-            begins.append(through.argmin(axis=0))
-            fewest = through.min(axis=0)
-            if number >= least and fewest[-1] <= (1 + PADDING) * sum(lengths):
-                break
-        if fewest[-1] < np.inf:
+    limits = [full * batch_size * lengths[0] for full in FULL]
+    limit = next((limit for limit in limits if _fewest_within(limit, lengths) <= most), limits[-1])
+    columns[(rows <= 0) | ((columns > limit) & (rows > 1))] = np.inf
+    fewest = np.full(len(lengths) + 1, np.inf)  # columns for the first n rows
+    fewest[0] = 0
+    begins = []
+    for number in range(1, min(most, len(lengths)) + 1):
+        through = fewest[:, None] + columns
+        begins.append(through.argmin(axis=0))
+        fewest = through.min(axis=0)
+        if number >= least and fewest[-1] <= (1 + PADDING) * sum(lengths):
             break
     sizes, stop = [], len(lengths)
     for begin in reversed(begins):
         sizes.append(stop - int(begin[stop]))
         stop = int(begin[stop])
     return sizes[::-1]
+
+
+def _fewest_within(limit: float, lengths: list[int]) -> int:
+    """Micro-batches of at most `limit` columns each, or of one row."""
+    number = start = 0
+    while start < len(lengths):
+        start += max(1, int(limit // lengths[start]))
+        number += 1
+    return number
 
 
 def cut_by_length(
