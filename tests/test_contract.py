@@ -264,6 +264,14 @@ CONTRACT: dict[str, tuple[str, str, Callable]] = {
         "Python's ArgumentParser._check_value", "the choices of an option",
         lambda t: accepts("1") and not accepts("3"),
     ),
+    "_parameters": (
+        "PyTorch's Module._parameters", "a dict by name, from which the attribute is read",
+        lambda t: torch.nn.Linear(1, 1)._parameters.keys() == {"weight", "bias"},
+    ),
+    "_buffers": (
+        "PyTorch's Module._buffers", "a dict by name, from which the attribute is read",
+        lambda t: "running_mean" in torch.nn.BatchNorm1d(1)._buffers,
+    ),
 }  # fmt: skip
 
 ELSEWHERE = {"_get_per_token_logps_and_entropies", "_iter_named_params"}  # have tests of their own below

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from helpers import COMPLETIONS, TINY
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOTrainer
@@ -83,10 +84,10 @@ def slices_of(lengths, kept, per_slice):
     ]
 
 
-def processes(*answers):
-    """An accelerator of the first of several processes, of which the others answer with these tensors."""
+def processes(*answers, kind="NO"):
+    """An accelerator of the first of several processes, of which the others answer with these numbers."""
     return SimpleNamespace(
-        num_processes=1 + len(answers), device=torch.device("cpu"),
+        distributed_type=DistributedType[kind], device=torch.device("cpu"),
         gather=lambda own: torch.cat([own, *(torch.tensor([answer]) for answer in answers)]),
     )  # fmt: skip
 
@@ -121,21 +122,28 @@ def test_rows_stay_in_their_optimizer_step():
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_processes_have_rows_in_the_same_slices():
-    """In the first step this process keeps one row, and the other needs three micro-batches. In the second: none."""
+@pytest.mark.parametrize("kind", ["MULTI_CPU", "FSDP", "DEEPSPEED"])
+def test_every_slice_has_a_row_if_training_is_distributed(kind):
+    """In the first step this process keeps one row, in the second none."""
     kept = [False, False, True, False] + [False] * 4
     old = slices_of(LENGTHS, kept, 1)
-    new = cut_by_length(old, per_step=4, batch_size=1, accelerator=processes([[3, 2], [3, 1]]))
-    assert [len(each["kept"]) for each in new] == [0, 1, 1, 1, 0, 0, 0, 1]
-    assert [each["kept"].tolist() for each in new] == [[], [True], [False], [False], [], [], [], [False]]
+    new = cut_by_length(old, per_step=4, batch_size=1, accelerator=processes([3, 2], kind=kind))
+    assert [each["kept"].tolist() for each in new] == [[True], [False], [False], [False]] + [[False]] * 4
+    assert [each["win_rates"].tolist() for each in new] == [[2]] * 4 + [[4]] * 4
     assert [int(each["num_kept"]) for each in new] == [4] * 4 + [2] * 4
-    assert [each["share"].item() for each in new] == [0, 1, 0, 0] + [0] * 4
-    assert all(each["completion_mask"].any() for each in new if len(each["kept"]))
+    assert [each["share"].item() for each in new] == [1, 0, 0, 0] + [0] * 4
+    assert all(each["completion_mask"].any() for each in new)
+    # As many micro-batches as a step has, though fewer would do
+    (whole,) = slices_of(LENGTHS, [True] * 8, 8)
+    one = cut_by_length([whole], per_step=1, batch_size=8, accelerator=processes(kind=kind))
+    assert len(one[0]["kept"]) == 8
+    four = cut_by_length(slices_of([(3, 3)] * 8, [True] * 8, 2), 4, 2, processes(kind=kind))
+    assert [len(each["kept"]) for each in four] == [2] * 4
 
 
 def test_with_images_slices_stay_as_they_are():
     old = [{**each, "num_images": [1]} for each in slices_of(LENGTHS, [True, False] * 4, 2)]
-    new = cut_by_length(old, per_step=2, batch_size=2, accelerator=processes([[1, 1], [2, 1]]))
+    new = cut_by_length(old, per_step=2, batch_size=2, accelerator=processes([1, 1], kind="MULTI_CPU"))
     for before, after in zip(old, new, strict=True):
         assert after == {**before, "num_kept": 3, "share": after["share"]}
     assert [each["share"].item() for each in new] == pytest.approx([0.75, 0.25, 0.4, 0.6])
@@ -236,6 +244,25 @@ def test_the_load_balancing_loss_counts_no_padding():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     alone = [log_probs(model, *padded([row]), 1, compute_aux_loss=True)[2].item() for row in rows[1:2]]
     assert alone[0] != pytest.approx(losses[0], rel=1e-3)
+
+
+def test_prompt_tuning():
+    """PEFT puts columns of its own before the first."""
+    torch.manual_seed(0)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    policy = get_peft_model(model_of("qwen2"), config)
+    ids, mask, keep = padded(some_rows())
+    logps, *_ = log_probs(policy, ids, mask, keep, 5)
+    for i, (prompt, completion) in enumerate(some_rows()):
+        logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) + 2 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(logps[i, : len(completion)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_of_one_token():
+    """Of a completion that is masked, in a row that only takes part."""
+    logps, *_ = log_probs(model_of("qwen2"), torch.tensor([[0, 5, 7]]), torch.tensor([[0, 1, 0]]), 1, 1)
+    assert logps.tolist() == [[0]]
 
 
 def test_columns_are_a_multiple_and_none_is_empty():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
@@ -80,6 +80,7 @@ FORMS = {
     "IA3": {"default": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])},
     "VeRA": {"default": VeraConfig(r=4, target_modules=["q_proj"])},
     "LoHa": {"default": LoHaConfig(r=4, target_modules=["q_proj"])},
+    "norms, which change places": {"default": LNTuningConfig(target_modules=["norm"])},
 }
 
 
@@ -113,6 +114,22 @@ def test_what_is_sent_is_pefts_own_merge(tiny_model, form, dtype):
         assert torch.equal(tensor, expected[name].to(dtype)), name
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_hooks_of_gradients_stay(tiny_model):
+    """DDP reduces gradients in a hook of autograd's, which a parameter loses if it gets values of another dtype."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    policy = get_peft_model(tiny_model.bfloat16(), config, autocast_adapter_dtype=False)
+    parameter = policy.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    called = []
+    node.register_hook(lambda *_: called.append(1))
+    generation = generation_of(policy)
+    prepare_weight_sync(generation)
+    for expected in (1, 2):
+        policy(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+        assert len(called) == expected
+        list(generation._iter_named_params())
 
 
 def test_a_sync_that_fails_halfway_leaves_the_policy_as_it_was(tiny_model):

@@ -29,7 +29,7 @@ from .oracles.scoring import RewardSources
 from .oracles.voters import Voters
 from .rollouts.batch import Rollout, columns_of, loss_mask, model_inputs, pin, to_device
 from .rollouts.given import is_judged, load_rollouts, prompts_of
-from .rollouts.micro_batches import cut_by_length, log_probs, take_rows
+from .rollouts.micro_batches import cut_by_length, is_distributed, log_probs, take_rows
 from .rollouts.recorder import make_rollouts
 from .rollouts.targets import RolloutTargets, StepMetrics
 from .rollouts.weight_sync import prepare_weight_sync
@@ -510,10 +510,9 @@ class SPPOTrainer(ResumableTrainer):
             loss, _ = self._sppo_loss(torch.zeros_like(inputs["win_rates"]), inputs, num_items)
             self._log_step()
             return loss.to(self.accelerator.device)
-        several = self.accelerator.num_processes > 1
-        if len(inputs["kept"]) == 0 or not (several or inputs["kept"].any()):
+        if not inputs["kept"].any() and not is_distributed(self.accelerator):
             self._log_step()
-            if several:  # no parameter has a part in it: its hooks would wait for the other processes
+            if not self.accelerator.sync_gradients:  # others of this step have rows: no parameter needs a part in it
                 return torch.zeros((), requires_grad=True, device=self.accelerator.device) * 1.0
             return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
         inputs = to_device(inputs, self.accelerator.device)
@@ -530,7 +529,7 @@ class SPPOTrainer(ResumableTrainer):
         loss, metrics = self._sppo_loss(per_token_log_ratios.sum(dim=1), inputs, num_items, weights)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss * inputs["share"]  # of the step's tokens
-            metrics["aux_loss"] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)])
+            metrics["aux_loss"] = torch.stack([aux_loss.detach() * inputs["share"], inputs["share"]])
 
         tokens = mask & inputs["kept"].unsqueeze(1)
         if self.beta > 0:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 
 
 PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-batches allows
@@ -63,23 +64,17 @@ def cut_by_length(
     The slices of a generation batch, `per_step` for each optimizer step, cut again: the rows of a step that are
     trained on, sorted by length, in as few micro-batches as [`cut`] needs. Slices without rows come first.
 
-    All processes have rows in the same slices, since sharded models need the same number of forward passes. A process
-    with fewer rows repeats one that is not trained on. Each slice gets `num_kept`, the rows of all processes that the
-    step trains on, and `share`, its part of this process's tokens of the step. Slices with images stay as they are:
-    pixels have no rows to choose from.
+    If training is distributed, no slice is without rows: sharded models need the same number of forward passes on each
+    process, and DeepSpeed adds the gradients of a step's first pass to nothing. A process with fewer rows repeats one
+    that is not trained on. Each slice gets `num_kept`, the rows of all processes that the step trains on, and `share`,
+    its part of this process's tokens of the step. Slices with images stay as they are: pixels have no rows to choose
+    from.
     """
     steps = [slices[start : start + per_step] for start in range(0, len(slices), per_step)]
     kept = [int(sum(each["kept"].sum() for each in step)) for step in steps]
-    has_images, several = "num_images" in slices[0], accelerator.num_processes > 1
-    gathered = [] if has_images else [_rows(step, at_least_one=several) for step in steps]
-    sizes = [cut(lengths, batch_size, per_step) for _, lengths in gathered]
-    numbers = [per_step for _ in steps] if has_images else [len(each) for each in sizes]
-    counts, numbers_of_all = accelerator.gather(torch.tensor([[kept, numbers]], device=accelerator.device)).unbind(1)
-    for i, number in enumerate(numbers_of_all.max(dim=0).values.tolist() if gathered else ()):
-        rows, lengths = gathered[i]
-        if len(sizes[i]) < number:
-            sizes[i] = cut(lengths, batch_size, number, least=number)
-        steps[i] = _divide(rows, sizes[i], number, per_step)
+    counts = accelerator.gather(torch.tensor([kept], device=accelerator.device))
+    if "num_images" not in slices[0]:
+        steps = [_cut_step(step, batch_size, is_distributed(accelerator)) for step in steps]
     num_kept = counts.sum(dim=0).clamp(min=1).cpu()
     return [
         {**each, "num_kept": count, "share": share}
@@ -97,29 +92,29 @@ def _shares(step: list[dict[str, Any]]) -> torch.Tensor:
     return tokens / tokens.sum().clamp(min=1)
 
 
-def _rows(step: list[dict[str, Any]], at_least_one: bool) -> tuple[dict[str, Any], list[int]]:
-    """The rows of a step that are trained on, as one batch from long to short, and their lengths in tokens."""
-    first = step[0]
+def is_distributed(accelerator: Any) -> bool:
+    """Over several processes, or by DeepSpeed or FSDP in one."""
+    return accelerator.distributed_type != DistributedType.NO
+
+
+def _cut_step(step: list[dict[str, Any]], batch_size: int, fill: bool) -> list[dict[str, Any]]:
+    """As many slices, with `fill` each with a row at least."""
     batch = {
-        name: torch.cat([each[name] for each in step]) if _has_rows(value) else value for name, value in first.items()
+        name: torch.cat([each[name] for each in step]) if _has_rows(value) else value
+        for name, value in step[0].items()
     }
     rows = batch["kept"].nonzero().squeeze(1)
-    if len(rows) == 0 and at_least_one:
-        rows = rows.new_zeros(1)
     lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1))[rows]
     lengths, order = lengths.sort(descending=True, stable=True)
-    return take_rows(batch, rows[order]), lengths.tolist()
-
-
-def _divide(rows: dict[str, Any], sizes: list[int], number: int, per_step: int) -> list[dict[str, Any]]:
-    """`per_step` slices. The last `number` have rows: as many as `sizes` says, or one that is not trained on."""
-    ends = np.cumsum(sizes)
-    parts = [torch.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    batches = [trim(take_rows(rows, part)) for part in parts]
-    if number > len(sizes):
-        repeated = trim(take_rows(rows, torch.zeros(1, dtype=torch.int64)))
-        batches += [{**repeated, "kept": repeated["kept"] & False}] * (number - len(sizes))
-    return [trim(take_rows(rows, torch.arange(0)))] * (per_step - number) + batches
+    rows, sizes = rows[order], cut(lengths.tolist(), batch_size, len(step), least=len(step) if fill else 1)
+    parts = list(rows.split(sizes)) if sizes else []
+    missing = len(step) - len(parts)
+    if not fill:
+        return [trim(take_rows(batch, part)) for part in (*[rows[:0]] * missing, *parts)]
+    spare = rows[-1:] if len(rows) else rows.new_zeros(1)  # the shortest
+    repeated = trim(take_rows(batch, spare))
+    repeated["kept"] = repeated["kept"] & False
+    return [trim(take_rows(batch, part)) for part in parts] + [repeated] * missing
 
 
 def _has_rows(value: Any) -> bool:
@@ -193,7 +188,7 @@ def _one_pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep:
     starts, lengths = mask.argmax(dim=1, keepdim=True), mask.sum(dim=1, keepdim=True)
     is_scored = mask[:, -logits_to_keep:].bool()
     before = lengths - is_scored.sum(dim=1, keepdim=True)  # tokens of the prompt
-    width = int(lengths.max())
+    width = max(int(lengths.max()), 2)
     if multiple is not None:
         width = -(-width // multiple) * multiple
     columns = torch.arange(width, device=ids.device)
@@ -202,10 +197,10 @@ def _one_pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep:
     # Only mixtures need a mask: their loss must not count padding
     inputs = {"attention_mask": (columns < lengths).long(), "output_router_logits": True} if aux else {}
     outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
-    # The column that predicts each token of the completion
+    # The column that predicts each token of the completion. Adapters that tune prompts put columns before the first
     places = (before - 1 + torch.arange(logits_to_keep, device=ids.device)).clamp(0, width - 2)
     logps, entropies = (
-        None if values is None else values.gather(1, places).where(is_scored, 0.0)
+        None if values is None else values[:, 1 - width :].gather(1, places).where(is_scored, 0.0)
         for values in (outputs.log_probs, outputs.entropy)
     )
     return logps, entropies, outputs.aux_loss

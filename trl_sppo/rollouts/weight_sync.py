@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from trl.generation.vllm_generation import VLLMGeneration
 
 
@@ -47,19 +48,35 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
 def _merged(layers: list[Any]) -> dict[int, torch.Tensor]:
     """Base weights of layers that share some, with all active adapters. PEFT merges in float32, rounded once."""
     base = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
-    tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
-    before = {tensor: tensor.data for tensor in tensors if tensor.is_floating_point()}
+    modules = [module for layer in layers for module in layer.modules()]
+    # What a module holds is replaced, not what is in a parameter: DDP's hooks are lost with another dtype
+    held = [
+        (entries, name, tensor)
+        for module in dict.fromkeys(modules)
+        for entries in (module._parameters, module._buffers)
+        for name, tensor in entries.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+    copies: dict[torch.Tensor, torch.Tensor] = {}
     try:
-        for tensor, data in before.items():
-            tensor.data = data.to(torch.float32, copy=True)
+        for entries, name, tensor in held:
+            if tensor not in copies:
+                copy = tensor.detach().to(torch.float32, copy=True)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[tensor] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+            entries[name] = copies[tensor]
         for layer in layers:
             layer.merge()
-        return {before[parameter].data_ptr(): parameter.data.to(before[parameter].dtype) for parameter in base}
+        merged = [parameter for layer in layers for parameter in layer.get_base_layer().parameters()]
+        result = {old.data_ptr(): new.to(old.dtype, copy=True) for old, new in zip(base, merged, strict=True)}
+        for layer in layers:
+            layer.unmerge()  # some have swapped modules
+        return result
     finally:
         for layer in layers:
             layer.merged_adapters.clear()
-        for tensor, data in before.items():
-            tensor.data = data
+        for entries, name, tensor in held:
+            entries[name] = tensor
 
 
 def _sync_on_cpu(generation: VLLMGeneration) -> None:
