@@ -46,6 +46,7 @@ def test_defaults(tmp_path):
         ({"preference_weights": [-1.0]}, r"preference_weights must not be negative, got \[-1.0\]"),
         ({"preference_batch_size": 0}, "preference_batch_size must be at least 1, got 0"),
         ({"comparison": "soft"}, "comparison must be 'hard' or 'bradley_terry', got 'soft'"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
         ({"bt_temperature": 0.0}, "bt_temperature must be positive, got 0.0"),
         ({"train_on": "some"}, "train_on must be 'all' or 'best_and_worst', got 'some'"),
         ({"win_rate_threshold": 0.4}, r"win_rate_threshold must be in \[0.5, 1\], got 0.4"),

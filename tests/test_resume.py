@@ -529,13 +529,13 @@ def test_another_chat_template_is_another_run(start, tmp_path):
         )
 
 
-@pytest.mark.parametrize("written", [None, 1, 3])
+@pytest.mark.parametrize("written", [None, 2, 4])
 def test_a_checkpoint_of_another_version(start, tmp_path, written):
     """Its rollouts and counters have another form. Refused before anything is loaded."""
     start("run", max_steps=1).train()
     path = tmp_path / "run" / "checkpoint-1" / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest.pop("format") == 2
+    assert manifest.pop("format") == 3
     path.write_text(json.dumps({**manifest, "format": written} if written else manifest))
     with pytest.raises(ValueError, match=r"checkpoint-1 was written by another version of trl_sppo"):
         start("run", max_steps=2, resume_from_checkpoint=True)

@@ -30,6 +30,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
         ],
     ),
     ("at least 2", lambda value: value >= 2, ["num_generations"]),
+    ("at least 1, or -1 for num_train_epochs", lambda value: value != 0, ["max_steps"]),
     (
         "positive",
         lambda value: value > 0,
