@@ -33,7 +33,7 @@ def generation_of(config: Any) -> Any:
     policy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generation.model = get_peft_model(policy, LoraConfig(**LORA, init_lora_weights=False))
     for name, parameter in generation.model.named_parameters():
-        if "lora_" in name:  # after some training: an update of a hundredth of the weights
+        if "lora_" in name:  # smaller than its initial values
             parameter.data *= 0.1
     generation.mode = "server"
     generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
