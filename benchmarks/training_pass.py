@@ -2,8 +2,8 @@
 
     python benchmarks/training_pass.py                 # one optimizer step of each, in turns: a quarter of an hour
 
-All trainers get the same 128 completions of 16 prompts, and a micro-batch size of 8. Lengths are log-normal: prompts have a
-median of 60 tokens (sigma 1.0, at most 512), completions of 280 (sigma 0.9, at most 1,024). These are our choice:
+All trainers get the same 128 completions of 16 prompts, and a micro-batch size of 8. Lengths are log-normal: prompts
+of median 60 tokens (sigma 1.0, at most 512), completions of 280 (sigma 0.9, at most 1,024). These are our choice:
 the median and the tail of chat data. Policy: a Qwen2 of 5 million parameters with random weights, on one thread.
 """
 
