@@ -2,9 +2,9 @@
 
     python benchmarks/training_pass.py                 # one optimizer step of each, in turns: a quarter of an hour
 
-All trainers get the same 128 completions of 16 prompts, and a micro-batch size of 8. Lengths are log-normal: prompts
-of median 60 tokens (sigma 1.0, at most 512), completions of 280 (sigma 0.9, at most 1,024). These are our choice:
-the median and the tail of chat data. Policy: a Qwen2 of 5 million parameters with random weights, on one thread.
+All trainers get the same 128 completions of 16 prompts, and a micro-batch size of 8. Lengths are log-normal with the
+means and standard deviations of WildChat's turns in tokens (Zhao et al., 2024, arXiv 2405.01470, table 1), and at most
+1,024 each, as in the recipes. Policy: a Qwen2 of 5 million parameters with random weights, on one thread.
 """
 
 import argparse
@@ -26,23 +26,29 @@ from gpu_tools import tokenizer_of
 from transformers import AutoModelForCausalLM, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
-import trl_sppo.rollouts.micro_batches
 from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.rollouts import micro_batches
 
 
 PROMPTS, GROUP, MICRO = 16, 8, 8
+LONGEST = 1024
+WILDCHAT = {"prompts": (295.58, 1609.18), "completions": (441.34, 410.91)}  # tokens: mean, standard deviation
 KINDS: dict[str, dict[str, Any]] = {
     "GRPO": {},
     "SPPO, all": {},
     "SPPO, threshold 0.6": {"win_rate_threshold": 0.6},
     "SPPO, best and worst": {"train_on": "best_and_worst"},
     "SPPO, all, packed": {},
+    "SPPO, all, groups together": {},
+    "SPPO, all, prompts shared": {},
 }
 
 
-def draw(number: int, median: float, sigma: float, longest: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [min(max(int(rng.lognormvariate(math.log(median), sigma)), 2), longest) for _ in range(number)]
+def draw(number: int, which: str, seed: int) -> list[int]:
+    rng, (mean, deviation) = random.Random(seed), WILDCHAT[which]
+    variance = math.log(1 + (deviation / mean) ** 2)
+    middle = math.log(mean) - variance / 2
+    return [min(max(int(rng.lognormvariate(middle, math.sqrt(variance))), 2), LONGEST) for _ in range(number)]
 
 
 def score(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
@@ -76,14 +82,40 @@ def packed(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: in
     return logps, entropies, outputs.aux_loss
 
 
+def groups_together(step: list[dict[str, Any]], *_: Any) -> list[dict[str, Any]]:
+    """Instead of rows by length: the completions of a prompt in one micro-batch."""
+    batch = {
+        name: torch.cat([each[name] for each in step]) if isinstance(value, torch.Tensor) and value.ndim else value
+        for name, value in step[0].items()
+    }
+    _, groups = batch["prompt_ids"].unique(dim=0, return_inverse=True)
+    rows = [(groups == group).nonzero().squeeze(1) for group in range(PROMPTS)]
+    return [micro_batches.trim(micro_batches.take_rows(batch, each)) for each in rows]
+
+
+def shared(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, *_: Any) -> tuple:
+    """The prompt of a micro-batch once, up to its last token, and then the completions over its keys and values."""
+    prompt = ids[0, :-logits_to_keep][mask[0, :-logits_to_keep].bool()]
+    cache = model.model(input_ids=prompt[None, :-1], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    labels = ids[:, -logits_to_keep:].masked_fill(mask[:, -logits_to_keep:] == 0, -100)
+    outputs = model(
+        input_ids=ids[:, -logits_to_keep - 1 : -1], past_key_values=cache, shift_labels=labels, fused_lm_head=True,
+    )  # fmt: skip
+    is_token = labels != -100
+    return outputs.log_probs.where(is_token, 0.0), outputs.entropy.where(is_token, 0.0), outputs.aux_loss
+
+
 def measure(name: str, seed: int, log_probabilities: bool) -> dict[str, float]:
     """Seconds of the rollout and of the rest of a generation batch, in CPU time, and what the step computes."""
     torch.set_num_threads(1)
-    if name.endswith("packed"):
-        trl_sppo.rollouts.micro_batches._one_pass = packed  # type: ignore[assignment]
+    if name.endswith(("packed", "shared")):
+        micro_batches._one_pass = packed if name.endswith("packed") else shared  # type: ignore[assignment]
+    if name.endswith(("together", "shared")):
+        micro_batches._cut_step = groups_together  # type: ignore[assignment]
     rng = random.Random(seed)
-    prompts = ["".join(f"w{rng.randrange(5, 4096)}" for _ in range(n)) for n in draw(PROMPTS, 60, 1.0, 512, seed)]
-    lengths = draw(PROMPTS * GROUP, 280, 0.9, 1024, seed + 1)
+    prompts = ["".join(f"w{rng.randrange(5, 4096)}" for _ in range(n)) for n in draw(PROMPTS, "prompts", seed)]
+    lengths = draw(PROMPTS * GROUP, "completions", seed + 1000)
     completions = [[*(rng.randrange(5, 4096) for _ in range(n - 1)), 1] for n in lengths]
 
     def rollout(batch: list, trainer: Any) -> dict[str, Any]:
@@ -107,7 +139,7 @@ def measure(name: str, seed: int, log_probabilities: bool) -> dict[str, float]:
         config: Any = config_class(
             folder, num_generations=GROUP, per_device_train_batch_size=MICRO, steps_per_generation=steps,
             gradient_accumulation_steps=steps, num_iterations=2 if log_probabilities else 1, max_steps=1,
-            max_completion_length=1024, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            max_completion_length=LONGEST, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
             save_strategy="no", disable_tqdm=True, logging_steps=1, shuffle_dataset=False, **KINDS[name],
         )  # fmt: skip
         trainer = trainer_class(
@@ -150,9 +182,8 @@ def rounds(number: int, log_probabilities: bool) -> Iterator[dict[str, dict[str,
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row[name] = json.loads(done.stdout.splitlines()[-1])
             print(name, {key: round(value, 2) for key, value in row[name].items()}, flush=True)
-        if "SPPO, all" in row and "SPPO, all, packed" in row:
-            a, b = (row[name]["grad_norm"] for name in ("SPPO, all", "SPPO, all, packed"))
-            assert math.isclose(a, b, rel_tol=1e-4), "packed rows have another gradient"
+        norms = [row[name]["grad_norm"] for name in KINDS if name.startswith("SPPO, all")]
+        assert max(norms) < min(norms) * (1 + 1e-4), "the forms of a micro-batch have other gradients"
         yield row
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from numpy.lib.stride_tricks import sliding_window_view
 
 
 PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-batches allows
@@ -26,25 +27,30 @@ def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[
     """
     if not lengths:
         return []
-    first, end = np.arange(len(lengths) + 1)[:, None], np.arange(len(lengths) + 1)
-    rows = end - first  # of a micro-batch that begins at `first` and ends before `end`
-    columns = rows * np.array([*lengths, 0.0])[:, None]
+    number_of_rows = len(lengths)
     limits = [full * batch_size * lengths[0] for full in FULL]
     limit = next((limit for limit in limits if _fewest_within(limit, lengths) <= most), limits[-1])
-    columns[(rows <= 0) | ((columns > limit) & (rows > 1))] = np.inf
-    fewest = np.full(len(lengths) + 1, np.inf)  # columns for the first n rows
-    fewest[0] = 0
+    widest = min(number_of_rows, max(1, int(limit // lengths[-1])))
+    rows = np.arange(widest, 0, -1)  # of a micro-batch that begins at `first` and ends before `end`
+    end = np.arange(1, number_of_rows + 1)
+    first = end[:, None] - rows
+    columns = rows * np.array(lengths, dtype=float)[first.clip(min=0)]
+    columns[(first < 0) | ((columns > limit) & (rows > 1))] = np.inf
+    fewest = np.full(widest + number_of_rows, np.inf)  # columns for the first n rows, behind `widest - 1` of padding
+    fewest[widest - 1] = 0
     begins = []
-    for number in range(1, min(most, len(lengths)) + 1):
-        through = fewest[:, None] + columns
-        begins.append(through.argmin(axis=0))
-        fewest = through.min(axis=0)
+    for number in range(1, min(most, number_of_rows) + 1):
+        through = sliding_window_view(fewest[:-1], widest) + columns
+        best = through.argmin(axis=1)
+        begins.append(first[end - 1, best])
+        fewest[widest - 1] = np.inf
+        fewest[widest:] = through[end - 1, best]
         if number >= least and fewest[-1] <= (1 + PADDING) * sum(lengths):
             break
-    sizes, stop = [], len(lengths)
+    sizes, stop = [], number_of_rows
     for begin in reversed(begins):
-        sizes.append(stop - int(begin[stop]))
-        stop = int(begin[stop])
+        sizes.append(stop - int(begin[stop - 1]))
+        stop = int(begin[stop - 1])
     return sizes[::-1]
 
 

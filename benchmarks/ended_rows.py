@@ -1,0 +1,94 @@
+"""Time per token of the ways to sample with transformers, when completions end at different lengths.
+
+    trl-sppo quickstart                                    # once: prepares the policy in ./quickstart
+    python benchmarks/ended_rows.py
+
+`generate` goes on with rows that have ended until the longest has. Beside it, through the trainer: the same prompts
+sorted by length and sampled a quarter at a time, and TRL's `use_transformers_continuous_batching`, which puts new
+prompts in the place of rows that ended. Prompts are the quickstart's, with other plots before them: log-normal, median
+2, sigma 1.2. Times are CPU time of one thread.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer
+
+from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.quickstart.run import FOLDER
+
+
+GROUP, PARTS = 8, 4
+
+
+def mixed_prompts(folder: Path, number: int) -> list[list[dict[str, str]]]:
+    rng, rows = random.Random(0), load_dataset(str(folder / "prompts"), split="train")["prompt"]
+    texts = [row[-1]["content"] for row in rows]
+    return [
+        [{"role": "user", "content": " ".join([*rng.sample(texts, min(int(rng.lognormvariate(0.7, 1.2)), 40)), text])}]
+        for text in texts[:number]
+    ]
+
+
+def make_trainer(args: argparse.Namespace, prompts: list, continuous: bool) -> SPPOTrainer:
+    config = SPPOConfig(
+        str(args.folder / "ended_rows"),
+        use_transformers_continuous_batching=continuous,
+        per_device_train_batch_size=args.prompts * GROUP,
+        max_completion_length=args.tokens,
+        temperature=0.8,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        model_init_kwargs={"dtype": "float32"},
+        report_to="none",
+    )
+    return SPPOTrainer(
+        str(args.folder / "policy"),
+        lambda completions, **kwargs: [0.0] * len(completions),
+        config,
+        Dataset.from_dict({"prompt": prompts}),
+        processing_class=AutoTokenizer.from_pretrained(args.folder / "policy"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=192, help="At most, of each completion.")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    prompts = mixed_prompts(args.folder, args.prompts)
+    whole, continuous = (make_trainer(args, prompts, continuous) for continuous in (False, True))
+    names = {"generate": (whole, 1), "generate, sorted, in quarters": (whole, PARTS), "continuous": (continuous, 1)}
+    ms: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(args.rounds):
+        for name, (trainer, parts) in names.items():
+            torch.manual_seed(seed)
+            ids, _, fields = trainer._tokenize_prompts([prompt for prompt in prompts for _ in range(GROUP)])
+            ids = sorted(ids, key=len)
+            size, tokens, start = len(ids) // parts, 0, time.process_time()
+            for first in range(0, len(ids), size):
+                completions, _ = trainer._generate_single_turn(ids[first : first + size], None, fields, GROUP)
+                tokens += sum(len(completion) for completion in completions)
+            ms[name].append(1000 * (time.process_time() - start) / tokens)
+            print(
+                f"{name}: {ms[name][-1]:.1f} ms per token, {tokens / len(ids):.0f} tokens per completion", flush=True
+            )
+    print("\n| way | ms per token | relative to `generate` |\n|---|---|---|")
+    for name, values in ms.items():
+        ratios = [value / first for value, first in zip(values, ms["generate"], strict=True)]
+        spread = f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {statistics.mean(values):.1f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
