@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
 
 def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
     def cell(group: dict[str, Any]) -> str:
-        scores = ", ".join(f"{group['scores'][name][0]:+.2f}" for name in ("reward_model", "relevance"))
-        return f"{group['completions'][0][0]['content'].strip()} ({scores})"
+        scores = [group["scores"][name][0] for name in ("reward_model", "relevance")]  # None of an empty completion
+        texts = ["no score" if score is None else f"{score:+.2f}" for score in scores]
+        return f"{group['completions'][0][0]['content'].strip()} ({', '.join(texts)})"
 
     pairs = list(zip(initial, trained, strict=True))[:EXAMPLES]
     examples = [[before["prompt"][-1]["content"], cell(before), cell(after)] for before, after in pairs]
