@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 def _show(initial: Groups, trained: Groups, results: dict[str, WinRate]) -> None:
     def cell(group: dict[str, Any]) -> str:
-        scores = [group["scores"][name][0] for name in ("reward_model", "relevance")]  # None of an empty completion
+        scores = [group["scores"][name][0] for name in ("reward_model", "relevance")]  # None if there is none
         texts = ["no score" if score is None else f"{score:+.2f}" for score in scores]
         return f"{group['completions'][0][0]['content'].strip()} ({', '.join(texts)})"
 
