@@ -48,28 +48,37 @@ def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config
     kwargs: Any = args.model_init_kwargs or {}
     config = quantization_config or kwargs.get("quantization_config")
     if config is None and isinstance(model, str):
-        try:
-            config = policy_config(model, args)
-        except OSError:
-            return None
-        config = getattr(config, "quantization_config", None)
+        config = _saved_quantization(model, args)
     if config is None:
         return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
     config = config if isinstance(config, dict) else config.to_dict()
     return next((bits for bits in (4, 8) if config.get(f"load_in_{bits}bit", False)), None)
 
 
+def _saved_quantization(model: str, args: SPPOConfig) -> Any:
+    try:
+        return getattr(policy_config(model, args), "quantization_config", None)
+    except OSError:
+        return None
+
+
 def check_quantization(
     args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
 ) -> None:
-    """Raise `ValueError` for a quantized policy with vLLM, or one in 4 bit with evaluations on a CPU."""
+    """Raise `ValueError` for a policy in 8 bit or saved in 4 bit with vLLM, or in 4 bit with evaluations on a CPU."""
     bits = quantized_bits(model, args, quantization_config)
     if bits is None:
         return
-    if args.use_vllm:
+    if args.use_vllm and bits == 8:
         raise ValueError(
-            f"use_vllm=True with a policy in {bits} bit: TRL would push the quantized weights without their new "
-            "scales, so vLLM would sample from another policy. Set use_vllm=False, or load the policy in bfloat16."
+            "use_vllm=True with a policy in 8 bit: bitsandbytes rounds activations to 8 bit too, and vLLM does not, "
+            "so vLLM would sample from another policy. Set load_in_4bit=True instead, or use_vllm=False."
+        )
+    path = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if args.use_vllm and path and _saved_quantization(path, args) is not None:
+        raise ValueError(
+            f"use_vllm=True with model {path!r}, which is saved in 4 bit: vLLM loads the checkpoint itself, without "
+            "bitsandbytes. Give the checkpoint in full precision with load_in_4bit=True, or set use_vllm=False."
         )
     evaluate = IntervalStrategy(args.eval_strategy).value
     on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
