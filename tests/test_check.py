@@ -149,7 +149,7 @@ def test_what_looks_wrong(run, options, words):
         (["--dataset_name", "./prompts"], "dataset_name='./prompts' cannot be loaded: "),
         (["--dataset_name", "empty"], "dataset_name='empty' cannot be loaded: a file is empty"),
         (["--reward_funcs", "acuracy_reward"], "trl.rewards.acuracy_reward' (--reward_funcs) could not be imported"),
-        (["--load_in_4bit", "true"], "use_vllm=True with a policy in 4 bit"),
+        (["--load_in_8bit", "true"], "use_vllm=True with a policy in 8 bit"),
         (["--num_processes", "2", "--accelerate_config", "fsdp2"], "an adapter under FSDP"),
         (["--num_processes", "2", "--accelerate_config", "zero3", "--reward_quantization", "8bit"], "under DeepSpeed"),
         (["--eval_reward_funcs", "accuracy_reward"], "eval_strategy='no' evaluates nothing"),
