@@ -96,18 +96,21 @@ def changed(rounds: int) -> None:
         prepare_weight_sync(generation)
         received = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
         frozen = {name: tensor.data_ptr() for name, tensor in generation.model.get_base_model().named_parameters()}
-        for only_changed in (False, True):
-            seconds = []
-            for _ in range(rounds):
-                start, size = time.perf_counter(), 0
-                for name, tensor in generation._iter_named_params():
-                    if not only_changed or tensor.data_ptr() != frozen.get(name):
-                        received[name].copy_(tensor)
-                        size += tensor.nbytes
-                seconds.append(time.perf_counter() - start)
-            where = targets if isinstance(targets, str) else " and ".join(targets)
-            what = "what has an adapter" if only_changed else "everything"
-            print(f"| {where} | {what} | {size / 1e9:.2f} | {statistics.mean(seconds):.2f} |", flush=True)
+        measured: dict[bool, list[float]] = {False: [], True: []}
+        sizes = {}
+        for only_changed in [False, True] * rounds:
+            start, size = time.perf_counter(), 0
+            for name, tensor in generation._iter_named_params():
+                if not only_changed or tensor.data_ptr() != frozen.get(name):
+                    received[name].copy_(tensor)
+                    size += tensor.nbytes
+            measured[only_changed].append(time.perf_counter() - start)
+            sizes[only_changed] = size / 1e9
+        where = targets if isinstance(targets, str) else " and ".join(targets)
+        for only_changed, what in ((False, "everything"), (True, "what has an adapter")):
+            print(
+                f"| {where} | {what} | {sizes[only_changed]:.2f} | {statistics.median(measured[only_changed]):.2f} |"
+            )
 
 
 def drift(syncs: int) -> None:

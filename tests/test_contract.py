@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations import deepspeed
 from trl import GRPOTrainer
-from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 import trl_sppo
@@ -249,11 +248,6 @@ CONTRACT: dict[str, tuple[str, str, Callable]] = {
     "_last_lr": (
         "torch's LRScheduler._last_lr", "what get_last_lr() returns",
         lambda t: scheduler_with_rate(7.0).get_last_lr() == [7.0],
-    ),
-    "_dist": (
-        "TRL's VLLMGeneration._dist", "a DistributedBackend, which says in is_fsdp whether FSDP is used",
-        lambda t: "self._dist = DistributedBackend(accelerator)" in inspect.getsource(VLLMGeneration)
-        and isinstance(DistributedBackend.is_fsdp, property),
     ),
     "_actions": (
         "Python's ArgumentParser._actions", "a list of the options, with their dest",

@@ -168,28 +168,39 @@ def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("variable", "options", "has_adapter", "message"),
+    ("variable", "options", "has_adapter", "bits", "message"),
     [
-        ("FSDP", {"use_vllm": True}, True, "use_vllm=True with an adapter under FSDP: .*zero3"),
-        ("FSDP", {"beta": 0.1}, False, "beta=0.1 needs the initial policy, which transformers 5.17.0 .*5.23"),
+        ("FSDP", {"use_vllm": True}, True, None, "use_vllm=True with an adapter under FSDP1: .*whole matrices.*fsdp2"),
+        ("FSDP", {"use_vllm": True}, True, 4, "use_vllm=True with a policy in 4 bit under FSDP: .*multi_gpu"),
+        ("FSDP", {"beta": 0.1}, False, None, "beta=0.1 needs the initial policy, which transformers 5.17.0 .*5.23"),
         (
             "DEEPSPEED",
             {"reward_quantization": "8bit"},
             False,
+            None,
             "reward_quantization='8bit' does not work under DeepSpeed.*its URL",
         ),
     ],
 )
-def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, message):
+def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, bits, message):
     # Made before the environment is set: else transformers would import DeepSpeed, and stay configured for it
     args = SPPOConfig("unused", use_cpu=True, bf16=False, **options)
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     monkeypatch.setattr("transformers.__version__", "5.17.0")
     with pytest.raises(ValueError, match=message):
-        check_sharding(args, has_adapter)
+        check_sharding(args, has_adapter, bits)
     monkeypatch.delenv(f"ACCELERATE_USE_{variable}")
-    check_sharding(args, has_adapter)
+    check_sharding(args, has_adapter, bits)
+
+
+def test_an_adapter_with_vllm_under_fsdp2(monkeypatch):
+    args = SPPOConfig("unused", use_cpu=True, bf16=False, use_vllm=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_sharding(args, has_adapter=True, bits=None)
+    with pytest.raises(ValueError, match="in 4 bit under FSDP"):
+        check_sharding(args, has_adapter=True, bits=4)
 
 
 @pytest.fixture
@@ -254,7 +265,7 @@ def test_of_4_bit_weights_what_the_policy_computes_with_is_sent(saved, form, dty
 
 def test_other_adapters_of_4_bit_weights_are_refused(saved):
     generation = generation_of(adapted(in_4_bit(saved), "IA3"))
-    with pytest.raises(ValueError, match=r"adapter of <class 'peft.tuners.ia3.*4-bit.*q_proj: .*use a LoRA adapter"):
+    with pytest.raises(ValueError, match=r"with <class 'peft.tuners.ia3.*4-bit.*q_proj: .*use LoRA"):
         prepare_weight_sync(generation)
 
 
@@ -267,7 +278,7 @@ def test_weights_packed_for_inference_are_refused(saved):
             parameter.data, parameter.quant_state = bnb.nn.modules._convert_weight_packed_for_cpu(
                 parameter.data, parameter.quant_state
             )
-    with pytest.raises(RuntimeError, match=r"packed the policy's 4-bit weights.*do not call model.eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"packed the policy's 4-bit weights.*Do not call model.eval\(\)"):
         list(generation._iter_named_params())
 
 

@@ -1,5 +1,6 @@
 """Checks of the policy before it is loaded: weights, adapters, quantization, sharding."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,11 @@ def _saved_quantization(model: str, args: SPPOConfig) -> Any:
 
 def check_quantization(
     args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
-) -> None:
-    """Raise `ValueError` for a policy in 8 bit or saved in 4 bit with vLLM, or in 4 bit with evaluations on a CPU."""
+) -> int | None:
+    """The policy's bits. `ValueError` if vLLM cannot sample from it, or for evaluations in 4 bit on a CPU."""
     bits = quantized_bits(model, args, quantization_config)
     if bits is None:
-        return
+        return None
     if args.use_vllm and bits == 8:
         raise ValueError(
             "use_vllm=True with a policy in 8 bit: bitsandbytes rounds activations to 8 bit too, and vLLM does not, "
@@ -87,18 +88,21 @@ def check_quantization(
             f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: bitsandbytes may pack the weights at the "
             "first evaluation so that no gradient passes afterwards. Set eval_strategy='no', or remove load_in_4bit."
         )
+    return bits
 
 
 def check_sharding(
-    args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
+    args: SPPOConfig, has_adapter: bool, bits: int | None, deepspeed: bool | None = None, fsdp: int | None = None
 ) -> None:
     """Raise `ValueError` for options that fail with sharded models, by default as accelerate shards here."""
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
-    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") if fsdp is None else fsdp
-    if fsdp and has_adapter and args.use_vllm:
+    if fsdp is None:  # its version, or 0
+        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") * int(os.environ.get("FSDP_VERSION", 1))
+    if fsdp and args.use_vllm and (bits or (has_adapter and fsdp == 1)):
+        what = f"a policy in {bits} bit under FSDP" if bits else "an adapter under FSDP1"
         raise ValueError(
-            "use_vllm=True with an adapter under FSDP: each weight sync would move the frozen weights by a rounding "
-            "error. Use --accelerate_config multi_gpu or zero3, full fine-tuning, or use_vllm=False."
+            f"use_vllm=True with {what}: it has no whole matrices into which an adapter could be merged. Use "
+            "--accelerate_config multi_gpu, or fsdp2 and a policy in bfloat16, or use_vllm=False."
         )
     lazily = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
     if fsdp and lazily and args.beta > 0 and not has_adapter and Version(transformers.__version__) < Version("5.23"):
