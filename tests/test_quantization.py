@@ -73,6 +73,28 @@ def test_qlora_trains_saves_loads_back_and_merges(make_trainer, policy, tmp_path
     torch.testing.assert_close(merged - plain, trained - untrained, rtol=0.1, atol=0.1)
 
 
+def test_why_vllm_cannot_sample_for_a_policy_in_8_bit(tmp_path):
+    """vLLM would compute with the dequantized weights. bitsandbytes also rounds what they are multiplied by."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16}
+    Qwen2ForCausalLM(Qwen2Config(**{**TINY, **sizes, "initializer_range": 0.05})).save_pretrained(tmp_path)
+    tokens = torch.randint(3, 30, (8, 64))
+
+    def logps(model):
+        with torch.inference_mode():
+            logps = model.eval()(tokens).logits[:, :-1].float().log_softmax(dim=-1)
+        return logps.gather(2, tokens[:, 1:, None])
+
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    own = logps(policy)
+    plain = policy.dequantize()
+    rounded, exact = logps(plain.bfloat16()), logps(plain.float())
+    noise, difference = (rounded - exact).abs().mean(), (own - rounded).abs().mean()
+    print(f"\nLLM.int8() and its dequantized weights differ by {difference:.4f}, bfloat16 and float32 by {noise:.4f}")
+    assert difference > 2 * noise
+
+
 def test_evaluations_during_qlora_on_a_cpu_are_refused(make_trainer):
     message = r"eval_strategy='steps' with a policy in 4 bit on a CPU: .*no gradient.*remove load_in_4bit"
     with pytest.raises(ValueError, match=message):

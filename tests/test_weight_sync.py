@@ -4,11 +4,13 @@ import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from helpers import TINY
 from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOConfig
@@ -84,27 +86,36 @@ FORMS = {
 }
 
 
+def merged_by_peft(policy):
+    policy.merge_adapter()
+    return {
+        name.replace(".base_layer", "").replace("modules_to_save.default.", ""): value
+        for name, value in policy.get_base_model().named_parameters()
+        if policy.prefix not in name and "original_module" not in name
+    }
+
+
+def adapted(model, form):
+    (first, config), *others = FORMS[form].items()
+    policy = get_peft_model(model, config, adapter_name=first, autocast_adapter_dtype=False)
+    for name, other in others:
+        policy.add_adapter(name, other)
+    if others:
+        policy.base_model.set_adapter([first, *(name for name, _ in others)])
+    return policy
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_sent_is_pefts_own_merge(tiny_model, form, dtype):
     """Of a copy in float32, to the last bit, and then rounded once. The policy is not touched."""
     torch.manual_seed(0)
-    (first, config), *others = FORMS[form].items()
-    policy = get_peft_model(tiny_model.to(dtype), config, adapter_name=first, autocast_adapter_dtype=False)
-    for name, other in others:
-        policy.add_adapter(name, other)
-    if others:
-        policy.base_model.set_adapter([first, *(name for name, _ in others)])
+    policy = adapted(tiny_model.to(dtype), form)
     for parameter in policy.parameters():
         parameter.data += (0.1 * torch.randn(parameter.shape)).to(dtype)
     copied = copy.deepcopy(policy).float()
     names = dict(generation_of(copy.deepcopy(policy))._iter_named_params())
-    copied.merge_adapter()
-    expected = {
-        name.replace(".base_layer", "").replace("modules_to_save.default.", ""): value
-        for name, value in copied.get_base_model().named_parameters()
-        if copied.prefix not in name and "original_module" not in name
-    }
+    expected = merged_by_peft(copied)
     before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     generation = generation_of(policy)
     prepare_weight_sync(generation)
@@ -157,51 +168,142 @@ def test_without_an_adapter_and_on_a_gpu_the_backend_stays_trls(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("variable", "options", "has_adapter", "message"),
+    ("variable", "options", "has_adapter", "bits", "message"),
     [
-        ("FSDP", {"use_vllm": True}, True, "use_vllm=True with an adapter under FSDP: .*zero3"),
-        ("FSDP", {"beta": 0.1}, False, "beta=0.1 needs the initial policy, which transformers 5.17.0 .*5.23"),
+        ("FSDP", {"use_vllm": True}, True, None, "use_vllm=True with an adapter under FSDP1: .*whole matrices.*fsdp2"),
+        ("FSDP", {"use_vllm": True}, True, 4, "use_vllm=True with a policy in 4 bit under FSDP: .*multi_gpu"),
+        ("FSDP", {"beta": 0.1}, False, None, "beta=0.1 needs the initial policy, which transformers 5.17.0 .*5.23"),
         (
             "DEEPSPEED",
             {"reward_quantization": "8bit"},
             False,
+            None,
             "reward_quantization='8bit' does not work under DeepSpeed.*its URL",
         ),
     ],
 )
-def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, message):
+def test_what_sharding_rules_out(monkeypatch, variable, options, has_adapter, bits, message):
     # Made before the environment is set: else transformers would import DeepSpeed, and stay configured for it
     args = SPPOConfig("unused", use_cpu=True, bf16=False, **options)
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     monkeypatch.setattr("transformers.__version__", "5.17.0")
     with pytest.raises(ValueError, match=message):
-        check_sharding(args, has_adapter)
+        check_sharding(args, has_adapter, bits)
     monkeypatch.delenv(f"ACCELERATE_USE_{variable}")
-    check_sharding(args, has_adapter)
+    check_sharding(args, has_adapter, bits)
 
 
-FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True)
+def test_an_adapter_with_vllm_under_fsdp2(monkeypatch):
+    args = SPPOConfig("unused", use_cpu=True, bf16=False, use_vllm=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_sharding(args, has_adapter=True, bits=None)
+    with pytest.raises(ValueError, match="in 4 bit under FSDP"):
+        check_sharding(args, has_adapter=True, bits=4)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**TINY, "hidden_size": 64, "intermediate_size": 128}  # bitsandbytes' kernels for the CPU want 32s
+    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+def in_4_bit(path, dtype=torch.bfloat16, nested=True):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype).train()
 
 
 @pytest.mark.parametrize(
-    ("where", "options", "kwargs"),
+    "form",
+    ["LoRA", "all linear layers", "rsLoRA", "DoRA", "bias", "embeddings and head, tied", "modules_to_save",
+     "new tokens", "two adapters"],
+)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "nested"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_of_4_bit_weights_what_the_policy_computes_with_is_sent(saved, form, dtype, nested):
+    """As if the policy had been loaded with those weights, and PEFT had merged it in float32. Rounded once."""
+    torch.manual_seed(0)
+    policy = adapted(in_4_bit(saved, dtype, nested), form)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = (parameter + 0.1 * torch.randn(parameter.shape)).bfloat16()  # TRL's dtype of an adapter
+    reference = adapted(AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32), form)
+    quantized = []
+    for (name, parameter), (_, plain) in zip(policy.named_parameters(), reference.named_parameters(), strict=True):
+        if isinstance(parameter, bnb.nn.Params4bit):  # products with unit vectors are its columns
+            unit = torch.eye(plain.shape[1], dtype=dtype)
+            parameter = bnb.matmul_4bit(unit, parameter, quant_state=parameter.quant_state).T.contiguous()
+            quantized.append(name.removeprefix("base_model.model.").replace(".base_layer", ""))
+            assert not torch.equal(plain, parameter.float()), name
+        plain.data = parameter.detach().to(torch.float32, copy=True)
+    assert len(quantized) == 7 * 2
+    held = {name: (parameter, parameter.detach().clone()) for name, parameter in policy.named_parameters()}
+    states = {
+        name: {key: value.clone() for key, value in parameter.quant_state.as_dict(packed=True).items()}
+        for name, (parameter, _) in held.items()
+        if isinstance(parameter, bnb.nn.Params4bit)
+    }
+    generation = generation_of(policy)
+    prepare_weight_sync(generation)
+    for _ in range(2):
+        sent = dict(generation._iter_named_params())
+    expected = merged_by_peft(reference)
+    assert sent.keys() == expected.keys()
+    for name, tensor in sent.items():
+        assert tensor.dtype == dtype or name not in quantized
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    for name, parameter in policy.named_parameters():
+        before, value = held[name]
+        assert parameter is before and torch.equal(parameter, value), name
+        for key, was in states.get(name, {}).items():
+            assert torch.equal(parameter.quant_state.as_dict(packed=True)[key], was), (name, key)
+
+
+def test_other_adapters_of_4_bit_weights_are_refused(saved):
+    generation = generation_of(adapted(in_4_bit(saved), "IA3"))
+    with pytest.raises(ValueError, match=r"with <class 'peft.tuners.ia3.*4-bit.*q_proj: .*use LoRA"):
+        prepare_weight_sync(generation)
+
+
+def test_weights_packed_for_inference_are_refused(saved):
+    """bitsandbytes dequantizes them to other weights, without an error."""
+    generation = generation_of(adapted(in_4_bit(saved), "LoRA"))
+    prepare_weight_sync(generation)
+    for parameter in generation.model.parameters():
+        if isinstance(parameter, bnb.nn.Params4bit):
+            parameter.data, parameter.quant_state = bnb.nn.modules._convert_weight_packed_for_cpu(
+                parameter.data, parameter.quant_state
+            )
+    with pytest.raises(RuntimeError, match=r"packed the policy's 4-bit weights.*Do not call model.eval\(\)"):
+        list(generation._iter_named_params())
+
+
+FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True)
+EIGHT_BIT = BitsAndBytesConfig(load_in_8bit=True)
+IN_8_BIT = r"use_vllm=True with a policy in 8 bit: .*another policy\. Set load_in_4bit=True"
+SAVED = r"use_vllm=True with model '.*', which is saved in 4 bit: .*full precision with load_in_4bit=True"
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "kwargs", "message"),
     [
-        ("argument", {}, {"quantization_config": FOUR_BIT}),
-        ("argument", {}, {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}),
-        ("model_init_kwargs", {"model_init_kwargs": {"quantization_config": FOUR_BIT}}, {}),
-        ("checkpoint", {}, {}),
-        ("model", {}, {}),
+        ("argument", {}, {"quantization_config": EIGHT_BIT}, IN_8_BIT),
+        ("argument", {"model_init_kwargs": {"quantization_config": EIGHT_BIT}}, {}, IN_8_BIT),
+        ("checkpoint", {}, {}, SAVED),
+        ("checkpoint, loaded", {}, {}, SAVED),
     ],
 )
-def test_a_quantized_policy_cannot_sample_with_vllm(make_trainer, tiny_policy, tmp_path, where, options, kwargs):
+def test_quantized_policies_that_cannot_sample_with_vllm(make_trainer, saved, where, options, kwargs, message):
     model = "./not-even-looked-at"
-    if where in ("checkpoint", "model"):
-        model = AutoModelForCausalLM.from_pretrained(tiny_policy, quantization_config=FOUR_BIT)
-    if where == "checkpoint":
-        model.save_pretrained(tmp_path / "quantized")
-        model = str(tmp_path / "quantized")
-    message = r"use_vllm=True with a policy in [48] bit: .*sample from another policy.*Set use_vllm=False"
+    if "checkpoint" in where:
+        in_4_bit(saved).save_pretrained(f"{saved}-4bit")
+        model = f"{saved}-4bit"
+    if "loaded" in where:
+        model = AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(ValueError, match=message):
         make_trainer(model=model, use_vllm=True, trainer_kwargs=kwargs, **options)
 

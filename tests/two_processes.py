@@ -24,8 +24,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.rollouts.weight_sync import prepare_weight_sync
 
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -99,6 +102,15 @@ def arguments(case: str, folder: Path) -> tuple[dict, dict]:
     return options, kwargs
 
 
+def sent_to_vllm(trainer: SPPOTrainer) -> dict[str, torch.Tensor]:
+    """What this process would send in a weight sync, without a vLLM that receives it."""
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation.accelerator, generation.mode = trainer.model, trainer.accelerator, "server"
+    generation._dist = DistributedBackend(trainer.accelerator)
+    prepare_weight_sync(generation)
+    return {name: tensor.detach().clone() for name, tensor in generation._iter_named_params()}
+
+
 def run(case: str, folder: Path) -> SPPOTrainer:
     torch.manual_seed(0)
     options, kwargs = arguments(case, folder)
@@ -131,6 +143,9 @@ def run(case: str, folder: Path) -> SPPOTrainer:
     trainer._compute_loss = counting
     trainer.train()
     trainer.save_model()
+    if "peft_config" in arguments(case, folder)[1]:
+        sync = [sent_to_vllm(trainer) for _ in range(2)][1]
+        torch.save(sync, folder / f"{case}.sent-{RANK}.pt")
 
     # Between steps, FSDP has a shard of each parameter, and ZeRO-3 an empty tensor in the place of what is sharded
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainer.model.parameters())

@@ -32,7 +32,7 @@ from .rollouts.given import is_judged, load_rollouts, prompts_of
 from .rollouts.micro_batches import cut_by_length, is_distributed, log_probs, take_rows
 from .rollouts.recorder import make_rollouts
 from .rollouts.targets import RolloutTargets, StepMetrics
-from .rollouts.weight_sync import prepare_weight_sync
+from .rollouts.weight_sync import prepare_weight_sync, unquantized_vllm
 from .runs.checkpoints import check_resume, form_of
 from .runs.model_card import PAPER, add_to_card
 from .runs.resumable import ResumableTrainer
@@ -193,19 +193,20 @@ class SPPOTrainer(ResumableTrainer):
         without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
         if without_source:
             args.reward_weights = None  # it may be []
-        super().__init__(
-            model=model,
-            reward_funcs=[lambda **kwargs: []] if without_source else sources[len(judges) :],
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=[None] if without_source else tokenizers[len(judges) :],
-            peft_config=peft_config,
-            adapter=adapter,
-            given_rollouts=given_rollouts,
-            **kwargs,
-        )
+        with unquantized_vllm():
+            super().__init__(
+                model=model,
+                reward_funcs=[lambda **kwargs: []] if without_source else sources[len(judges) :],
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=[None] if without_source else tokenizers[len(judges) :],
+                peft_config=peft_config,
+                adapter=adapter,
+                given_rollouts=given_rollouts,
+                **kwargs,
+            )
         if without_source:  # nothing is to be logged of it
             self.reward_funcs, self.reward_weights = self.reward_funcs[1:], self.reward_weights[1:]
             del self.reward_func_names[0], cast(list, self.reward_processing_classes)[0]

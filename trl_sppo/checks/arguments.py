@@ -98,9 +98,9 @@ def check_trainer_arguments(
         check_not_replaced(adapter or model, str(args.output_dir))
     check_sources(args, reward_funcs, reward_processing_classes, preference_funcs, has_environment, judged)
     check_judges(args, reward_funcs, eval_reward_funcs, eval_reward_processing_classes, eval_preference_funcs)
-    check_quantization(args, model, quantization_config)
+    bits = check_quantization(args, model, quantization_config)
     check_vllm(args)
-    check_sharding(args, has_adapter)
+    check_sharding(args, has_adapter, bits)
     if args.sync_ref_model and has_adapter:
         raise ValueError(
             "sync_ref_model=True needs a separate reference model, but the reference of an adapter is its base model. "

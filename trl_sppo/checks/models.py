@@ -1,5 +1,6 @@
 """Checks of the policy before it is loaded: weights, adapters, quantization, sharding."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,37 @@ def quantized_bits(model: str | nn.Module, args: SPPOConfig, quantization_config
     kwargs: Any = args.model_init_kwargs or {}
     config = quantization_config or kwargs.get("quantization_config")
     if config is None and isinstance(model, str):
-        try:
-            config = policy_config(model, args)
-        except OSError:
-            return None
-        config = getattr(config, "quantization_config", None)
+        config = _saved_quantization(model, args)
     if config is None:
         return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
     config = config if isinstance(config, dict) else config.to_dict()
     return next((bits for bits in (4, 8) if config.get(f"load_in_{bits}bit", False)), None)
 
 
+def _saved_quantization(model: str, args: SPPOConfig) -> Any:
+    try:
+        return getattr(policy_config(model, args), "quantization_config", None)
+    except OSError:
+        return None
+
+
 def check_quantization(
     args: SPPOConfig, model: str | nn.Module, quantization_config: Any = None, on_cpu: bool | None = None
-) -> None:
-    """Raise `ValueError` for a quantized policy with vLLM, or one in 4 bit with evaluations on a CPU."""
+) -> int | None:
+    """The policy's bits. `ValueError` if vLLM cannot sample from it, or for evaluations in 4 bit on a CPU."""
     bits = quantized_bits(model, args, quantization_config)
     if bits is None:
-        return
-    if args.use_vllm:
+        return None
+    if args.use_vllm and bits == 8:
         raise ValueError(
-            f"use_vllm=True with a policy in {bits} bit: TRL would push the quantized weights without their new "
-            "scales, so vLLM would sample from another policy. Set use_vllm=False, or load the policy in bfloat16."
+            "use_vllm=True with a policy in 8 bit: bitsandbytes rounds activations to 8 bit too, and vLLM does not, "
+            "so vLLM would sample from another policy. Set load_in_4bit=True instead, or use_vllm=False."
+        )
+    path = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if args.use_vllm and path and _saved_quantization(path, args) is not None:
+        raise ValueError(
+            f"use_vllm=True with model {path!r}, which is saved in 4 bit: vLLM loads the checkpoint itself, without "
+            "bitsandbytes. Give the checkpoint in full precision with load_in_4bit=True, or set use_vllm=False."
         )
     evaluate = IntervalStrategy(args.eval_strategy).value
     on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
@@ -78,18 +88,21 @@ def check_quantization(
             f"eval_strategy={evaluate!r} with a policy in 4 bit on a CPU: bitsandbytes may pack the weights at the "
             "first evaluation so that no gradient passes afterwards. Set eval_strategy='no', or remove load_in_4bit."
         )
+    return bits
 
 
 def check_sharding(
-    args: SPPOConfig, has_adapter: bool, deepspeed: bool | None = None, fsdp: bool | None = None
+    args: SPPOConfig, has_adapter: bool, bits: int | None, deepspeed: bool | None = None, fsdp: int | None = None
 ) -> None:
     """Raise `ValueError` for options that fail with sharded models, by default as accelerate shards here."""
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
-    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") if fsdp is None else fsdp
-    if fsdp and has_adapter and args.use_vllm:
+    if fsdp is None:  # its version, or 0
+        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") * int(os.environ.get("FSDP_VERSION", 1))
+    if fsdp and args.use_vllm and (bits or (has_adapter and fsdp == 1)):
+        what = f"a policy in {bits} bit under FSDP" if bits else "an adapter under FSDP1"
         raise ValueError(
-            "use_vllm=True with an adapter under FSDP: each weight sync would move the frozen weights by a rounding "
-            "error. Use --accelerate_config multi_gpu or zero3, full fine-tuning, or use_vllm=False."
+            f"use_vllm=True with {what}: it has no whole matrices into which an adapter could be merged. Use "
+            "--accelerate_config multi_gpu, or fsdp2 and a policy in bfloat16, or use_vllm=False."
         )
     lazily = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
     if fsdp and lazily and args.beta > 0 and not has_adapter and Version(transformers.__version__) < Version("5.23"):

@@ -74,8 +74,8 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     check_adapter(model_args)
     if torch.cuda.is_available() or args.use_cpu:  # some optimizers work on GPUs only
         check_optimizer(args)
-    how = str(sharding)
-    check_sharding(args, model_args.use_peft, deepspeed=how.startswith("zero"), fsdp=how.startswith("fsdp"))
+    how, bits = str(sharding), 4 * model_args.load_in_4bit or 8 * model_args.load_in_8bit
+    check_sharding(args, model_args.use_peft, bits, how.startswith("zero"), {"fsdp1": 1, "fsdp2": 2}.get(how, 0))
     _look_at_data(plan)
     _look_at_models(plan)
     return plan
