@@ -82,9 +82,15 @@ def packed(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: in
     return logps, entropies, outputs.aux_loss
 
 
-def groups_together(batch: dict[str, Any], rows: torch.Tensor, *_: Any) -> list[dict[str, Any]]:
-    """Instead of rows by length: the completions of a prompt, which are behind each other, in one micro-batch."""
-    return [micro_batches.trim(micro_batches.take_rows(batch, group)) for group in rows.split(GROUP)]
+def groups_together(step: list[dict[str, Any]], *_: Any) -> list[dict[str, Any]]:
+    """Instead of rows by length: the completions of a prompt in one micro-batch."""
+    batch = {
+        name: torch.cat([each[name] for each in step]) if isinstance(value, torch.Tensor) and value.ndim else value
+        for name, value in step[0].items()
+    }
+    _, groups = batch["prompt_ids"].unique(dim=0, return_inverse=True)
+    rows = [(groups == group).nonzero().squeeze(1) for group in range(PROMPTS)]
+    return [micro_batches.trim(micro_batches.take_rows(batch, each)) for each in rows]
 
 
 def shared(model: Any, ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: int, *_: Any) -> tuple:

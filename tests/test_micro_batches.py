@@ -65,7 +65,7 @@ def test_equal_lengths_take_full_micro_batches():
 # ---- Slices
 
 
-def slices_of(lengths, kept, per_slice, groups=None):
+def slices_of(lengths, kept, per_slice):
     """Slices as TRL makes them: prompts padded on the left and completions on the right, to the longest of all."""
     widths = [max(each) for each in zip(*lengths, strict=True)]
     columns = [torch.arange(width) for width in widths]
@@ -75,7 +75,6 @@ def slices_of(lengths, kept, per_slice, groups=None):
         "prompt_mask": (columns[0] >= widths[0] - prompts).long(),
         "completion_mask": (columns[1] < completions).long(),
         "kept": torch.tensor(kept), "win_rates": number[:, 0].float(),
-        "group": number[:, 0] if groups is None else torch.tensor(groups),
     }  # fmt: skip
     batch |= {f"{part}_ids": (100 + number) * batch[f"{part}_mask"] for part in ("prompt", "completion")}
     batch |= {"old_per_token_logps": -number * batch["completion_mask"].float(), "ratio": number.float()}
@@ -117,22 +116,10 @@ def test_each_kept_row_is_used_once_and_whole():
         assert each["num_items_in_batch"] == 7
 
 
-@pytest.mark.parametrize(
-    ("kept", "groups", "steps"),
-    [
-        ([True] * 8, range(8), [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        ([True] * 8, [9, 4, 4, 6, 9, 7, 6, 7], [[0, 1, 2, 4], [3, 5, 6, 7]]),
-        ([True] * 8, [3, 3, 1, 1, 1, 1, 3, 0], [[0, 1, 2, 6], [3, 4, 5, 7]]),  # one group is larger than what is left
-        ([False, True] * 4, [2, 8, 2, 5, 2, 8, 8, 5], [[1, 5], [3, 7]]),  # rows that are not kept have no place
-        ([True] * 3 + [False] * 5, [1, 0, 1, 1, 0, 0, 0, 0], [[0, 2], [1]]),
-        ([False] * 8, range(8), [[], []]),
-    ],
-)
-def test_groups_stay_in_one_optimizer_step_as_far_as_they_fit(kept, groups, steps):
-    new = cut_by_length(slices_of(LENGTHS, kept, 2, list(groups)), 2, batch_size=2, accelerator=processes())
+def test_rows_stay_in_their_optimizer_step():
+    new = cut_by_length(slices_of(LENGTHS, [True] * 8, 2), per_step=2, batch_size=2, accelerator=processes())
     rows = [sorted(row for each in new[i : i + 2] for row in each["win_rates"].tolist()) for i in (0, 2)]
-    assert rows == steps
-    assert not any("group" in each for each in new)
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "FSDP", "DEEPSPEED"])
@@ -142,7 +129,7 @@ def test_every_slice_has_a_row_if_training_is_distributed(kind):
     old = slices_of(LENGTHS, kept, 1)
     new = cut_by_length(old, per_step=4, batch_size=1, accelerator=processes([3, 2], kind=kind))
     assert [each["kept"].tolist() for each in new] == [[True], [False], [False], [False]] + [[False]] * 4
-    assert [each["win_rates"].tolist() for each in new] == [[2]] * 4 + [[0]] * 4
+    assert [each["win_rates"].tolist() for each in new] == [[2]] * 4 + [[4]] * 4
     assert [int(each["num_kept"]) for each in new] == [4] * 4 + [2] * 4
     assert [each["share"].item() for each in new] == [1, 0, 0, 0] + [0] * 4
     assert all(each["completion_mask"].any() for each in new)

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-from collections import Counter
 from itertools import count
 
 import pandas as pd
@@ -815,28 +814,6 @@ def test_kept_completions_are_counted_once_per_iteration(make_trainer, monkeypat
     for step in range(4):
         (one, a), (two, b) = used[2 * step : 2 * step + 2]
         assert one == two == int(kept[step]) == max(a + b, 1)
-
-
-@pytest.mark.parametrize("options", [{"train_on": "best_and_worst"}, {}])
-def test_a_groups_completions_are_in_one_optimizer_step(make_trainer, monkeypatch, options):
-    """Two optimizer steps of two micro-batches on 4 groups of 4."""
-    trainer = make_trainer(
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=4, max_steps=2,
-        num_generations=4, prompts=["ab", "fgh", "cd e", "xyz"], **options,
-    )  # fmt: skip
-    compute, used = trainer._compute_loss, []
-
-    def use(model, inputs):
-        rows = zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        prompts = [tuple(row[mask.bool()].tolist()) for row, mask in rows]
-        used.append([prompt for prompt, kept in zip(prompts, inputs["kept"], strict=True) if kept])
-        return compute(model, inputs)
-
-    monkeypatch.setattr(trainer, "_compute_loss", use)
-    trainer.train()
-    counts = [Counter(used[0] + used[1]), Counter(used[2] + used[3])]
-    assert all(set(count.values()) == {2 if options else 4} for count in counts)
-    assert [len(count) for count in counts] == [2, 1] and len(counts[0] | counts[1]) == 3  # one group is a tie
 
 
 def test_a_training_writes_nothing_to_its_arguments(make_trainer, tmp_path, monkeypatch):

@@ -311,7 +311,6 @@ class SPPOTrainer(ResumableTrainer):
         batch["baseline"] = self._local(targets.baseline)
         batch["kept"] = self._local(targets.kept)
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
-            batch["group"] = self._local(torch.arange(targets.kept.numel(), device=targets.rows.device)) // group_size
             batch = take_rows(batch, targets.rows)
             batch["kept"] = torch.arange(len(targets.rows), device=targets.rows.device) < targets.num_kept
         return send_to_device(batch, "cpu")  # where rollouts live between their uses

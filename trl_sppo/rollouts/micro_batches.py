@@ -1,6 +1,5 @@
 """Micro-batches of rows of similar length, so that training computes few columns that are padding."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +67,8 @@ def cut_by_length(
     slices: list[dict[str, Any]], per_step: int, batch_size: int, accelerator: Any
 ) -> list[dict[str, Any]]:
     """
-    The slices of a generation batch, `per_step` for each optimizer step, cut again: an optimizer step has whole
-    groups, by `group`, if they fit, and its rows that are trained on, sorted by length, are in as few micro-batches as
-    [`cut`] needs. Slices without rows come first.
+    The slices of a generation batch, `per_step` for each optimizer step, cut again: the rows of a step that are
+    trained on, sorted by length, in as few micro-batches as [`cut`] needs. Slices without rows come first.
 
     If training is distributed, no slice is without rows: sharded models need the same number of forward passes on each
     process, and DeepSpeed adds the gradients of a step's first pass to nothing. A process with fewer rows repeats one
@@ -79,32 +77,16 @@ def cut_by_length(
     from.
     """
     steps = [slices[start : start + per_step] for start in range(0, len(slices), per_step)]
-    if "num_images" not in slices[0]:
-        batch = {
-            name: torch.cat([each[name] for each in slices]) if _has_rows(value) else value
-            for name, value in slices[0].items()
-        }
-        parts = _by_group(batch.pop("group"), batch["kept"], len(steps), per_step * batch_size)
-        steps = [_cut_step(batch, rows, per_step, batch_size, is_distributed(accelerator)) for rows in parts]
     kept = [int(sum(each["kept"].sum() for each in step)) for step in steps]
     counts = accelerator.gather(torch.tensor([kept], device=accelerator.device))
+    if "num_images" not in slices[0]:
+        steps = [_cut_step(step, batch_size, is_distributed(accelerator)) for step in steps]
     num_kept = counts.sum(dim=0).clamp(min=1).cpu()
     return [
         {**each, "num_kept": count, "share": share}
         for step, count in zip(steps, num_kept, strict=True)
         for each, share in zip(step, _shares(step), strict=True)
     ]
-
-
-def _by_group(groups: torch.Tensor, kept: torch.Tensor, steps: int, most: int) -> Sequence[torch.Tensor]:
-    """The rows of each optimizer step: of the same number of groups, if no step has more than `most` rows then."""
-    rows = kept.nonzero().squeeze(1)
-    index = groups[rows].unique(return_inverse=True)[1]
-    first = torch.full_like(index, len(rows)).scatter_reduce(0, index, torch.arange(len(rows)), "amin")
-    rows = rows[first[index].argsort(stable=True)]  # groups stay in the order of their first rows
-    counts = groups[rows].unique_consecutive(return_counts=True)[1]
-    sizes = [int(part.sum()) for part in counts.tensor_split(steps)]
-    return rows.tensor_split(steps) if len(counts) < steps or max(sizes) > most else rows.split(sizes)
 
 
 def _shares(step: list[dict[str, Any]]) -> torch.Tensor:
@@ -121,15 +103,18 @@ def is_distributed(accelerator: Any) -> bool:
     return accelerator.distributed_type != DistributedType.NO
 
 
-def _cut_step(
-    batch: dict[str, Any], rows: torch.Tensor, number: int, batch_size: int, fill: bool
-) -> list[dict[str, Any]]:
-    """The given rows in `number` slices, with `fill` each with a row at least."""
+def _cut_step(step: list[dict[str, Any]], batch_size: int, fill: bool) -> list[dict[str, Any]]:
+    """As many slices, with `fill` each with a row at least."""
+    batch = {
+        name: torch.cat([each[name] for each in step]) if _has_rows(value) else value
+        for name, value in step[0].items()
+    }
+    rows = batch["kept"].nonzero().squeeze(1)
     lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1))[rows]
     lengths, order = lengths.sort(descending=True, stable=True)
-    rows, sizes = rows[order], cut(lengths.tolist(), batch_size, number, least=number if fill else 1)
+    rows, sizes = rows[order], cut(lengths.tolist(), batch_size, len(step), least=len(step) if fill else 1)
     parts = list(rows.split(sizes)) if sizes else []
-    missing = number - len(parts)
+    missing = len(step) - len(parts)
     if not fill:
         return [trim(take_rows(batch, part)) for part in (*[rows[:0]] * missing, *parts)]
     spare = rows[-1:] if len(rows) else rows.new_zeros(1)  # the shortest
