@@ -1,9 +1,9 @@
 """Time per token of the ways to sample with transformers, when completions end at different lengths.
 
-    trl-sppo quickstart                                    # once: prepares the policy in ./quickstart
+    trl-sppo quickstart                                    # once: prepares ./quickstart, trains there
     python benchmarks/ended_rows.py
 
-`generate` goes on with rows that have ended until the longest has. Beside it, through the trainer: the same prompts
+`generate` computes rows that have ended until the longest has. Beside it, through the trainer: the same prompts
 sorted by length and sampled a quarter at a time, and TRL's `use_transformers_continuous_batching`, which puts new
 prompts in the place of rows that ended. Prompts are the quickstart's, with other plots before them: log-normal, median
 2, sigma 1.2. Times are CPU time of one thread.
@@ -74,7 +74,7 @@ def main() -> None:
         for name, (trainer, parts) in names.items():
             torch.manual_seed(seed)
             ids, _, fields = trainer._tokenize_prompts([prompt for prompt in prompts for _ in range(GROUP)])
-            ids = sorted(ids, key=len)
+            ids = sorted(ids, key=len) if parts > 1 else ids
             size, tokens, start = len(ids) // parts, 0, time.process_time()
             for first in range(0, len(ids), size):
                 completions, _ = trainer._generate_single_turn(ids[first : first + size], None, fields, GROUP)

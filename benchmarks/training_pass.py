@@ -1,6 +1,6 @@
 """Time and memory after the rollout, beside TRL's GRPO, with prompts and completions of realistic lengths.
 
-    python benchmarks/training_pass.py                 # one optimizer step of each, in turns: a quarter of an hour
+    python benchmarks/training_pass.py                 # one optimizer step of each, in turns: 35 minutes
 
 All trainers get the same 128 completions of 16 prompts, and a micro-batch size of 8. Lengths are log-normal with the
 means and standard deviations of WildChat's turns in tokens (Zhao et al., 2024, arXiv 2405.01470, table 1), and at most

@@ -115,7 +115,11 @@ def test_the_tables(capsys):
         return {"prompt": [{"role": "user", "content": "Write."}], "completions": [said],
                 "scores": {"reward_model": [score], "relevance": [0.5]}}  # fmt: skip
 
-    _show([group(" a dull film", -1), group("", None)], [group("[/a] fine film", 2)] * 2, {"vader": WinRate(0.7, 0.6, 0.8, 64)})
+    _show(
+        [group(" a dull film", -1), group("", None)],
+        [group("[/a] fine film", 2)] * 2,
+        {"vader": WinRate(0.7, 0.6, 0.8, 64)},
+    )
     said = capsys.readouterr().out
     rows = re.sub(" +", " ", said)
     assert "prompt initial trained\n\nWrite. a dull film (-1.00, +0.50) [/a] fine film (+2.00, +0.50)\n" in rows

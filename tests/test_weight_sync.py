@@ -317,3 +317,18 @@ def test_vllm_is_missing(make_trainer, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"use_vllm=True needs vLLM.*pip install trl-sppo\[vllm\]"):
         make_trainer(model="./not-even-looked-at", use_vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "bits", "problem"),
+    [
+        ({"version": 1}, None, "an adapter under FSDP1: it has no whole matrices"),
+        ({}, 4, "a policy in 4 bit under FSDP: packed weights"),
+        (None, None, None),  # transformers' default is FSDP2
+    ],
+)
+def test_fsdp_of_transformers_own_options(monkeypatch, config, bits, problem):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    args = SimpleNamespace(use_vllm=True, beta=0, reward_quantization=None, fsdp=True, fsdp_config=config)
+    with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+        check_sharding(args, has_adapter=True, bits=bits, deepspeed=False)

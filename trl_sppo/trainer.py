@@ -1,6 +1,7 @@
 """[`SPPOTrainer`]: SPPO on TRL's GRPO trainer. Wiring only; the formulas are in `preferences` and `objectives`."""
 
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,7 +194,7 @@ class SPPOTrainer(ResumableTrainer):
         without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
         if without_source:
             args.reward_weights = None  # it may be []
-        with unquantized_vllm():
+        with unquantized_vllm() if args.use_vllm else nullcontext():
             super().__init__(
                 model=model,
                 reward_funcs=[lambda **kwargs: []] if without_source else sources[len(judges) :],

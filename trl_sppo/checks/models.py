@@ -96,13 +96,15 @@ def check_sharding(
 ) -> None:
     """Raise `ValueError` for options that fail with sharded models, by default as accelerate shards here."""
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
-    if fsdp is None:  # its version, or 0
-        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") * int(os.environ.get("FSDP_VERSION", 1))
+    fsdp = _fsdp_version(args) if fsdp is None else fsdp
     if fsdp and args.use_vllm and (bits or (has_adapter and fsdp == 1)):
         what = f"a policy in {bits} bit under FSDP" if bits else "an adapter under FSDP1"
+        reason = (
+            "packed weights are not sharded tensors" if bits else "it has no whole matrices to merge adapters into"
+        )
         raise ValueError(
-            f"use_vllm=True with {what}: it has no whole matrices into which an adapter could be merged. Use "
-            "--accelerate_config multi_gpu, or fsdp2 and a policy in bfloat16, or use_vllm=False."
+            f"use_vllm=True with {what}: {reason}. Use --accelerate_config multi_gpu, or fsdp2 and a policy in "
+            "bfloat16, or use_vllm=False."
         )
     lazily = parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
     if fsdp and lazily and args.beta > 0 and not has_adapter and Version(transformers.__version__) < Version("5.23"):
@@ -115,6 +117,14 @@ def check_sharding(
             f"reward_quantization={args.reward_quantization!r} does not work under DeepSpeed. Remove it, or put the "
             "reward model behind a server and give its URL."
         )
+
+
+def _fsdp_version(args: SPPOConfig) -> int:
+    """0 without FSDP."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return int(os.environ.get("FSDP_VERSION", 1))
+    config: Any = args.fsdp_config or {}
+    return int(config.get("version", 2)) if args.fsdp else 0  # 2 is transformers' default
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -63,7 +63,7 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
         config = args.deepspeed if isinstance(args.deepspeed, dict) else {"zero_optimization": {"stage": 2}}
         sharding = f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
     elif sharding is None and getattr(args, "fsdp", None):
-        sharding = "fsdp1"
+        sharding = f"fsdp{(args.fsdp_config or {}).get('version', 2)}"
     plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)

@@ -20,7 +20,7 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def unquantized_vllm() -> AbstractContextManager:
-    """A context in which TRL starts vLLM without bitsandbytes, which vLLM has no more, for a policy in 4 bit too."""
+    """A context in which TRL starts vLLM without bitsandbytes for a policy in 4 bit. vLLM 0.28 dropped it."""
     return patch("trl.generation.vllm_generation.is_bitsandbytes_available", return_value=False)
 
 
@@ -30,7 +30,7 @@ def prepare_weight_sync(generation: VLLMGeneration) -> None:
     if is_peft_model(generation.model):
         for name, layer in generation.model.named_modules():
             if isinstance(layer, BaseTunerLayer) and _is_quantized(layer) and not isinstance(layer, lora.Linear4bit):
-                problem = f"use_vllm=True with {type(layer)} on 4-bit weights, in {name}: only LoRA is merged"
+                problem = f"use_vllm=True with {type(layer).__name__} on 4-bit weights, in {name}: only LoRA is merged"
                 raise ValueError(f"{problem} into them. Set use_vllm=False, or use LoRA on linear layers.")
         instance._iter_named_params = partial(_merge_into_copies, generation, generation._iter_named_params)
     if generation.mode == "colocate" and generation.accelerator.device.type == "cpu":
@@ -41,7 +41,7 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
     # TRL merges all adapters in place, W + BA, and takes them out again. In bfloat16 that rounds twice: each sync
     # would move the frozen weights a little further from the adapter's base. It would push 4-bit weights as they are.
     model: Any = generation.model
-    parameter: Any = None  # that TRL reads
+    parameter: Any = None  # whose weight TRL pushes next
 
     def named_parameters(*args: Any, **kwargs: Any) -> NamedTensors:
         nonlocal parameter
@@ -71,6 +71,7 @@ def _base(layer: Any) -> nn.Module:
 
 
 def _is_quantized(layer: Any) -> bool:
+    """Whether bitsandbytes holds the weights of a layer, or of the layer that an adapter is on."""
     return any(get_bnb_param_type(parameter) for parameter in _base(layer).parameters(recurse=False))
 
 
