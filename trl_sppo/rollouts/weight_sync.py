@@ -30,7 +30,8 @@ def prepare_weight_sync(generation: VLLMGeneration) -> None:
     if is_peft_model(generation.model):
         for name, layer in generation.model.named_modules():
             if isinstance(layer, BaseTunerLayer) and _is_quantized(layer) and not isinstance(layer, lora.Linear4bit):
-                problem = f"use_vllm=True with {type(layer).__name__} on 4-bit weights, in {name}: only LoRA is merged"
+                kind = f"{type(layer).__module__}.{type(layer).__name__}"
+                problem = f"use_vllm=True with {kind} on 4-bit weights, in {name}: only LoRA is merged"
                 raise ValueError(f"{problem} into them. Set use_vllm=False, or use LoRA on linear layers.")
         instance._iter_named_params = partial(_merge_into_copies, generation, generation._iter_named_params)
     if generation.mode == "colocate" and generation.accelerator.device.type == "cpu":
