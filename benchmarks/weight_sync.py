@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,23 +69,33 @@ WAYS: dict[str, Callable[[Any], None]] = {
 }
 
 
+def resident(which: str) -> float:
+    """GB of this process in memory: `VmRSS` now, `VmHWM` at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
 def cost(rounds: int) -> None:
     generation = generation_of(POLICIES["Qwen/Qwen2.5-1.5B-Instruct"])
     prepare_weight_sync(generation)
     measured: dict[str, list[float]] = {name: [] for name in WAYS}
+    growth = dict.fromkeys(WAYS, 0.0)
     for number in range(rounds + 1):
         for name, sync in WAYS.items():
-            start = time.perf_counter()
+            Path("/proc/self/clear_refs").write_text("5")  # `VmHWM` begins anew
+            before, start = resident("VmRSS"), time.perf_counter()
             sync(generation)
+            seconds = time.perf_counter() - start
+            growth[name] = max(growth[name], resident("VmHWM") - before)
             if number:  # the first warms up
-                measured[name].append(time.perf_counter() - start)
-    before = measured["in place, restored from a copy"]
-    print("| weight sync | seconds | relative to the restoring one |")
-    print("|---|---|---|")
+                measured[name].append(seconds)
+    of_all = measured["in place, restored from a copy"]
+    print("| weight sync | seconds | relative to the restoring one | GB more memory, at most |")
+    print("|---|---|---|---|")
     for name, seconds in measured.items():
-        ratios = [a / b for a, b in zip(seconds, before, strict=True)]
+        ratios = [a / b for a, b in zip(seconds, of_all, strict=True)]
         spread = f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {statistics.mean(seconds):.2f} | {spread} |")
+        print(f"| {name} | {statistics.mean(seconds):.2f} | {spread} | {growth[name]:.2f} |")
 
 
 def changed(rounds: int) -> None:
