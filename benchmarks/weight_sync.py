@@ -85,10 +85,10 @@ def cost(rounds: int) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # `VmHWM` begins anew
             before, start = resident("VmRSS"), time.perf_counter()
             sync(generation)
-            seconds = time.perf_counter() - start
+            taken = time.perf_counter() - start
             growth[name] = max(growth[name], resident("VmHWM") - before)
             if number:  # the first warms up
-                measured[name].append(seconds)
+                measured[name].append(taken)
     of_all = measured["in place, restored from a copy"]
     print("| weight sync | seconds | relative to the restoring one | GB more memory, at most |")
     print("|---|---|---|---|")
