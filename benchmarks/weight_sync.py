@@ -2,6 +2,7 @@
 
     python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: two minutes, and 10 GB of memory
     python benchmarks/weight_sync.py --parts drift    # a small model, trained between 1,000 syncs
+    python benchmarks/weight_sync.py --parts memory   # what the process grows by: a minute
     python benchmarks/weight_sync.py --parts changed  # 1.5B parameters, received by a copy: a minute, and 10 GB
 
 Compared, in turns: TRL's merge in place, the same with the base weights restored from a copy in CPU memory, which this
@@ -10,6 +11,8 @@ package did before, and this package's merge into copies. The last part leaves o
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -69,33 +72,48 @@ WAYS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def resident(which: str) -> float:
-    """GB of this process in memory: `VmRSS` now, `VmHWM` at most."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
-    return int(line.split()[1]) * 1024 / 1e9
-
-
 def cost(rounds: int) -> None:
     generation = generation_of(POLICIES["Qwen/Qwen2.5-1.5B-Instruct"])
     prepare_weight_sync(generation)
     measured: dict[str, list[float]] = {name: [] for name in WAYS}
-    growth = dict.fromkeys(WAYS, 0.0)
     for number in range(rounds + 1):
         for name, sync in WAYS.items():
-            Path("/proc/self/clear_refs").write_text("5")  # `VmHWM` begins anew
-            before, start = resident("VmRSS"), time.perf_counter()
+            start = time.perf_counter()
             sync(generation)
-            taken = time.perf_counter() - start
-            growth[name] = max(growth[name], resident("VmHWM") - before)
             if number:  # the first warms up
-                measured[name].append(taken)
+                measured[name].append(time.perf_counter() - start)
     of_all = measured["in place, restored from a copy"]
-    print("| weight sync | seconds | relative to the restoring one | GB more memory, at most |")
-    print("|---|---|---|---|")
+    print("| weight sync | seconds | relative to the restoring one |")
+    print("|---|---|---|")
     for name, seconds in measured.items():
         ratios = [a / b for a, b in zip(seconds, of_all, strict=True)]
         spread = f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {statistics.mean(seconds):.2f} | {spread} | {growth[name]:.2f} |")
+        print(f"| {name} | {statistics.mean(seconds):.2f} | {spread} |")
+
+
+def memory() -> None:
+    """What the process grows by in two syncs, at most. Each way has its own, since freed memory is used again."""
+    print("| weight sync | GB more memory |")
+    print("|---|---|")
+    for name in WAYS:
+        done = subprocess.run([sys.executable, __file__, "--grow", name], capture_output=True, text=True, check=True)
+        print(f"| {name} | {done.stdout.splitlines()[-1]} |", flush=True)
+
+
+def grow(name: str) -> None:
+    generation = generation_of(POLICIES["Qwen/Qwen2.5-1.5B-Instruct"])
+    prepare_weight_sync(generation)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    for _ in range(2):
+        WAYS[name](generation)
+    print(f"{resident('VmHWM') - before:.2f}")
+
+
+def resident(which: str) -> float:
+    """GB of this process in memory: `VmRSS` now, `VmHWM` at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def changed(rounds: int) -> None:
@@ -150,12 +168,20 @@ def drift(syncs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["cost", "drift", "changed"], default=["cost", "drift"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["cost", "memory", "drift", "changed"], default=["cost", "drift"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--syncs", type=int, default=1000)
+    parser.add_argument("--grow", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.grow:
+        grow(args.grow)
+        return
     if "cost" in args.parts:
         cost(args.rounds)
+    if "memory" in args.parts:
+        memory()
     if "changed" in args.parts:
         changed(args.rounds)
     if "drift" in args.parts:
