@@ -14,12 +14,12 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from datasets import load_dataset
+from generation import make_trainer
 
-from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.quickstart.run import FOLDER
 
 
@@ -35,28 +35,6 @@ def mixed_prompts(folder: Path, number: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def make_trainer(args: argparse.Namespace, prompts: list, continuous: bool) -> SPPOTrainer:
-    config = SPPOConfig(
-        str(args.folder / "ended_rows"),
-        use_transformers_continuous_batching=continuous,
-        per_device_train_batch_size=args.prompts * GROUP,
-        max_completion_length=args.tokens,
-        temperature=0.8,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        model_init_kwargs={"dtype": "float32"},
-        report_to="none",
-    )
-    return SPPOTrainer(
-        str(args.folder / "policy"),
-        lambda completions, **kwargs: [0.0] * len(completions),
-        config,
-        Dataset.from_dict({"prompt": prompts}),
-        processing_class=AutoTokenizer.from_pretrained(args.folder / "policy"),
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -67,7 +45,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     prompts = mixed_prompts(args.folder, args.prompts)
-    whole, continuous = (make_trainer(args, prompts, continuous) for continuous in (False, True))
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": args.prompts * GROUP, "max_completion_length": args.tokens,
+        "temperature": 0.8, "use_cpu": True, "model_init_kwargs": {"dtype": "float32"},
+    }  # fmt: skip
+    whole, continuous = (
+        make_trainer(args.folder, prompts, use_transformers_continuous_batching=continuous, **options)
+        for continuous in (False, True)
+    )
     names = {"generate": (whole, 1), "generate, sorted, in quarters": (whole, PARTS), "continuous": (continuous, 1)}
     ms: dict[str, list[float]] = {name: [] for name in names}
     for seed in range(args.rounds):

@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
@@ -20,26 +21,18 @@ from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.quickstart.run import FOLDER
 
 
-def make_trainer(args: argparse.Namespace, prompts: list, use_vllm: bool) -> SPPOTrainer:
+def make_trainer(folder: Path, prompts: list, peft_config: LoraConfig | None = None, **options: Any) -> SPPOTrainer:
+    """Of the quickstart's policy, to sample with."""
     config = SPPOConfig(
-        str(args.folder / "generation"),
-        use_vllm=use_vllm,
-        vllm_max_model_length=1024,
-        per_device_train_batch_size=args.completions,
-        max_completion_length=args.tokens,
-        generation_kwargs={"ignore_eos": True} if use_vllm else {"min_new_tokens": args.tokens},
-        gradient_checkpointing=False,
-        bf16=False,
-        model_init_kwargs={"dtype": args.dtype},
-        report_to="none",
+        str(folder / "generation"), gradient_checkpointing=False, bf16=False, report_to="none", **options
     )
     return SPPOTrainer(
-        str(args.folder / "policy"),
+        str(folder / "policy"),
         lambda completions, **kwargs: [0.0] * len(completions),
         config,
         Dataset.from_dict({"prompt": prompts}),
-        processing_class=AutoTokenizer.from_pretrained(args.folder / "policy"),
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
+        peft_config=peft_config,
     )
 
 
@@ -53,7 +46,22 @@ def main():
     args = parser.parse_args()
 
     prompts = load_dataset(str(args.folder / "prompts"), split="train")["prompt"][: args.completions // 8]
-    trainers = {name: make_trainer(args, prompts, use_vllm=name == "vLLM") for name in ("transformers", "vLLM")}
+    trainers = {
+        name: make_trainer(
+            args.folder,
+            prompts,
+            LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+            **by_engine,
+            vllm_max_model_length=1024,
+            per_device_train_batch_size=args.completions,
+            max_completion_length=args.tokens,
+            model_init_kwargs={"dtype": args.dtype},
+        )
+        for name, by_engine in (
+            ("transformers", {"generation_kwargs": {"min_new_tokens": args.tokens}}),
+            ("vLLM", {"use_vllm": True, "generation_kwargs": {"ignore_eos": True}}),
+        )
+    }
     times: dict[str, list[float]] = {name: [] for name in [*trainers, "weight sync"]}
     for _ in range(args.rounds + 1):
         for name, trainer in trainers.items():

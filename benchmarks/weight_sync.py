@@ -2,7 +2,7 @@
 
     python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: two minutes, and 10 GB of memory
     python benchmarks/weight_sync.py --parts drift    # a small model, trained between 1,000 syncs
-    python benchmarks/weight_sync.py --parts memory   # what the process grows by: a minute
+    python benchmarks/weight_sync.py --parts memory   # what the process grows by: three minutes
     python benchmarks/weight_sync.py --parts changed  # 1.5B parameters, received by a copy: a minute, and 10 GB
 
 Compared, in turns: TRL's merge in place, the same with the base weights restored from a copy in CPU memory, which this

@@ -96,7 +96,7 @@ def check_sharding(
 ) -> None:
     """Raise `ValueError` for options that fail with sharded models, by default as accelerate shards here."""
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
-    fsdp = _fsdp_version(args) if fsdp is None else fsdp
+    fsdp = fsdp_version(args) if fsdp is None else fsdp
     if fsdp and args.use_vllm and (bits or (has_adapter and fsdp == 1)):
         what = f"a policy in {bits} bit under FSDP" if bits else "an adapter under FSDP1"
         reason = (
@@ -119,8 +119,8 @@ def check_sharding(
         )
 
 
-def _fsdp_version(args: SPPOConfig) -> int:
-    """0 without FSDP."""
+def fsdp_version(args: SPPOConfig) -> int:
+    """FSDP's version by accelerate's environment or transformers' own options, 0 without FSDP."""
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return int(os.environ.get("FSDP_VERSION", 1))
     config: Any = args.fsdp_config or {}

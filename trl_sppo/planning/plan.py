@@ -19,7 +19,14 @@ from ..arguments.loading import check_one_dataset, is_id, load_data
 from ..arguments.options import SPPOScriptArguments, check_dotted, import_callable, make_parser, split_config
 from ..arguments.recipes import check_output_dir
 from ..checks.arguments import check_activation_checkpointing, check_optimizer
-from ..checks.models import check_adapter, check_not_replaced, check_policy_weights, check_quantization, check_sharding
+from ..checks.models import (
+    check_adapter,
+    check_not_replaced,
+    check_policy_weights,
+    check_quantization,
+    check_sharding,
+    fsdp_version,
+)
 from ..checks.prompts import check_prompts, without_empty_images
 from ..checks.readers import policy_reader, reward_readers
 from ..checks.sources import check_columns, check_datasets, check_judges, check_sources, named_datasets
@@ -62,8 +69,8 @@ def read(recipe: str, argv: list[str], gpu: float = 80e9, prompt_length: int = 1
     if sharding is None and args.deepspeed:
         config = args.deepspeed if isinstance(args.deepspeed, dict) else {"zero_optimization": {"stage": 2}}
         sharding = f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
-    elif sharding is None and getattr(args, "fsdp", None):
-        sharding = f"fsdp{(args.fsdp_config or {}).get('version', 2)}"
+    elif sharding is None and (version := fsdp_version(args)):
+        sharding = f"fsdp{version}"
     plan = Plan(script, args, model_args, dataset_args, Placement(gpu, processes, sharding, prompt_length), unknown)
     check_output_dir(args.output_dir)
     check_activation_checkpointing(args)
