@@ -29,7 +29,7 @@ from ..arguments.loading import dataset_source
 from ..checks.arguments import check_vllm_is_installed
 from ..files import read_beginning
 from ..models.adapters import base_of, check_whole_model, config_of, is_adapter, load_weights, tokenizer_of
-from ..models.generation import end_tokens, only_requested_generation
+from ..models.generation import end_tokens, only_requested_generation, shared_prompts
 from ..models.weights import check_weights, whole_and_silent
 from ..rollouts.files import COLUMNS
 from ..rows import without_nulls
@@ -275,7 +275,7 @@ def sample_ids(
     for start in tqdm(range(0, len(repeated), sampling.batch_size), desc=description):
         batch = {"input_ids": repeated[start : start + sampling.batch_size]}
         inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
-        with only_requested_generation(model):
+        with only_requested_generation(model), shared_prompts(model):
             output = model.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=sampling.max_completion_length,

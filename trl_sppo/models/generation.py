@@ -1,10 +1,12 @@
-"""Generation: the options that act, and the tokens that end a completion."""
+"""Generation: the options that act, prompts computed once, and the tokens that end a completion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, GenerationConfig
 
 
 @contextmanager
@@ -23,6 +25,61 @@ def only_requested_generation(model: Any) -> Iterator[None]:
     finally:
         config.clear()
         config.update(recommended)
+
+
+@contextmanager
+def shared_prompts(model: Any) -> Iterator[None]:
+    """
+    In the next call of `generate`, compute each prompt once where the rows after it repeat it: its keys and values are
+    copied for the completions of its group. Inputs or caches of another form are computed as they are.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    row_of_prompt: list[torch.Tensor] = []
+
+    def keep_one_of_each(module, args, kwargs):
+        before.remove()  # only the first pass has prompts
+        if not _can_share(module, kwargs):
+            return None
+        rows = torch.cat([kwargs["input_ids"], kwargs["attention_mask"]], dim=1)
+        _, prompt_of, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
+        if len(counts) == len(rows):
+            return None
+        row_of_prompt.append(prompt_of)
+        first = counts.cumsum(dim=0) - counts
+        return args, {name: value[first] if _is_of_rows(value) else value for name, value in kwargs.items()}
+
+    def repeat(module, args, kwargs, output):
+        after.remove()
+        if row_of_prompt:
+            output.logits = output.logits[row_of_prompt[0]]
+            _cache(kwargs).reorder_cache(row_of_prompt[0])
+
+    before = base.register_forward_pre_hook(keep_one_of_each, with_kwargs=True)
+    after = base.register_forward_hook(repeat, with_kwargs=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _can_share(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a first pass has nothing but prompts: no images, no columns of an adapter, and a cache that grows."""
+    tensors = {name: value.shape for name, value in kwargs.items() if _is_of_rows(value)}
+    return (
+        type(_cache(kwargs)) is DynamicCache
+        and model.config.get_text_config() is model.config  # others keep positions of their own for each row
+        and {"input_ids", "attention_mask"} <= tensors.keys() <= {"input_ids", "attention_mask", "position_ids"}
+        and len(set(tensors.values())) == 1
+    )
+
+
+def _is_of_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("cache", kwargs.get("past_key_values"))  # newer and older transformers
 
 
 def end_tokens(config: GenerationConfig | None, tokenizer: Any) -> list[int]:

@@ -1,0 +1,140 @@
+"""Sampling with transformers: each prompt is computed once for its group, whatever the model keeps of it."""
+
+from contextlib import nullcontext
+
+import peft
+import pytest
+import torch
+import transformers
+from helpers import TINY
+from transformers import AutoModelForCausalLM
+
+from trl_sppo.models.generation import shared_prompts
+
+
+GROUP = 4
+SMALL = {**TINY, "num_hidden_layers": 2}
+FAMILIES = {
+    "full attention": transformers.Qwen2Config(**SMALL),
+    "sliding windows": transformers.Gemma2Config(**SMALL, head_dim=8, sliding_window=4),
+    "absolute positions": transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2),
+    "no positions": transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2),
+    "a mixture": transformers.MixtralConfig(**SMALL, num_local_experts=4),
+    "convolutions": transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "a state space": transformers.Mamba2Config(
+        vocab_size=32, hidden_size=16, num_heads=4, head_dim=8, state_size=4, num_hidden_layers=2, n_groups=2
+    ),
+}
+
+
+def make(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompts(lengths=(2, 7, 5), group=GROUP):
+    """Of the given lengths, padded on the left, each `group` times."""
+    generator, width = torch.Generator().manual_seed(1), max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, 32, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids.repeat_interleave(group, 0), "attention_mask": mask.repeat_interleave(group, 0)}
+
+
+def sample(model, inputs, share=True, **options):
+    """Sampled tokens, logits of each step, and how many rows the first pass computed."""
+    rows: list[int] = []
+    embedding = model.get_input_embeddings().register_forward_hook(lambda *args: rows.append(len(args[-1])))
+    torch.manual_seed(3)
+    with shared_prompts(model) if share else nullcontext():
+        output = model.generate(
+            **inputs, max_new_tokens=6, do_sample=True, pad_token_id=0, eos_token_id=1, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+    embedding.remove()
+    return output.sequences, torch.stack(output.logits), rows[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_computed_once_and_completions_stay_the_same(family):
+    model, inputs = make(FAMILIES[family]), prompts()
+    tokens, logits, rows = sample(model, inputs, share=False)
+    shared_tokens, shared_logits, shared_rows = sample(model, inputs)
+    assert (rows, shared_rows) == (12, 3)
+    torch.testing.assert_close(shared_logits, logits, rtol=0, atol=2e-6)
+    assert shared_tokens.tolist() == tokens.tolist()
+    assert len({tuple(row) for row in shared_tokens.tolist()}) > 3  # the completions of a prompt differ
+
+
+def test_groups_of_different_sizes():
+    """A process, or the last batch of an evaluation, may have a part of a group."""
+    model, inputs = make(FAMILIES["full attention"]), prompts()
+    inputs = {name: value[2:11] for name, value in inputs.items()}
+    tokens, logits, _ = sample(model, inputs, share=False)
+    shared_tokens, shared_logits, rows = sample(model, inputs)
+    assert rows == 3
+    torch.testing.assert_close(shared_logits, logits, rtol=0, atol=2e-6)
+    assert shared_tokens.tolist() == tokens.tolist()
+
+
+def test_padding_is_not_a_token_of_a_prompt():
+    """Of two prompts with the same ids, one may have a padding token that it attends to."""
+    model, inputs = make(FAMILIES["full attention"]), prompts(lengths=(5,), group=2)
+    inputs["input_ids"][:, 0] = 0
+    inputs["attention_mask"][1, 0] = 0
+    _, logits, _ = sample(model, inputs, share=False)
+    _, shared_logits, rows = sample(model, inputs)
+    assert rows == 2
+    assert torch.equal(shared_logits, logits)
+
+
+def test_adapters():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model, inputs = peft.get_peft_model(make(FAMILIES["full attention"]), config), prompts()
+    tokens, logits, _ = sample(model, inputs, share=False)
+    shared_tokens, shared_logits, rows = sample(model, inputs)
+    assert rows == 3
+    torch.testing.assert_close(shared_logits, logits, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        (None, {"cache_implementation": "static"}),
+        (None, {"use_cache": False}),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}),
+    ],
+)
+def test_other_forms_are_computed_as_they_are(adapter, options):
+    model, inputs = make(FAMILIES["full attention"]), prompts()
+    if adapter is not None:
+        model = peft.get_peft_model(model, adapter)
+    tokens, logits, rows = sample(model, inputs, share=False, **options)
+    shared_tokens, shared_logits, shared_rows = sample(model, inputs, **options)
+    assert rows == shared_rows == 12
+    assert torch.equal(shared_logits, logits)
+
+
+def test_models_of_images_are_computed_as_they_are():
+    """They keep positions of their own for each row, from the first pass to the next."""
+    text = {**SMALL, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
+    model = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    ).eval()
+    _, logits, rows = sample(model, prompts(), share=False)
+    _, shared_logits, shared_rows = sample(model, prompts())
+    assert rows == shared_rows == 12
+    assert torch.equal(shared_logits, logits)
+
+
+def test_nothing_is_left_on_the_model():
+    model = make(FAMILIES["full attention"])
+    with pytest.raises(KeyError), shared_prompts(model):
+        raise KeyError
+    sample(model, prompts())
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    _, _, rows = sample(model, prompts(), share=False)
+    assert rows == 12
