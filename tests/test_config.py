@@ -52,6 +52,10 @@ def test_defaults(tmp_path):
         ({"win_rate_threshold": 0.4}, r"win_rate_threshold must be in \[0.5, 1\], got 0.4"),
         ({"win_rate_threshold": 1.1}, r"win_rate_threshold must be in \[0.5, 1\], got 1.1"),
         (
+            {"keep_groups_together": True, "per_device_train_batch_size": 12},
+            r"needs whole groups in a micro-batch: set per_device_train_batch_size \(12\) to a multiple of num_gen",
+        ),
+        (
             {"win_rate_threshold": 0.6, "train_on": "best_and_worst"},
             "win_rate_threshold=0.6 and train_on='best_and_worst' both choose.*Set only one",
         ),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import image_dataset, image_score, weights
 
+from trl_sppo.errors import RunError
+
 
 @pytest.mark.parametrize("options", [{}, {"train_on": "best_and_worst", "num_iterations": 2}, {"beta": 1.0}])
 @pytest.mark.parametrize("split", [(8, 1), (2, 4)])
@@ -76,3 +78,13 @@ def test_the_split_does_not_matter_with_images_either(make_trainer, seeing):
         results.append(weights(trainer))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_groups_of_images_cannot_be_kept_together(make_trainer, seeing):
+    model, processor = seeing
+    trainer = make_trainer(
+        model=model, reward_funcs=image_score, keep_groups_together=True,
+        trainer_kwargs={"train_dataset": image_dataset(), "processing_class": processor},
+    )  # fmt: skip
+    with pytest.raises(RunError, match="keep_groups_together=True does not work with images"):
+        trainer.train()

@@ -122,6 +122,35 @@ def test_rows_stay_in_their_optimizer_step():
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_stay_together(seed):
+    """Each kept row once, with all of its group, in the order of the groups, of at most as many columns as allowed."""
+    rng = random.Random(seed)
+    size, per_step, steps = rng.choice([2, 4]), rng.randint(1, 4), rng.randint(1, 3)
+    batch_size = size * rng.randint(1, 2)
+    number = per_step * steps * batch_size
+    lengths = [(rng.randint(1, 9), rng.randint(1, 30)) for _ in range(number)]
+    groups = [i // size for i in range(number)]
+    order = rng.sample(range(number), number)  # TRL's
+    kept = [rng.random() < 0.6 for _ in range(number)]
+    slices = slices_of([lengths[i] for i in order], [kept[i] for i in order], batch_size)
+    for start, each in zip(range(0, number, batch_size), slices, strict=True):
+        rows = order[start : start + batch_size]
+        each |= {"group": torch.tensor([groups[i] for i in rows]), "win_rates": torch.tensor(rows).float()}
+    new = cut_by_length(slices, per_step, batch_size, processes(), group_size=size)
+    found = [sorted(int(row) for row in each["win_rates"]) for each in new]
+    assert sorted(itertools.chain(*found)) == [row for row in range(number) if kept[row]]
+    homes = [{groups[row] for row in rows} for rows in found]
+    assert sum(map(len, homes)) == len(set.union(*homes)) and not any("group" in each for each in new)
+    for step in range(steps):
+        of_step = set.union(*homes[step * per_step : (step + 1) * per_step])
+        assert of_step <= set(range(step * number // steps // size, (step + 1) * number // steps // size))
+        rows = [row for part in found[step * per_step : (step + 1) * per_step] for row in part]
+        longest = max((sum(lengths[row]) for row in rows), default=0)
+        for part in found[step * per_step : (step + 1) * per_step]:
+            assert len(part) * max((sum(lengths[row]) for row in part), default=0) <= batch_size * longest
+
+
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "FSDP", "DEEPSPEED"])
 def test_every_slice_has_a_row_if_training_is_distributed(kind):
     """In the first step this process keeps one row, in the second none."""
@@ -129,7 +158,7 @@ def test_every_slice_has_a_row_if_training_is_distributed(kind):
     old = slices_of(LENGTHS, kept, 1)
     new = cut_by_length(old, per_step=4, batch_size=1, accelerator=processes([3, 2], kind=kind))
     assert [each["kept"].tolist() for each in new] == [[True], [False], [False], [False]] + [[False]] * 4
-    assert [each["win_rates"].tolist() for each in new] == [[2]] * 4 + [[4]] * 4
+    assert [each["win_rates"].tolist() for each in new] == [[2]] * 4 + [[0]] * 4
     assert [int(each["num_kept"]) for each in new] == [4] * 4 + [2] * 4
     assert [each["share"].item() for each in new] == [1, 0, 0, 0] + [0] * 4
     assert all(each["completion_mask"].any() for each in new)
@@ -305,3 +334,17 @@ def test_however_many_micro_batches_the_step_is_the_same(fixed, tiny_model, opti
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6 * (1 + start.abs().max().item()))
     assert len({len(ids) for group in COMPLETIONS.values() for ids in group}) > 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_whole_groups_make_the_same_step(fixed, tiny_model, number):
+    """Of four groups of four, at least one in each micro-batch."""
+    found = []
+    for together in (False, True):
+        trainer = fixed(
+            model=copy.deepcopy(tiny_model), per_device_train_batch_size=16 // number, max_grad_norm=0.0, max_steps=1,
+            gradient_accumulation_steps=number, optim="sgd", learning_rate=0.01, keep_groups_together=together,
+        )  # fmt: skip
+        trainer.train()
+        found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from collections import Counter
 from itertools import count
 
 import pandas as pd
@@ -814,6 +815,32 @@ def test_kept_completions_are_counted_once_per_iteration(make_trainer, monkeypat
     for step in range(4):
         (one, a), (two, b) = used[2 * step : 2 * step + 2]
         assert one == two == int(kept[step]) == max(a + b, 1)
+
+
+@pytest.mark.shows("keep_groups_together")
+@pytest.mark.parametrize("chosen", [{"train_on": "best_and_worst"}, {}])
+@pytest.mark.parametrize("together", [True, False])
+def test_completions_of_a_prompt_in_one_micro_batch(make_trainer, monkeypatch, together, chosen):
+    """Two optimizer steps of two micro-batches on 8 groups of 4, of which TRL's order divides some."""
+    trainer = make_trainer(
+        per_device_train_batch_size=8, gradient_accumulation_steps=2, steps_per_generation=4, max_steps=2,
+        prompts=["ab", "fgh", "cd e", "xyz", "a", "bcd f", "gg", "hijk"], keep_groups_together=together, **chosen,
+        reward_funcs=lambda completion_ids, **kwargs: [sum(ids) + i % 4 for i, ids in enumerate(completion_ids)],
+    )  # fmt: skip
+    compute, used = trainer._compute_loss, []
+
+    def use(model, inputs):
+        rows = zip(inputs["prompt_ids"], inputs["prompt_mask"], inputs["kept"], strict=True)
+        used.append(Counter(tuple(row[mask.bool()].tolist()) for row, mask, kept in rows if kept))
+        return compute(model, inputs)
+
+    monkeypatch.setattr(trainer, "_compute_loss", use)
+    trainer.train()
+    assert len(used) == 4 and sum(used, Counter()).total() >= (14 if chosen else 28)  # some groups may be tied
+    homes = Counter(prompt for each in used for prompt in each)
+    assert (set(homes.values()) == {1}) is together
+    if together:
+        assert [len(used[0] | used[1]), len(used[2] | used[3])] == [4, 4]
 
 
 def test_a_training_writes_nothing_to_its_arguments(make_trainer, tmp_path, monkeypatch):

@@ -111,6 +111,9 @@ class SPPOConfig(GRPOConfig):
             Completions of a group to train on: `"all"`, or `"best_and_worst"` (the paper's experiments).
         win_rate_threshold (`float`, *optional*):
             Train only on completions with a win rate of at least this, or of at most one minus this. In [0.5, 1].
+        keep_groups_together (`bool`, *optional*, defaults to `False`):
+            Whether the completions of a prompt are trained on in one micro-batch. TRL deals an iteration's completions
+            out at random. `per_device_train_batch_size` must be a multiple of `num_generations`.
         reward_batch_size (`int`, *optional*, defaults to `16`):
             Completions per forward pass of a reward model. Limits its memory.
         reward_quantization (`str`, *optional*):
@@ -208,6 +211,9 @@ class SPPOConfig(GRPOConfig):
     win_rate_threshold: float | None = field(
         default=None,
         metadata={"help": "Train only on win rates of at least this, or at most one minus this. In [0.5, 1]."},
+    )
+    keep_groups_together: bool = field(
+        default=False, metadata={"help": "Whether the completions of a prompt are trained on in one micro-batch."}
     )
 
     # Parameters that control scoring
@@ -332,6 +338,12 @@ class SPPOConfig(GRPOConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
                 "SPPO iteration, which is one generation batch. Change one of them (or generation_batch_size)."
+            )
+
+        if self.keep_groups_together and self.per_device_train_batch_size % self.num_generations != 0:
+            yield (
+                f"keep_groups_together=True needs whole groups in a micro-batch: set per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}) to a multiple of num_generations ({self.num_generations})."
             )
 
     def _warn(self) -> None:

@@ -21,7 +21,7 @@ from .config import SPPOConfig
 from .errors import RunError, is_of_another_process
 from .evaluation.opponents import choose_metric
 from .models.adapters import continue_adapter, is_adapter, keep_reference, load_weights
-from .models.generation import only_requested_generation
+from .models.generation import only_requested_generation, shared_prompts
 from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .oracles.asking import PreferenceFunc, oracle_name, told_apart
 from .oracles.panel import make_panel
@@ -311,7 +311,14 @@ class SPPOTrainer(ResumableTrainer):
         batch["win_rates"] = self._local(targets.regressed)
         batch["baseline"] = self._local(targets.baseline)
         batch["kept"] = self._local(targets.kept)
+        if "num_images" in batch and self.args.keep_groups_together and training:
+            raise RunError(
+                "keep_groups_together=True does not work with images: their pixels have no rows that could be put into "
+                "another order. Set it to False."
+            )
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
+            if self.args.keep_groups_together:
+                batch["group"] = torch.arange(len(batch["kept"]), device=batch["kept"].device) // group_size
             batch = take_rows(batch, targets.rows)
             batch["kept"] = torch.arange(len(targets.rows), device=targets.rows.device) < targets.num_kept
         return send_to_device(batch, "cpu")  # where rollouts live between their uses
@@ -326,6 +333,7 @@ class SPPOTrainer(ResumableTrainer):
                 args.gradient_accumulation_steps,
                 args.per_device_train_batch_size,
                 self.accelerator,
+                self.num_generations if args.keep_groups_together else None,
             )
             slices = [pin(each, device) for each in slices]
             self._buffered_inputs = slices
@@ -430,7 +438,8 @@ class SPPOTrainer(ResumableTrainer):
             return known
         check_prompt_ids(prompt_ids, self.args, self.model.config)
         try:
-            with only_requested_generation(self.accelerator.unwrap_model(self.model)):
+            policy = self.accelerator.unwrap_model(self.model)
+            with only_requested_generation(policy), shared_prompts(policy):
                 completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except Exception as error:
             if not self.use_vllm or isinstance(error, torch.OutOfMemoryError) or is_of_another_process(error):

@@ -1,5 +1,6 @@
 """Micro-batches of rows of similar length, so that training computes few columns that are padding."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,58 +14,62 @@ PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-ba
 FULL = (0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def cut(lengths: list[int], batch_size: int, most: int, least: int = 1) -> list[int]:
+def cut(
+    lengths: list[int], batch_size: int, most: int, least: int = 1, rows: Sequence[int] | None = None
+) -> list[int]:
     """
-    How many rows, sorted from long to short, each micro-batch takes: as few micro-batches as keep padding below
-    `PADDING`, and then those with the fewest columns.
+    How many units, sorted from long to short, each micro-batch takes: as few micro-batches as keep padding below
+    `PADDING`, and then those with the fewest columns. A unit is a row, or the rows of a group.
 
     Args:
-        lengths: Tokens of each row, descending.
-        batch_size: A micro-batch of several rows has at most `FULL` times the columns of this many rows of the longest
+        lengths: Tokens of each unit's longest row, descending.
+        batch_size: A micro-batch of several units has at most `FULL` times the columns of this many rows of the longest
             length: as little as `most` micro-batches allow.
         most: The largest number of micro-batches. Padding may then be more.
-        least: The smallest number of micro-batches, if there are as many rows.
+        least: The smallest number of micro-batches, if there are as many units.
+        rows: Of each unit, 1 by default.
     """
     if not lengths:
         return []
-    number_of_rows = len(lengths)
+    number_of_units = len(lengths)
+    before = np.cumsum([0, *(rows or [1] * number_of_units)])  # rows
     limits = [full * batch_size * lengths[0] for full in FULL]
-    limit = next((limit for limit in limits if _fewest_within(limit, lengths) <= most), limits[-1])
-    widest = min(number_of_rows, max(1, int(limit // lengths[-1])))
-    rows = np.arange(widest, 0, -1)  # of a micro-batch that begins at `first` and ends before `end`
-    end = np.arange(1, number_of_rows + 1)
-    first = end[:, None] - rows
-    columns = rows * np.array(lengths, dtype=float)[first.clip(min=0)]
-    columns[(first < 0) | ((columns > limit) & (rows > 1))] = np.inf
-    fewest = np.full(widest + number_of_rows, np.inf)  # columns for the first n rows, behind `widest - 1` of padding
+    limit = next((limit for limit in limits if _fewest_within(limit, lengths, before) <= most), limits[-1])
+    widest = min(number_of_units, max(1, int(limit // lengths[-1])))
+    units = np.arange(widest, 0, -1)  # of a micro-batch that begins at `first` and ends before `end`
+    end = np.arange(1, number_of_units + 1)
+    first = end[:, None] - units
+    columns = (before[end, None] - before[first.clip(min=0)]) * np.array(lengths, dtype=float)[first.clip(min=0)]
+    columns[(first < 0) | ((columns > limit) & (units > 1))] = np.inf
+    fewest = np.full(widest + number_of_units, np.inf)  # columns for the first n units, behind `widest - 1` of padding
     fewest[widest - 1] = 0
     begins = []
-    for number in range(1, min(most, number_of_rows) + 1):
+    for number in range(1, min(most, number_of_units) + 1):
         through = sliding_window_view(fewest[:-1], widest) + columns
         best = through.argmin(axis=1)
         begins.append(first[end - 1, best])
         fewest[widest - 1] = np.inf
         fewest[widest:] = through[end - 1, best]
-        if number >= least and fewest[-1] <= (1 + PADDING) * sum(lengths):
+        if number >= least and fewest[-1] <= (1 + PADDING) * np.dot(np.diff(before), lengths):
             break
-    sizes, stop = [], number_of_rows
+    sizes, stop = [], number_of_units
     for begin in reversed(begins):
         sizes.append(stop - int(begin[stop - 1]))
         stop = int(begin[stop - 1])
     return sizes[::-1]
 
 
-def _fewest_within(limit: float, lengths: list[int]) -> int:
-    """Micro-batches of at most `limit` columns each, or of one row."""
+def _fewest_within(limit: float, lengths: list[int], before: np.ndarray) -> int:
+    """Micro-batches of at most `limit` columns each, or of one unit."""
     number = start = 0
     while start < len(lengths):
-        start += max(1, int(limit // lengths[start]))
+        start = max(start + 1, int(before.searchsorted(before[start] + limit // lengths[start], side="right")) - 1)
         number += 1
     return number
 
 
 def cut_by_length(
-    slices: list[dict[str, Any]], per_step: int, batch_size: int, accelerator: Any
+    slices: list[dict[str, Any]], per_step: int, batch_size: int, accelerator: Any, group_size: int | None = None
 ) -> list[dict[str, Any]]:
     """
     The slices of a generation batch, `per_step` for each optimizer step, cut again: the rows of a step that are
@@ -75,12 +80,29 @@ def cut_by_length(
     that is not trained on. Each slice gets `num_kept`, the rows of all processes that the step trains on, and `share`,
     its part of this process's tokens of the step. Slices with images stay as they are: pixels have no rows to choose
     from.
+
+    With a `group_size`, which divides `batch_size`, the rows of a `group` are in one slice, and the groups in their
+    order in the optimizer steps.
     """
-    steps = [slices[start : start + per_step] for start in range(0, len(slices), per_step)]
+    number = len(slices) // per_step
+    if "num_images" in slices[0]:
+        steps = [slices[step * per_step : (step + 1) * per_step] for step in range(number)]
+    else:
+        batch = {
+            name: torch.cat([each[name] for each in slices]) if _has_rows(value) else value
+            for name, value in slices[0].items()
+        }
+        rows = torch.arange(len(batch["kept"]))
+        if group_size is None:
+            step_of, unit = rows * number // max(len(rows), 1), rows
+        else:
+            unit = batch.pop("group")
+            step_of = unit * group_size // (per_step * batch_size)
+        chosen = [(batch["kept"] & (step_of == step)).nonzero().squeeze(1) for step in range(number)]
+        fill = is_distributed(accelerator)
+        steps = [_cut_step(batch, rows, unit[rows], per_step, batch_size, fill) for rows in chosen]
     kept = [int(sum(each["kept"].sum() for each in step)) for step in steps]
     counts = accelerator.gather(torch.tensor([kept], device=accelerator.device))
-    if "num_images" not in slices[0]:
-        steps = [_cut_step(step, batch_size, is_distributed(accelerator)) for step in steps]
     num_kept = counts.sum(dim=0).clamp(min=1).cpu()
     return [
         {**each, "num_kept": count, "share": share}
@@ -103,21 +125,21 @@ def is_distributed(accelerator: Any) -> bool:
     return accelerator.distributed_type != DistributedType.NO
 
 
-def _cut_step(step: list[dict[str, Any]], batch_size: int, fill: bool) -> list[dict[str, Any]]:
-    """As many slices, with `fill` each with a row at least."""
-    batch = {
-        name: torch.cat([each[name] for each in step]) if _has_rows(value) else value
-        for name, value in step[0].items()
-    }
-    rows = batch["kept"].nonzero().squeeze(1)
+def _cut_step(
+    batch: dict[str, Any], rows: torch.Tensor, unit: torch.Tensor, number: int, batch_size: int, fill: bool
+) -> list[dict[str, Any]]:
+    """The given rows in `number` slices, those of one `unit` in one, with `fill` each with a row at least."""
     lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1))[rows]
-    lengths, order = lengths.sort(descending=True, stable=True)
-    rows, sizes = rows[order], cut(lengths.tolist(), batch_size, len(step), least=len(step) if fill else 1)
-    parts = list(rows.split(sizes)) if sizes else []
-    missing = len(step) - len(parts)
+    unit, count = unit.unique(return_inverse=True, return_counts=True)[1:]
+    longest = torch.zeros_like(count).scatter_reduce(0, unit, lengths, "amax")
+    longest, order = longest.sort(descending=True, stable=True)
+    rows, count = rows[order.argsort()[unit].argsort(stable=True)], count[order]
+    sizes = cut(longest.tolist(), batch_size, number, number if fill else 1, count.tolist())
+    parts = list(rows.split([int(part.sum()) for part in count.split(sizes)])) if sizes else []
+    missing = number - len(parts)
     if not fill:
         return [trim(take_rows(batch, part)) for part in (*[rows[:0]] * missing, *parts)]
-    spare = rows[-1:] if len(rows) else rows.new_zeros(1)  # the shortest
+    spare = rows[-1:] if len(rows) else rows.new_zeros(1)  # a short one
     repeated = trim(take_rows(batch, spare))
     repeated["kept"] = repeated["kept"] & False
     return [trim(take_rows(batch, part)) for part in parts] + [repeated] * missing
