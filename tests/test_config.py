@@ -52,7 +52,7 @@ def test_defaults(tmp_path):
         ({"win_rate_threshold": 0.4}, r"win_rate_threshold must be in \[0.5, 1\], got 0.4"),
         ({"win_rate_threshold": 1.1}, r"win_rate_threshold must be in \[0.5, 1\], got 1.1"),
         (
-            {"keep_groups_together": True, "per_device_train_batch_size": 12},
+            {"keep_groups_together": True, "per_device_train_batch_size": 12, "steps_per_generation": 2},
             r"needs whole groups in a micro-batch: set per_device_train_batch_size \(12\) to a multiple of num_gen",
         ),
         (

@@ -817,7 +817,6 @@ def test_kept_completions_are_counted_once_per_iteration(make_trainer, monkeypat
         assert one == two == int(kept[step]) == max(a + b, 1)
 
 
-@pytest.mark.shows("keep_groups_together")
 @pytest.mark.parametrize("chosen", [{"train_on": "best_and_worst"}, {}])
 @pytest.mark.parametrize("together", [True, False])
 def test_completions_of_a_prompt_in_one_micro_batch(make_trainer, monkeypatch, together, chosen):
