@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, cast
 
 from transformers.utils import logging
 from trl import GRPOConfig
@@ -340,9 +340,9 @@ class SPPOConfig(GRPOConfig):
                 "SPPO iteration, which is one generation batch. Change one of them (or generation_batch_size)."
             )
 
-        if self.keep_groups_together and self.per_device_train_batch_size % self.num_generations != 0:
+        if self.keep_groups_together and self.per_device_train_batch_size % cast(int, self.num_generations) != 0:
             yield (
-                f"keep_groups_together=True needs whole groups in a micro-batch: set per_device_train_batch_size "
+                "keep_groups_together=True needs whole groups in a micro-batch: set per_device_train_batch_size "
                 f"({self.per_device_train_batch_size}) to a multiple of num_generations ({self.num_generations})."
             )
 

@@ -313,7 +313,7 @@ class SPPOTrainer(ResumableTrainer):
         batch["kept"] = self._local(targets.kept)
         if "num_images" in batch and self.args.keep_groups_together and training:
             raise RunError(
-                "keep_groups_together=True does not work with images: their pixels have no rows that could be put into "
+                "keep_groups_together=True does not work with images: pixels have no rows that could be put into "
                 "another order. Set it to False."
             )
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked

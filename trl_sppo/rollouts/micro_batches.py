@@ -23,8 +23,8 @@ def cut(
 
     Args:
         lengths: Tokens of each unit's longest row, descending.
-        batch_size: A micro-batch of several units has at most `FULL` times the columns of this many rows of the longest
-            length: as little as `most` micro-batches allow.
+        batch_size: A micro-batch of several units has at most `FULL` times the columns of this many rows of the
+            longest length: as little as `most` micro-batches allow.
         most: The largest number of micro-batches. Padding may then be more.
         least: The smallest number of micro-batches, if there are as many units.
         rows: Of each unit, 1 by default.
