@@ -128,7 +128,7 @@ def is_distributed(accelerator: Any) -> bool:
 def _cut_step(
     batch: dict[str, Any], rows: torch.Tensor, unit: torch.Tensor, number: int, batch_size: int, fill: bool
 ) -> list[dict[str, Any]]:
-    """The given rows in `number` slices, those of one `unit` in one, with `fill` each with a row at least."""
+    """The given rows in `number` slices, each `unit` in one of them. With `fill`, each slice has a row at least."""
     lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1))[rows]
     unit, count = unit.unique(return_inverse=True, return_counts=True)[1:]
     longest = torch.zeros_like(count).scatter_reduce(0, unit, lengths, "amax")
