@@ -18,8 +18,7 @@ SLOW_LORA, FAST_FULL = 1e-6, 5e-6  # learning rates: 2 and 10 times the paper's,
 CURES = {
     "generating": "Lower vllm_gpu_memory_utilization, or without vLLM per_device_train_batch_size or "
     "steps_per_generation.",
-    "reading prompts": "Set generation_kwargs: {prefill_chunk_size: 256}, or lower per_device_train_batch_size or "
-    "steps_per_generation.",
+    "reading prompts": "Lower per_device_train_batch_size or steps_per_generation, or shorten the longest prompts.",
     "scoring": "Lower reward_batch_size, or serve the reward model (docs/judges.md).",
     "training": "Lower per_device_train_batch_size (and raise gradient_accumulation_steps and steps_per_generation as "
     "much), set gradient_checkpointing: true, or train an adapter (use_peft: true).",

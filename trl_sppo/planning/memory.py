@@ -214,13 +214,16 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
         return {"generating: vLLM" if args.vllm_enable_sleep_mode else "vLLM, which does not sleep": share}
     longest = longest_text(args, place)
     prompt, batch = place.prompt_length, args.per_device_eval_batch_size if evaluates else 0
+    prompts = batch // (args.num_generations_eval or args.num_generations or 1)  # computed once for a group
     if args.rollouts is None:
-        batch = max(batch, args.per_device_train_batch_size * (args.steps_per_generation or 1))
+        rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
+        batch, prompts = max(batch, rows), max(prompts, -(-rows // (args.num_generations or 1)))
     generation: Any = args.generation_kwargs or {}
-    chunk = generation.get("prefill_chunk_size", prompt)
+    chunk = generation.get("prefill_chunk_size")
+    read, width = (prompts, prompt) if chunk is None else (batch, chunk)  # of a prompt's later parts, each row has one
     return {
-        "reading prompts: cache, one layer, mask": batch * (prompt * policy.cache + chunk * policy.kept)
-        + batch * chunk * prompt * (3 + policy.kept_of_pairs),
+        "reading prompts: cache, one layer, mask": batch * prompt * policy.cache
+        + read * width * policy.kept + read * width * prompt * (3 + policy.kept_of_pairs),
         "generating: cache": batch * longest * policy.cache,
         "generating: of one layer, for all heads": batch * longest * policy.heads * 2 * 2,
     }
