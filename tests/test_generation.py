@@ -9,6 +9,7 @@ import transformers
 from helpers import TINY
 from transformers import AutoModelForCausalLM
 
+from trl_sppo.evaluation.policies import Sampling, sample_ids
 from trl_sppo.models.generation import shared_prompts
 
 
@@ -78,6 +79,15 @@ def test_groups_of_different_sizes():
     assert shared_tokens.tolist() == tokens.tolist()
 
 
+def test_prompts_that_are_read_in_parts():
+    model, inputs = make(FAMILIES["full attention"]), prompts()
+    tokens, logits, _ = sample(model, inputs, share=False, prefill_chunk_size=3)
+    shared_tokens, shared_logits, rows = sample(model, inputs, prefill_chunk_size=3)
+    assert rows < 12
+    torch.testing.assert_close(shared_logits, logits, rtol=0, atol=2e-6)
+    assert shared_tokens.tolist() == tokens.tolist()
+
+
 def test_padding_is_not_a_token_of_a_prompt():
     """Of two prompts with the same ids, one may have a padding token that it attends to."""
     model, inputs = make(FAMILIES["full attention"]), prompts(lengths=(5,), group=2)
@@ -139,3 +149,29 @@ def test_nothing_is_left_on_the_model():
     assert not model._forward_hooks and not model._forward_pre_hooks
     _, _, rows = sample(model, prompts(), share=False)
     assert rows == 12
+
+
+def first_passes(model):
+    """Rows of each pass that begins with several columns."""
+    rows: list[int] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda *args: rows.append(len(args[-1])) if args[-1].size(1) > 1 else None)
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_trainer_computes_each_prompt_once(make_trainer, chunk):
+    """For its four completions. Of a prompt that is read in parts, only the first part is computed once."""
+    kwargs = None if chunk is None else {"prefill_chunk_size": chunk}
+    trainer = make_trainer(generation_kwargs=kwargs)
+    ids, images, fields = trainer._tokenize_prompts([prompt for prompt in ["abc", "fghi", "cd"] for _ in range(4)])
+    rows = first_passes(trainer.model)
+    completions, _ = trainer._generate_single_turn(ids, images, fields, 4)
+    assert rows == ([3] if chunk is None else [3, 12]) and len(completions) == 12
+
+
+def test_policies_compute_each_prompt_once(tiny_model, tiny_tokenizer):
+    rows = first_passes(tiny_model)
+    sampling = Sampling(num_generations=3, max_completion_length=4)
+    found = sample_ids(tiny_model, tiny_tokenizer, [[3, 4, 5], [6, 7]], sampling)
+    assert rows == [2] and [len(group) for group in found] == [3, 3]
