@@ -10,7 +10,7 @@ from helpers import TINY
 from transformers import AutoModelForCausalLM
 
 from trl_sppo.evaluation.policies import Sampling, sample_ids
-from trl_sppo.models.generation import shared_prompts
+from trl_sppo.models.generation import _can_share, shared_prompts
 
 
 GROUP = 4
@@ -22,6 +22,19 @@ FAMILIES = {
     "no positions": transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2),
     "a mixture": transformers.MixtralConfig(**SMALL, num_local_experts=4),
     "convolutions": transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "linear attention": transformers.Qwen3NextConfig(
+        **SMALL,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "a state space": transformers.Mamba2Config(
         vocab_size=32, hidden_size=16, num_heads=4, head_dim=8, state_size=4, num_hidden_layers=2, n_groups=2
     ),
@@ -68,6 +81,16 @@ def test_prompts_are_computed_once_and_completions_stay_the_same(family):
     assert len({tuple(row) for row in shared_tokens.tolist()}) > 3  # the completions of a prompt differ
 
 
+def test_prompts_without_padding():
+    """`generate` drops their mask."""
+    model, inputs = make(FAMILIES["full attention"]), prompts(lengths=(5, 5))
+    tokens, logits, _ = sample(model, inputs, share=False)
+    shared_tokens, shared_logits, rows = sample(model, inputs)
+    assert rows == 2
+    torch.testing.assert_close(shared_logits, logits, rtol=0, atol=2e-6)
+    assert shared_tokens.tolist() == tokens.tolist()
+
+
 def test_groups_of_different_sizes():
     """A process, or the last batch of an evaluation, may have a part of a group."""
     model, inputs = make(FAMILIES["full attention"]), prompts()
@@ -109,6 +132,10 @@ def test_adapters():
     assert shared_tokens.tolist() == tokens.tolist()
 
 
+ALORA = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
+
+
+@pytest.mark.parametrize("lengths", [(2, 7, 5), (5, 5, 5)], ids=["padded", "of one length"])
 @pytest.mark.parametrize(
     ("adapter", "options"),
     [
@@ -116,10 +143,11 @@ def test_adapters():
         (None, {"use_cache": False}),
         (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), {}),
+        (ALORA, {}),
     ],
 )
-def test_other_forms_are_computed_as_they_are(adapter, options):
-    model, inputs = make(FAMILIES["full attention"]), prompts()
+def test_other_forms_are_computed_as_they_are(adapter, options, lengths):
+    model, inputs = make(FAMILIES["full attention"]), prompts(lengths)
     if adapter is not None:
         model = peft.get_peft_model(model, adapter)
     _, logits, rows = sample(model, inputs, share=False, **options)
@@ -128,17 +156,50 @@ def test_other_forms_are_computed_as_they_are(adapter, options):
     assert torch.equal(shared_logits, logits)
 
 
-def test_models_of_images_are_computed_as_they_are():
-    """They keep positions of their own for each row, from the first pass to the next."""
-    text = {**SMALL, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}}
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
-    model = transformers.Qwen2_5_VLForConditionalGeneration(
-        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    ).eval()
+def test_caches_on_the_way_to_the_cpu_are_not_copied():
+    """`cache_implementation="offloaded"` needs a GPU, and moves the first layers while the last are computed."""
+    model, cache = make(FAMILIES["full attention"]), transformers.DynamicCache()
+    inputs = {**prompts(), "past_key_values": cache}
+    assert _can_share(model, inputs)
+    cache.offloading = True
+    assert not _can_share(model, inputs)
+
+
+KEEPS_ROWS = {
+    "state outside of the cache": (
+        transformers.RecurrentGemmaForCausalLM,
+        transformers.RecurrentGemmaConfig(**SMALL, lru_width=16, block_types=["recurrent", "attention"]),
+    ),
+    "images": (
+        transformers.Gemma3ForConditionalGeneration,
+        transformers.Gemma3Config(
+            text_config={**SMALL, "head_dim": 8},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPS_ROWS)
+def test_models_that_keep_something_of_each_row(kind):
+    cls, config = KEEPS_ROWS[kind]
+    torch.manual_seed(0)
+    model = cls(config).eval()
     _, logits, rows = sample(model, prompts(), share=False)
     _, shared_logits, shared_rows = sample(model, prompts())
     assert rows == shared_rows == 12
     assert torch.equal(shared_logits, logits)
+
+
+def test_own_code_is_computed_as_it_is(monkeypatch):
+    model = make(FAMILIES["full attention"])
+    monkeypatch.setattr(type(model), "_auto_class", "AutoModelForCausalLM")
+    assert sample(model, prompts())[2] == 12
 
 
 def test_nothing_is_left_on_the_model():

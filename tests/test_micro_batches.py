@@ -124,7 +124,7 @@ def test_rows_stay_in_their_optimizer_step():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_groups_stay_together(seed):
-    """Each kept row once, with all of its group, in the order of the groups, of at most as many columns as allowed."""
+    """Each kept row once, with all of its group, as many groups in each step, and no more columns than allowed."""
     rng = random.Random(seed)
     size, per_step, steps = rng.choice([2, 4]), rng.randint(1, 4), rng.randint(1, 3)
     batch_size = size * rng.randint(1, 2)
@@ -137,18 +137,32 @@ def test_groups_stay_together(seed):
     for start, each in zip(range(0, number, batch_size), slices, strict=True):
         rows = order[start : start + batch_size]
         each |= {"group": torch.tensor([groups[i] for i in rows]), "win_rates": torch.tensor(rows).float()}
-    new = cut_by_length(slices, per_step, batch_size, processes(), group_size=size)
+    new = cut_by_length(slices, per_step, batch_size, processes(), together=True)
     found = [sorted(int(row) for row in each["win_rates"]) for each in new]
     assert sorted(itertools.chain(*found)) == [row for row in range(number) if kept[row]]
     homes = [{groups[row] for row in rows} for rows in found]
     assert sum(map(len, homes)) == len(set.union(*homes)) and not any("group" in each for each in new)
+    dealt = [set.union(*homes[step * per_step : (step + 1) * per_step]) for step in range(steps)]
+    assert [group for of_step in dealt for group in sorted(of_step)] == sorted(set.union(*homes))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
     for step in range(steps):
-        of_step = set.union(*homes[step * per_step : (step + 1) * per_step])
-        assert of_step <= set(range(step * number // steps // size, (step + 1) * number // steps // size))
         rows = [row for part in found[step * per_step : (step + 1) * per_step] for row in part]
         longest = max((sum(lengths[row]) for row in rows), default=0)
         for part in found[step * per_step : (step + 1) * per_step]:
             assert len(part) * max((sum(lengths[row]) for row in part), default=0) <= batch_size * longest
+
+
+def test_groups_if_training_is_distributed():
+    """Two kept groups in four micro-batches of two steps: two repeat the shortest of their rows."""
+    slices = slices_of(
+        [(3, 9), (5, 1), (2, 2), (3, 8), (1, 1), (4, 8), (2, 1), (6, 2)], [True] * 2 + [False] * 4 + [True] * 2, 2
+    )
+    for start, each in zip(range(0, 8, 2), slices, strict=True):
+        each["group"] = torch.arange(start, start + 2) // 2
+    new = cut_by_length(slices, 2, 2, processes([3, 2], kind="FSDP"), together=True)
+    assert [each["win_rates"].tolist() for each in new] == [[0, 1], [6], [6, 7], [6]]
+    assert [each["kept"].tolist() for each in new] == [[True] * 2, [False], [True] * 2, [False]]
+    assert [int(each["num_kept"]) for each in new] == [5, 5, 4, 4]
 
 
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "FSDP", "DEEPSPEED"])
@@ -158,7 +172,7 @@ def test_every_slice_has_a_row_if_training_is_distributed(kind):
     old = slices_of(LENGTHS, kept, 1)
     new = cut_by_length(old, per_step=4, batch_size=1, accelerator=processes([3, 2], kind=kind))
     assert [each["kept"].tolist() for each in new] == [[True], [False], [False], [False]] + [[False]] * 4
-    assert [each["win_rates"].tolist() for each in new] == [[2]] * 4 + [[0]] * 4
+    assert [each["win_rates"].tolist() for each in new] == [[2]] * 8
     assert [int(each["num_kept"]) for each in new] == [4] * 4 + [2] * 4
     assert [each["share"].item() for each in new] == [1, 0, 0, 0] + [0] * 4
     assert all(each["completion_mask"].any() for each in new)

@@ -311,13 +311,8 @@ class SPPOTrainer(ResumableTrainer):
         batch["win_rates"] = self._local(targets.regressed)
         batch["baseline"] = self._local(targets.baseline)
         batch["kept"] = self._local(targets.kept)
-        if "num_images" in batch and self.args.keep_groups_together and training:
-            raise RunError(
-                "keep_groups_together=True does not work with images: pixels have no rows that could be put into "
-                "another order. Set it to False."
-            )
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
-            if self.args.keep_groups_together:
+            if training and self.args.keep_groups_together:
                 batch["group"] = torch.arange(len(batch["kept"]), device=batch["kept"].device) // group_size
             batch = take_rows(batch, targets.rows)
             batch["kept"] = torch.arange(len(targets.rows), device=targets.rows.device) < targets.num_kept
@@ -333,7 +328,7 @@ class SPPOTrainer(ResumableTrainer):
                 args.gradient_accumulation_steps,
                 args.per_device_train_batch_size,
                 self.accelerator,
-                self.num_generations if args.keep_groups_together else None,
+                args.keep_groups_together,
             )
             slices = [pin(each, device) for each in slices]
             self._buffered_inputs = slices

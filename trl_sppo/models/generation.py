@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from transformers import DynamicCache, GenerationConfig
 
 
@@ -31,16 +31,23 @@ def only_requested_generation(model: Any) -> Iterator[None]:
 def shared_prompts(model: Any) -> Iterator[None]:
     """
     In the next call of `generate`, compute each prompt once where the rows after it repeat it: its keys and values are
-    copied for the completions of its group. Inputs or caches of another form are computed as they are.
+    copied for the completions of its group. Dropout, if there is any, is then the same in a group's copies. Models,
+    adapters and caches for which this could be wrong compute each row.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_adapted = isinstance(model, PeftModel)
+    base = model.get_base_model() if is_adapted else model
+    if is_adapted and not all(_keeps_to_rows(config) for config in model.peft_config.values()):
+        yield
+        return
     row_of_prompt: list[torch.Tensor] = []
 
     def keep_one_of_each(module, args, kwargs):
         before.remove()  # only the first pass has prompts
         if not _can_share(module, kwargs):
             return None
-        rows = torch.cat([kwargs["input_ids"], kwargs["attention_mask"]], dim=1)
+        rows = torch.cat(
+            [kwargs[name] for name in ("input_ids", "attention_mask") if _is_of_rows(kwargs.get(name))], 1
+        )
         _, prompt_of, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
         if len(counts) == len(rows):
             return None
@@ -63,13 +70,22 @@ def shared_prompts(model: Any) -> Iterator[None]:
         after.remove()
 
 
+def _keeps_to_rows(config: Any) -> bool:
+    """Whether an adapter brings no columns, and nothing that it has computed for each row."""
+    return config.peft_type == PeftType.LORA and not getattr(config, "alora_invocation_tokens", None)
+
+
 def _can_share(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a first pass has nothing but prompts: no images, no columns of an adapter, and a cache that grows."""
+    """Whether a first pass has nothing but prompts, and leaves nothing but a cache that can be copied."""
     tensors = {name: value.shape for name, value in kwargs.items() if _is_of_rows(value)}
     return (
         type(_cache(kwargs)) is DynamicCache
-        and model.config.get_text_config() is model.config  # others keep positions of their own for each row
-        and {"input_ids", "attention_mask"} <= tensors.keys() <= {"input_ids", "attention_mask", "position_ids"}
+        and not _cache(kwargs).offloading
+        # A part that reads images keeps positions of each row, RecurrentGemma its state, and own code who knows what
+        and model.config.get_text_config() is model.config
+        and model.config.model_type != "recurrent_gemma"
+        and not model.is_remote_code()
+        and {"input_ids"} <= tensors.keys() <= {"input_ids", "attention_mask", "position_ids"}
         and len(set(tensors.values())) == 1
     )
 

@@ -223,7 +223,8 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
     read, width = (prompts, prompt) if chunk is None else (batch, chunk)  # of a prompt's later parts, each row has one
     return {
         "reading prompts: cache, one layer, mask": batch * prompt * policy.cache
-        + read * width * policy.kept + read * width * prompt * (3 + policy.kept_of_pairs),
+        + read * width * policy.kept
+        + read * width * prompt * (3 + policy.kept_of_pairs),
         "generating: cache": batch * longest * policy.cache,
         "generating: of one layer, for all heads": batch * longest * policy.heads * 2 * 2,
     }

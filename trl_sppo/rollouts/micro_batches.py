@@ -8,6 +8,8 @@ import torch
 from accelerate.utils import DistributedType
 from numpy.lib.stride_tricks import sliding_window_view
 
+from ..errors import RunError
+
 
 PADDING = 0.1  # at most this part of a step's tokens, if the number of micro-batches allows
 # Of the columns that a micro-batch of the longest rows would have: the first that the number of micro-batches allows
@@ -69,7 +71,7 @@ def _fewest_within(limit: float, lengths: list[int], before: np.ndarray) -> int:
 
 
 def cut_by_length(
-    slices: list[dict[str, Any]], per_step: int, batch_size: int, accelerator: Any, group_size: int | None = None
+    slices: list[dict[str, Any]], per_step: int, batch_size: int, accelerator: Any, together: bool = False
 ) -> list[dict[str, Any]]:
     """
     The slices of a generation batch, `per_step` for each optimizer step, cut again: the rows of a step that are
@@ -81,11 +83,16 @@ def cut_by_length(
     its part of this process's tokens of the step. Slices with images stay as they are: pixels have no rows to choose
     from.
 
-    With a `group_size`, which divides `batch_size`, the rows of a `group` are in one slice, and the groups in their
-    order in the optimizer steps.
+    With `together`, the rows of a `group` are in one slice. Groups with rows that are trained on are dealt out to the
+    optimizer steps in their order. The size of a group must divide `batch_size`.
     """
     number = len(slices) // per_step
     if "num_images" in slices[0]:
+        if together:
+            raise RunError(
+                "keep_groups_together=True does not work with images: pixels have no rows that could be put into "
+                "another order. Set it to False."
+            )
         steps = [slices[step * per_step : (step + 1) * per_step] for step in range(number)]
     else:
         batch = {
@@ -93,11 +100,9 @@ def cut_by_length(
             for name, value in slices[0].items()
         }
         rows = torch.arange(len(batch["kept"]))
-        if group_size is None:
-            step_of, unit = rows * number // max(len(rows), 1), rows
-        else:
-            unit = batch.pop("group")
-            step_of = unit * group_size // (per_step * batch_size)
+        unit, among = (batch.pop("group"), batch["kept"]) if together else (rows, rows >= 0)
+        units = unit[among].unique()  # dealt out to the steps, in their order
+        step_of = torch.searchsorted(units, unit) * number // max(len(units), 1)
         chosen = [(batch["kept"] & (step_of == step)).nonzero().squeeze(1) for step in range(number)]
         fill = is_distributed(accelerator)
         steps = [_cut_step(batch, rows, unit[rows], per_step, batch_size, fill) for rows in chosen]
@@ -139,7 +144,9 @@ def _cut_step(
     missing = number - len(parts)
     if not fill:
         return [trim(take_rows(batch, part)) for part in (*[rows[:0]] * missing, *parts)]
-    spare = rows[-1:] if len(rows) else rows.new_zeros(1)  # a short one
+    # The shortest row that is trained on in some step, since others have no log-probabilities
+    tokens = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
+    spare = tokens.masked_fill(~batch["kept"], tokens.max() + 1).argmin().unsqueeze(0)
     repeated = trim(take_rows(batch, spare))
     repeated["kept"] = repeated["kept"] & False
     return [trim(take_rows(batch, part)) for part in parts] + [repeated] * missing

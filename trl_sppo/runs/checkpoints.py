@@ -23,7 +23,7 @@ REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is bein
 # Options that determine how an iteration is cut into micro-batches. A checkpoint's rollouts fit only these
 LAYOUT = (
     "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
-    "num_iterations",
+    "num_iterations", "keep_groups_together",
 )  # fmt: skip
 
 # Settings of an adapter that may differ between a checkpoint and the run that resumes it
@@ -148,7 +148,8 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
     elif args.sync_ref_model and (form or {}).get("sharding"):
         problem = "does not hold the reference model, which sync_ref_model=True has changed and which is sharded"
     else:
-        changed = differences(manifest["layout"], layout_of(args)) + differences(manifest.get("form", {}), form or {})
+        layout = {"keep_groups_together": False, **manifest["layout"]}  # older checkpoints do not name it
+        changed = differences(layout, layout_of(args)) + differences(manifest.get("form", {}), form or {})
         if not changed:
             return
         problem = f"belongs to a run with other options ({'; '.join(changed)}), whose state it holds"
