@@ -56,10 +56,7 @@ def main() -> None:
         "per_device_train_batch_size": args.prompts * GROUP, "max_completion_length": args.tokens,
         "temperature": 0.8, "use_cpu": True, "model_init_kwargs": {"dtype": "float32"},
     }  # fmt: skip
-    whole, continuous = (
-        make_trainer(args.folder, prompts, use_transformers_continuous_batching=continuous, **options)
-        for continuous in (False, True)
-    )
+    whole = make_trainer(args.folder, prompts, **options)
     shared: Any = trl_sppo.trainer.shared_prompts
     names = {
         "TRL's": (whole, 1, lambda model: nullcontext()),
@@ -68,10 +65,13 @@ def main() -> None:
         "prompts computed each time, sorted, in quarters": (whole, PARTS, lambda model: nullcontext()),
     }
     if args.continuous:
+        continuous = make_trainer(args.folder, prompts, use_transformers_continuous_batching=True, **options)
         names["continuous batching"] = (continuous, 1, shared)
+    whole._generate_single_turn(whole._tokenize_prompts(prompts[:1])[0], None, {}, 1)  # warms up
     ms: dict[str, list[float]] = {name: [] for name in names}
     for seed in range(args.rounds):
-        for name, (trainer, parts, sharing) in names.items():
+        order = list(names.items())
+        for name, (trainer, parts, sharing) in order[seed % len(order) :] + order[: seed % len(order)]:
             torch.manual_seed(seed)
             trl_sppo.trainer.shared_prompts = sharing
             ids, _, fields = trainer._tokenize_prompts([prompt for prompt in prompts for _ in range(GROUP)])

@@ -343,6 +343,7 @@ SIZE = ModelSize(
     parameters=1000, matrices=800, layer=400, embedding=100, widest=50, layers=2, hidden=4, cache=32, heads=4, kept=64,
     kept_of_pairs=0,
 )  # fmt: skip
+READING = "reading prompts: cache, one layer, mask"
 
 
 @pytest.mark.parametrize(
@@ -362,6 +363,20 @@ SIZE = ModelSize(
         ({"reward_quantization": "4bit"}, {}, {}, "reward model, matrices in NF4", 800 * (1 / 2 + 1 / 64 + 1 / 4096)),
         # rows of 8 + 4 tokens: 4 micro-batches of 8 rows are sampled at once
         ({}, {}, {}, "generating: cache", 32 * 12 * 32),
+        ({}, {}, {}, READING, 32 * 8 * 32 + 4 * 8 * 64 + 4 * 8 * 8 * 3),  # of 4 prompts
+        ({"generation_kwargs": {"prefill_chunk_size": 8}}, {}, {}, READING, 32 * 8 * 32 + 4 * 8 * 64 + 4 * 8 * 8 * 3),
+        (
+            {"generation_kwargs": {"prefill_chunk_size": 2}}, {}, {}, READING,
+            32 * 8 * 32 + 32 * 2 * 64 + 32 * 2 * 8 * 3,
+        ),
+        (
+            {"cache_implementation": "static"}, {}, {}, READING,
+            32 * 8 * 32 + 32 * 8 * 64 + 32 * 8 * 8 * 3,
+        ),
+        (  # an evaluation of 40 rows, 2 of each prompt
+            {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 40, "num_generations_eval": 2},
+            {}, {}, READING, 40 * 8 * 32 + 20 * 8 * 64 + 20 * 8 * 8 * 3,
+        ),
         ({"gradient_checkpointing": False}, {}, {}, "training: all layers", 8 * 12 * 3 * 64),
     ],
 )  # fmt: skip

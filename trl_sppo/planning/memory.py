@@ -1,7 +1,7 @@
 """Memory of a training on a GPU, estimated from the models' configurations, without their weights."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -212,15 +212,16 @@ def _generating(args: SPPOConfig, policy: ModelSize, place: Placement) -> dict[s
             return {}
         share = args.vllm_gpu_memory_utilization * place.gpu
         return {"generating: vLLM" if args.vllm_enable_sleep_mode else "vLLM, which does not sleep": share}
-    longest = longest_text(args, place)
-    prompt, batch = place.prompt_length, args.per_device_eval_batch_size if evaluates else 0
-    prompts = batch // (args.num_generations_eval or args.num_generations or 1)  # computed once for a group
+    longest, prompt = longest_text(args, place), place.prompt_length
+    groups = [(args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations)] * evaluates
     if args.rollouts is None:
         rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
-        batch, prompts = max(batch, rows), max(prompts, -(-rows // (args.num_generations or 1)))
+        groups.append((rows, args.num_generations))
+    batch = max(rows for rows, _ in groups)
     generation: Any = args.generation_kwargs or {}
-    chunk = generation.get("prefill_chunk_size")
-    read, width = (prompts, prompt) if chunk is None else (batch, chunk)  # of a prompt's later parts, each row has one
+    read, width = batch, min(generation.get("prefill_chunk_size", prompt), prompt)
+    if width == prompt and args.cache_implementation is None and not args.use_transformers_continuous_batching:
+        read = max(-(-rows // cast(int, size)) for rows, size in groups)  # each prompt once for its group
     return {
         "reading prompts: cache, one layer, mask": batch * prompt * policy.cache
         + read * width * policy.kept
