@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192, help="At most, of each completion.")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--short", action="store_true", help="Prompts as they are, of nearly equal length.")
     parser.add_argument("--continuous", action="store_true", help="Time continuous batching too, the slowest.")
     args = parser.parse_args()
 
