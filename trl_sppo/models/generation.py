@@ -95,7 +95,8 @@ def _is_of_rows(value: Any) -> bool:
 
 
 def _cache(kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("cache", kwargs.get("past_key_values"))  # newer and older transformers
+    """By the names that versions of transformers, and state spaces in older ones, have for it."""
+    return next((kwargs[name] for name in ("cache", "past_key_values", "cache_params") if name in kwargs), None)
 
 
 def end_tokens(config: GenerationConfig | None, tokenizer: Any) -> list[int]:
