@@ -39,7 +39,7 @@ def shared_prompts(model: Any) -> Iterator[None]:
     if is_adapted and not all(_keeps_to_rows(config) for config in model.peft_config.values()):
         yield
         return
-    row_of_prompt: list[torch.Tensor] = []
+    prompt_of_row: list[torch.Tensor] = []
 
     def keep_one_of_each(module, args, kwargs):
         before.remove()  # only the first pass has prompts
@@ -48,18 +48,18 @@ def shared_prompts(model: Any) -> Iterator[None]:
         rows = torch.cat(
             [kwargs[name] for name in ("input_ids", "attention_mask") if _is_of_rows(kwargs.get(name))], 1
         )
-        _, prompt_of, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
+        _, numbers, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
         if len(counts) == len(rows):
             return None
-        row_of_prompt.append(prompt_of)
+        prompt_of_row.append(numbers)
         first = counts.cumsum(dim=0) - counts
         return args, {name: value[first] if _is_of_rows(value) else value for name, value in kwargs.items()}
 
     def repeat(module, args, kwargs, output):
         after.remove()
-        if row_of_prompt:
-            output.logits = output.logits[row_of_prompt[0]]
-            _cache(kwargs).reorder_cache(row_of_prompt[0])
+        if prompt_of_row:
+            output.logits = output.logits[prompt_of_row[0]]
+            _cache(kwargs).reorder_cache(prompt_of_row[0])
 
     before = base.register_forward_pre_hook(keep_one_of_each, with_kwargs=True)
     after = base.register_forward_hook(repeat, with_kwargs=True)
@@ -81,7 +81,7 @@ def _can_share(model: Any, kwargs: dict[str, Any]) -> bool:
     return (
         type(_cache(kwargs)) is DynamicCache
         and not _cache(kwargs).offloading
-        # A part that reads images keeps positions of each row, RecurrentGemma its state, and own code who knows what
+        # Models with a part for images keep positions of each row, RecurrentGemma its state, and own code is unknown
         and model.config.get_text_config() is model.config
         and model.config.model_type != "recurrent_gemma"
         and not model.is_remote_code()
