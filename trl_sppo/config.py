@@ -339,7 +339,6 @@ class SPPOConfig(GRPOConfig):
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
                 "SPPO iteration, which is one generation batch. Change one of them (or generation_batch_size)."
             )
-
         if self.keep_groups_together and self.per_device_train_batch_size % cast(int, self.num_generations) != 0:
             yield (
                 "keep_groups_together=True needs whole groups in a micro-batch: set per_device_train_batch_size "
