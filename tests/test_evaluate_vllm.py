@@ -20,7 +20,8 @@ if not POLICY:
 import vllm  # noqa: E402, F401  (here it must be there)
 
 
-QUESTIONS = ["Name a colour.", "What is the capital of France?", "Count from one to five.", "Say hello."]
+# Of the likeliest token and the next one, logits are further apart than bfloat16 rounds, also with the adapter (but once)
+QUESTIONS = ["What is the capital of Japan?", "Explain gravity.", "Who wrote Hamlet?", "Repeat: one, two, three."]
 PROMPTS = Dataset.from_list([{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS])
 
 
