@@ -9,3 +9,4 @@ texts or lists of messages. Pass an oracle to [`SPPOTrainer`] as `preference_fun
 from .gpm import GeneralPreferenceJudge as GeneralPreferenceJudge
 from .llm import LLMJudge as LLMJudge
 from .pairrm import PairRMJudge as PairRMJudge
+from .ranking import LLMRanker as LLMRanker

@@ -2,10 +2,15 @@
 
 import asyncio
 import inspect
+import json
+import math
 import os
-from collections.abc import Callable, Coroutine, Sequence
+import zlib
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -48,17 +53,34 @@ def check_oracle(oracle: PreferenceFunc) -> None:
         ) from error
 
 
-def ordered_pairs(same: torch.Tensor, both_orders: bool) -> torch.Tensor:
+def ordered_pairs(compared: torch.Tensor, both_orders: bool) -> torch.Tensor:
     """
-    The comparisons to make, `(comparisons, 3)`: group, first and second completion, by groups. `same`, of shape
-    `(groups, K, K)`, marks pairs to skip. With one order, the first place alternates.
+    The comparisons to make, `(comparisons, 3)`: group, first and second completion, by groups. `compared`, of shape
+    `(groups, K, K)` and symmetric, marks the pairs. With one order, the first place alternates.
     """
-    ask = ~same
+    ask = compared
     if not both_orders:
-        i = torch.arange(same.size(1))
+        i = torch.arange(compared.size(1))
         even = (i[:, None] + i) % 2 == 0
-        ask &= torch.where(i[:, None] < i, even, ~even.T)
+        ask = ask & torch.where(i[:, None] < i, even, ~even.T)
     return ask.nonzero()
+
+
+def random_pairs(group_size: int, num_pairs: int, seed: int) -> torch.Tensor:
+    """
+    A symmetric mask `(K, K)` of `num_pairs` random pairs, or all. No completion is in more than one pair more than
+    another, if K is even, and for each all opponents are equally likely.
+    """
+    order = torch.randperm(group_size, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(group_size, group_size, dtype=torch.bool)
+    # Rounds of a circle: at distance 1, 2, ..., each first between places that leave no other one out for long
+    steps = [(i, d) for d in range(1, group_size // 2 + 1) for odd in (0, 1) for i in range(group_size) if i // d % 2 == odd]
+    for i, distance in steps:
+        if chosen.sum() == 2 * num_pairs:
+            break
+        a, b = order[i], order[(i + distance) % group_size]
+        chosen[a, b] = chosen[b, a] = True
+    return chosen
 
 
 @dataclass
@@ -66,8 +88,8 @@ class Verdicts:
     """Verdicts of a pairwise oracle on a rollout."""
 
     matrix: torch.Tensor  # (groups, K, K): P(i beats j) when i is shown first, NaN where not asked or lost
-    same: torch.Tensor  # (groups, K, K): identical completions, which are not compared
-    num_asked: int  # comparisons, over all processes
+    same: torch.Tensor  # (groups, K, K): pairs of identical completions among those to compare, which tie
+    num_asked: int  # comparisons, over all processes. Of copies of a completion one is asked about
     num_lost: int
     problem: str = SAYS_NOTHING  # the first one
 
@@ -75,6 +97,26 @@ class Verdicts:
     def preferences(self) -> torch.Tensor:
         """Shape `(groups, K, K)`: both orders averaged, 1/2 for identical completions, NaN where unknown."""
         return preferences_from_answers(self.matrix).masked_fill(self.same, 0.5)
+
+
+class VerdictLog:
+    """Verdicts of this process on a rollout, written as they come: a process that is killed has not asked in vain."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.known: dict[tuple[int, ...], float] = {}  # by group, first and second completion
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                with suppress(ValueError):  # the last line may have been cut off
+                    *question, verdict = json.loads(line)
+                    self.known[tuple(question)] = verdict
+
+    def write(self, verdicts: Iterable[tuple[list[int], float]]) -> None:
+        """Add verdicts. Lost ones are left out, to be asked for again."""
+        lines = [json.dumps([*question, verdict]) for question, verdict in verdicts if not math.isnan(verdict)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def ask_oracle(
@@ -90,27 +132,44 @@ def ask_oracle(
     disable_tqdm: bool = False,
     known: torch.Tensor | None = None,  # the matrix of stored verdicts, which replaces the calls
     first_side: int | None = None,  # compare only the first so many of each group with the others of it
+    per_group: int | None = None,  # comparisons of a group, of random pairs. All by default
+    log: VerdictLog | None = None,  # verdicts of an earlier process, and where to write those of this one
 ) -> Verdicts:
     """
-    Compare the completions of each group, a part of the pairs on each process. All processes get the same result. A
+    Compare the completions of each group, a part of the groups on each process. All processes get the same result. A
     verdict that is missing or outside [0, 1], or whose call raised an error, is lost.
     """
     columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
-    needless = same
+    compared = torch.ones_like(same)
     if first_side is not None:
         is_first = torch.arange(group_size) < first_side
-        needless = same | (is_first[:, None] == is_first)
-    pairs = ordered_pairs(needless, both_orders)
+        compared &= is_first[:, None] != is_first
+    if per_group is not None:
+        num_pairs = per_group // 2 if both_orders else per_group
+        seeds = (zlib.crc32(repr(group).encode()) for group in groups)  # the same on all processes, and after a resume
+        compared &= torch.stack([random_pairs(group_size, num_pairs, seed) for seed in seeds])
+    pairs = ordered_pairs(compared & ~same, both_orders)
+    same &= compared | torch.eye(group_size, dtype=torch.bool)
+    # The same two texts of a group are one question
+    copy_of = torch.tensor([[group.index(each) for each in group] for group in groups])
+    group, first, second = pairs.unbind(dim=1)
+    questions = torch.stack([group, copy_of[group, first], copy_of[group, second]], dim=1)
+    questions, question_of = questions.unique(dim=0, return_inverse=True)
     if known is not None:
-        return Verdicts(known, same, len(pairs), num_lost=int(known[pairs.unbind(dim=1)].isnan().sum()))
-    share = -(-len(pairs) // accelerator.num_processes)
-    calls = _calls(pairs[accelerator.process_index * share :][:share], batch_size)
+        said = known[pairs.unbind(dim=1)]
+        by_question = torch.full((len(questions),), torch.nan).index_put((question_of,), said)
+        return Verdicts(known, same, len(questions), num_lost=int(by_question.isnan().sum()))
 
-    verdicts: list[float] = []
+    mine = questions[_shares(questions[:, 0], accelerator.num_processes) == accelerator.process_index]
+    found = torch.tensor([] if log is None else [log.known.get(tuple(each), torch.nan) for each in mine.tolist()])
+    found = torch.full((len(mine),), torch.nan) if log is None else found
     problems: list[str] = []
+    open_questions = found.isnan().nonzero().squeeze(1)
+    calls = _calls(mine[open_questions], batch_size)
     hidden = disable_tqdm or len(calls) < 2 or not accelerator.is_local_main_process
+    done = 0
     for call in tqdm(calls, desc=f"{oracle_name(oracle)}: calls with comparisons", leave=False, disable=hidden):
         group, first, second = call.unbind(dim=1)
         first, second = (group * group_size + first).tolist(), (group * group_size + second).tolist()
@@ -124,17 +183,29 @@ def ask_oracle(
             output = oracle(**own_copy(asked), log_metric=log_metric)
             if inspect.iscoroutine(output):
                 (output,) = run_coroutines([output])
-            verdicts += _read_verdicts(output, len(first), problems)
+            verdicts = _read_verdicts(output, len(first), problems)
         except Exception as error:  # of any kind: one bad call must not discard expensive rollouts
-            verdicts += [torch.nan] * len(first)
+            verdicts = [torch.nan] * len(first)
             problems.append(f"it raised {type(error).__name__}: {error}")
+        found[open_questions[done : done + len(call)]] = torch.tensor(verdicts)
+        done += len(call)
+        if log is not None:
+            log.write(zip(call.tolist(), verdicts, strict=True))
 
-    said = torch.tensor(gather_object(verdicts))
+    said = torch.tensor(gather_object(found.tolist()))  # shares are in the order of the questions
     problems = gather_object(problems)
     matrix = torch.full(same.shape, torch.nan)
-    matrix[pairs.unbind(dim=1)] = said
+    matrix[pairs.unbind(dim=1)] = said[question_of]
     num_lost = int(said.isnan().sum())
-    return Verdicts(matrix, same, len(pairs), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
+    return Verdicts(matrix, same, len(questions), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
+
+
+def _shares(groups: torch.Tensor, num_processes: int) -> torch.Tensor:
+    """The process of each question: whole groups, so that an oracle can read all completions of one together."""
+    if len(groups) == 0:
+        return groups
+    place = groups.unique_consecutive(return_inverse=True)[1]
+    return place * num_processes // (int(place[-1]) + 1)
 
 
 def _calls(pairs: torch.Tensor, batch_size: int) -> list[torch.Tensor]:

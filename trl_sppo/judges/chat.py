@@ -1,0 +1,97 @@
+"""Requests to language models that judge: an OpenAI-compatible endpoint, completions as data, and cost."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..oracles.endpoint import BadResponseError, Endpoint, read_response
+from ..oracles.texts import last_part
+
+
+class ChatJudge(Endpoint):
+    """
+    A language model behind an OpenAI-compatible endpoint. `usage` adds up its responses, input tokens and output
+    tokens, and their `cost` if there is a price. The judges' docstrings describe the arguments.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        api_key: str | None,
+        max_concurrency: int,
+        timeout: float,
+        max_retries: int,
+        instructions: str,
+        options: Mapping[str, Any],  # of each request, by default
+        request_options: Mapping[str, Any] | None,
+        price: tuple[float, float] | None,
+    ):
+        super().__init__(base_url, api_key or os.environ.get("OPENAI_API_KEY"), max_concurrency, timeout, max_retries)
+        self.__name__ = last_part(model)
+        self.model = model
+        self.instructions = instructions
+        chosen = {**options, **(request_options or {})}
+        taken = {"model", "messages", "stream", "response_format"} & chosen.keys() - options.keys()
+        if taken:
+            raise ValueError(f"request_options must not have {sorted(taken)}: the judge sets them. Remove them.")
+        if not chosen.get("logprobs"):
+            chosen.pop("top_logprobs", None)  # some servers refuse it alone
+        # None leaves an option out, for models that refuse it
+        self.request_options = {name: value for name, value in chosen.items() if value is not None}
+        if self.request_options.get("n", 1) > 1 and self.request_options.get("temperature") == 0:
+            problem = f"request_options has n={self.request_options['n']} samples, which are all the same"
+            raise ValueError(f"{problem} at temperature 0. Set a temperature, such as 1.0.")
+        if price is not None and (len(price) != 2 or min(price) < 0):
+            raise ValueError(f"price must be two numbers, per million tokens in and out, got {price}.")
+        self.price = price
+        self.usage: dict[str, float] = {"requests": 0, "input_tokens": 0, "output_tokens": 0}
+        if price is not None:
+            self.usage["cost"] = 0.0
+
+    async def _choices(self, client: Any, content: str, **options: Any) -> list[dict[str, Any]]:
+        """The endpoint's choices for one message of the user."""
+        # All in one message: some chat templates (Gemma's) refuse a system role
+        message = {"role": "user", "content": content}
+        response = await client.chat.completions.with_raw_response.create(
+            model=self.model, messages=[message], **self.request_options, **options
+        )
+        choices, usage = read_response(response.text, lambda body: ([*map(dict, body["choices"])], body.get("usage")))
+        self._count(usage or {})
+        if not choices:
+            raise BadResponseError("the response has no choices")
+        return choices
+
+    def _count(self, usage: dict[str, Any]) -> None:
+        self.usage["requests"] += 1
+        names = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"))
+        for (name, theirs), price in zip(names, self.price or (0, 0), strict=True):
+            count = usage.get(theirs) or 0
+            self.usage[name] += count
+            if self.price is not None:
+                self.usage["cost"] += count * price / 1e6
+
+
+def as_data(fields: dict[str, Any]) -> str:
+    """A JSON object whose texts are data for a language model, and cannot be anything else."""
+    # In a JSON string a completion cannot close a quote, so it stays inside its own field. Control tokens of chat
+    # templates (<|im_end|>, </s>, [INST]), by which it could speak in another role, begin with "<" or "[": both are
+    # written as JSON escapes.
+    return json.dumps(fields, ensure_ascii=False).replace("<", "\\u003c").replace("[", "\\u005b")
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    """The text of a choice after its reasoning."""
+    try:
+        text = str(choice["message"]["content"] or "")
+    except (LookupError, TypeError) as error:
+        raise BadResponseError(f"the response lacks the expected fields: {choice!r}") from error
+    return text.rpartition("</think>")[2]
+
+
+def without_verdict(choice: dict[str, Any], expected: str) -> BadResponseError:
+    """The error for a choice that does not end as requested."""
+    if choice.get("finish_reason") == "length":
+        return BadResponseError("it was cut off before its verdict. Raise max_tokens in request_options")
+    return BadResponseError(f"it does not end with {expected}, but with {text_of(choice)[-60:]!r}")
