@@ -1,12 +1,13 @@
 """Reasoning of thinking policies: what voters and judges read of completions, and its metrics."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CHAT_TEMPLATE, TINY, history, make_tokenizer
+from helpers import CHAT_TEMPLATE, EVAL, JUDGES, TINY, history, make_tokenizer, run_here
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer, chat_template_utils
@@ -413,14 +414,31 @@ def test_policies_that_commands_sample(thinker):
     assert shown[0]["completions"][0][0]["content"] == "<think>c</think>a" and shown[0]["lengths"] == [5, 6, 2, 4]
 
 
-def test_commands_do_as_the_training_did(thinker):
-    mark_beginning(str(thinker), config={"hide_reasoning": False})
-    prompts = Dataset.from_dict({"prompt": ["u:k a:"]})
-    (group,) = sample(str(thinker), prompts, Sampling(num_generations=4))
-    assert group["completions"][0] == "<think>c</think>a"
-    (group,) = sample(str(thinker), prompts, Sampling(num_generations=4, hide_reasoning=True))
-    assert group["completions"] == VISIBLE["k"]
-    assert _sampling_of(Path(thinker)) == {"hide_reasoning": False}
+def completions_in(path) -> list[list[str]]:
+    return [group["completions"] for group in pyarrow.parquet.read_table(path).to_pylist()]
+
+
+def test_eval_shows_both_sides_alike(thinker, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts").mkdir()
+    Path("prompts/test.jsonl").write_text('{"prompt": "u:k a:"}\n{"prompt": "u:m a:"}\n')
+    shutil.copytree(thinker, "other")
+    command = (*EVAL, "--model_name_or_path", thinker, "--opponent_name_or_path", "other", *JUDGES)
+    whole = [[text.removesuffix("<eos>") for text, _ in group] for group in TABLE.values()]
+    assert run_here(*command, "--output_dir", "hidden") == 0
+    mark_beginning("other", config={"hide_reasoning": False})
+    assert run_here(*command, "--output_dir", "shown") == 0
+    assert run_here(*command, "--output_dir", "asked", "--hide_reasoning", "true") == 0
+    for folder, expected in (("hidden", VISIBLE), ("shown", None), ("asked", VISIBLE)):
+        for side in ("model", "opponent"):
+            found = completions_in(f"{folder}/{side}.parquet")
+            assert found == (whole if expected is None else [*expected.values()]), (folder, side)
+
+
+def test_ladder_does_as_the_training_did(tmp_path):
+    assert _sampling_of(tmp_path) == {}
+    mark_beginning(str(tmp_path), config={"hide_reasoning": False})
+    assert _sampling_of(tmp_path) == {"hide_reasoning": False}
 
 
 def test_the_option_of_commands(thinker, tiny_policy):

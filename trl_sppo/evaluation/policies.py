@@ -32,7 +32,7 @@ from ..models.adapters import base_of, check_whole_model, config_of, is_adapter,
 from ..models.generation import end_tokens, only_requested_generation, shared_prompts
 from ..models.weights import check_weights, whole_and_silent
 from ..rollouts.files import COLUMNS
-from ..rollouts.reasoning import Marks, Reasoning, find_marks
+from ..rollouts.reasoning import Reasoning, find_marks
 from ..rows import without_nulls
 from ..trust import check_safetensors, own_code_is_refused
 from .files import Groups, group_of, row_of, with_messages
@@ -217,7 +217,7 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     flat: list[Any] = tokenizer.batch_decode(flat_ids, skip_special_tokens=True)
     lengths = [len(each) for each in flat_ids]
     size = sampling.num_generations
-    marks = _marks_of(policy, tokenizer, sampling)
+    marks = find_marks(sampling.hide_reasoning, tokenizer)
     if marks is not None:
         repeated = [each for each in prompt_ids for _ in range(size)]
         flat, facts = Reasoning(tokenizer, marks).hide(repeated, flat_ids, flat)
@@ -235,14 +235,6 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     ]
 
 
-def _marks_of(policy: str, tokenizer: Any, sampling: Sampling) -> Marks | None:
-    """The marks of the reasoning to hide: as the options say, or else the policy's training, or else its template."""
-    hide = sampling.hide_reasoning
-    if hide is None:
-        hide = run_of(policy).get("config", {}).get("hide_reasoning")
-    return find_marks(hide, tokenizer, f"policy {policy!r}")
-
-
 def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any, list[list[int]]]:
     """The tokenizer of a policy, and the token ids of each prompt. Raises `ValueError` if one cannot be read."""
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):  # an adapter is saved with the tokenizer of its training
@@ -251,7 +243,7 @@ def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _marks_of(policy, tokenizer, sampling)
+    find_marks(sampling.hide_reasoning, tokenizer, f"policy {policy!r}")
     found = []
     for i, prompt in enumerate(prompts["prompt"]):
         try:
