@@ -230,6 +230,10 @@ def test_turns_with_tools():
     ]
     visible, length, unfinished = hidden(tokenizer, "".join(turns), completion, "a:<think>", mask=mask)
     assert [message["content"] for message in visible] == ["c", "T", ""] and (length, unfinished) == (4, True)
+    # Some parsers take reasoning that never ends for content, also beside a call
+    completion = [{"role": "assistant", "content": "bb", "tool_calls": call}]
+    visible, *_ = hidden(tokenizer, "bb<call>", completion, "a:<think>")
+    assert visible == [{"role": "assistant", "content": "", "tool_calls": call}]
 
 
 # ---- Trainings
@@ -340,10 +344,12 @@ def test_without_hiding(think):
         assert not logged(trainer, "completions/reasoning_unfinished")
 
 
-def test_the_option_needs_marks(think):
+def test_the_option_needs_marks(think, make_trainer, tiny_policy):
     message = "hide_reasoning=True, but the chat template of the policy has no mark that ends reasoning"
     with pytest.raises(ValueError, match=message):
         think(template=CHAT_TEMPLATE, hide_reasoning=True)
+    with pytest.raises(ValueError, match=r"the chat template of model '.*/policy' has no mark"):  # before it is loaded
+        make_trainer(tiny_policy, hide_reasoning=True, trainer_kwargs={"processing_class": None})
     trainer, _ = think(hide_reasoning=True)
     assert trainer.args.hide_reasoning is True
 
