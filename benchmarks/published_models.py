@@ -33,6 +33,9 @@ POLICIES = {
     "Qwen/Qwen3-4B-Instruct-2507": _config(
         Qwen3Config, (2560, 9728, 36, 32, 8), 151936, head_dim=128, tie_word_embeddings=True
     ),
+    "Qwen/Qwen3-4B-Thinking-2507": _config(
+        Qwen3Config, (2560, 9728, 36, 32, 8), 151936, head_dim=128, tie_word_embeddings=True
+    ),
     "Qwen/Qwen3-8B": _config(Qwen3Config, (4096, 12288, 36, 32, 8), 151936, head_dim=128),
     "google/gemma-2-9b-it": _config(
         Gemma2Config, (3584, 14336, 42, 16, 8), 256000, head_dim=256, query_pre_attn_scalar=256,

@@ -24,6 +24,7 @@ CARDS = {
     "Qwen/Qwen2.5-1.5B-Instruct": 1.54,
     "Qwen/Qwen2.5-7B-Instruct": 7.61,
     "Qwen/Qwen3-4B-Instruct-2507": 4.0,
+    "Qwen/Qwen3-4B-Thinking-2507": 4.0,
     "Qwen/Qwen3-8B": 8.2,
     "google/gemma-2-9b-it": 9.24,
     "meta-llama/Llama-3.1-8B-Instruct": 8.03,

@@ -47,12 +47,17 @@ def test_every_metric_of_this_package_is_documented(fixed, tiny_policy):
         reward_funcs=[alphabet_score, length],
         num_iterations=2,
         max_steps=2,
-        trainer_kwargs={"preference_func": more_abc},
+        trainer_kwargs={
+            "preference_func": more_abc,
+            "processing_class": make_tokenizer(chat_template="{# </think> #}"),  # a policy that may think
+        },
     )
     trainer.train()
     logged = {name for row in trainer.state.log_history for name in row}
     ours = {
-        name for name in logged if re.match(r"win_rate/|preferences/|log_ratio|kl_|.*(winner|loser|duplicate)", name)
+        name
+        for name in logged
+        if re.match(r"win_rate/|preferences/|log_ratio|kl_|.*(winner|loser|duplicate|reasoning)", name)
     }
     assert len(ours) > 15
     page = (ROOT / "docs" / "metrics.md").read_text()

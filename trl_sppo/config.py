@@ -116,6 +116,10 @@ class SPPOConfig(GRPOConfig):
             out at random. `per_device_train_batch_size` must be a multiple of `num_generations`.
         reward_batch_size (`int`, *optional*, defaults to `16`):
             Completions per forward pass of a reward model. Limits its memory.
+        hide_reasoning (`bool`, *optional*):
+            Whether voters and judges read completions without their reasoning (`<think>…</think>`, or the other marks
+            in docs/judges.md). The policy is trained on all tokens. By default on if the policy's chat template has
+            such marks.
         reward_quantization (`str`, *optional*):
             Load reward models given by path in `"8bit"` (LLM.int8) or `"4bit"` (NF4), except for their scoring heads.
         save_rollouts (`bool`, *optional*, defaults to `True`):
@@ -220,6 +224,10 @@ class SPPOConfig(GRPOConfig):
     reward_batch_size: int = field(default=16, metadata={"help": "Completions per forward pass of a reward model."})
     reward_quantization: Literal["8bit", "4bit"] | None = field(
         default=None, metadata={"help": "Load reward models given by path in '8bit' or '4bit' (NF4)."}
+    )
+    hide_reasoning: bool | None = field(
+        default=None,
+        metadata={"help": "Whether voters and judges read no reasoning. By default if the chat template has marks."},
     )
 
     # Parameters that control stored rollouts

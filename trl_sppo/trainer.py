@@ -31,6 +31,7 @@ from .oracles.voters import Voters
 from .rollouts.batch import Rollout, columns_of, loss_mask, model_inputs, pin, to_device
 from .rollouts.given import is_judged, load_rollouts, prompts_of
 from .rollouts.micro_batches import cut_by_length, is_distributed, log_probs, take_rows
+from .rollouts.reasoning import Reasoning, find_marks
 from .rollouts.recorder import make_rollouts
 from .rollouts.targets import RolloutTargets, StepMetrics
 from .rollouts.weight_sync import prepare_weight_sync, unquantized_vllm
@@ -175,6 +176,7 @@ class SPPOTrainer(ResumableTrainer):
             self._readers = reward_readers(args, sources, tokenizers, len(judges))
             if kwargs.get("rollout_func") is None:  # which renders and samples by itself
                 self._readers.insert(0, policy_reader(args, model, processing_class, kwargs.get("tools")))
+                find_marks(args.hide_reasoning, self._readers[0].processing_class, self._readers[0].name)
             if not has_environment:
                 check_prompts(self._readers, named_datasets(train_dataset, eval_dataset))
 
@@ -227,6 +229,8 @@ class SPPOTrainer(ResumableTrainer):
             disable_tqdm=bool(args.disable_tqdm),
         )
         choose_metric(args, [*self.panel.names, *self.voters.names], self.eval_dataset)
+        marks = find_marks(args.hide_reasoning, self.processing_class)
+        self._reasoning = None if marks is None else Reasoning(self._tokenizer, marks)
         self._step_metrics = StepMetrics(self.accelerator)
         self._parts |= {"voters": self.voters, "step_metrics": self._step_metrics}
         policy = cast(Any, self.model)
@@ -347,6 +351,9 @@ class SPPOTrainer(ResumableTrainer):
         rollout.completion_ids, rollout.tool_mask = completion_ids, tool_mask
         if rollout.iteration is not None:
             recorder.sampled(prompt_ids, completion_ids, completions, tool_mask, sampling_logps)
+        if self._reasoning is not None:
+            hidden = self._reasoning.hide(prompt_ids, completion_ids, completions, tool_mask)
+            rollout.completions, rollout.reasoning = hidden
         self._ask_all(rollout, rollout.rows(extra_fields))
         return generated
 
@@ -363,7 +370,8 @@ class SPPOTrainer(ResumableTrainer):
         by_judge = self._ask_judges(rollout, rows) if recorder is None else {}
 
         facts = rollout.facts(self.eos_token_ids, self._tokenizer.pad_token_id).to(scores.device)
-        lengths, ended, fingerprints = self.accelerator.gather(facts).T.view(3, -1, size)
+        lengths, ended, fingerprints, reasoning, never_ends = self.accelerator.gather(facts).T.view(5, -1, size)
+        visible = lengths - reasoning  # the lengths of what voters and judges read
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
         by_source = scores.T.reshape(scores.size(1), *lengths.shape)
         verdicts, metrics = self._ask_oracles(rollout, rows, None if known is None else known.verdicts)
@@ -381,12 +389,15 @@ class SPPOTrainer(ResumableTrainer):
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
         )
-        metrics |= {name: value.item() for name, value in targets.metrics(lengths.float(), fingerprints).items()}
+        metrics |= {name: value.item() for name, value in targets.metrics(visible.float(), fingerprints).items()}
+        if self._reasoning is not None:
+            metrics["completions/reasoning_mean_length"] = reasoning.float().mean().item()
+            metrics["completions/reasoning_unfinished"] = never_ends.float().mean().item()
         self._step_metrics.add_of_rollout(self._mode, metrics)
         self._log_completion_extra("win_rate", self._local(targets.win_rates).tolist())
         by_name = dict(zip(names, by_source, strict=True))
         if recorder is None:
-            self._opponents.add(rows, rollout.completions, lengths, by_judge | by_name)
+            self._opponents.add(rows, rollout.completions, visible, by_judge | by_name)
             return
         if not targets.kept.any():
             logger.warning(

@@ -76,9 +76,12 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     prompts = args.load_prompts() if first is None else prompts_of(first[: args.max_prompts])
     players = {side: groups[: len(prompts)] for side, groups in players.items()}
     templates = _templates_of(sides, args.chat_template_kwargs, prompts["prompt"][0])
+    hide = args.hide_reasoning
+    if hide is None and any(run_of(each).get("config", {}).get("hide_reasoning") is False for each in sides.values()):
+        hide = False  # as in the training, and for both sides alike
     samplings = {
         # A seed for each side, or a policy would be compared with its own completions
-        side: replace(args, seed=args.seed + number, chat_template_kwargs=templates[side])
+        side: replace(args, seed=args.seed + number, chat_template_kwargs=templates[side], hide_reasoning=hide)
         for number, side in enumerate(sides)
         if side not in players
     }

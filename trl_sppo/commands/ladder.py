@@ -84,6 +84,7 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
 def _sampling_of(run: Path) -> dict[str, Any]:
     """The sampling options of a run's evaluations, as far as they are known."""
     config = read_beginning(str(run)).get("config", {})
-    found = {name: config.get(name) for name in ("max_completion_length", "temperature", "chat_template_kwargs")}
+    names = "max_completion_length", "temperature", "chat_template_kwargs", "hide_reasoning"
+    found = {name: config.get(name) for name in names}
     found["num_generations"] = config.get("num_generations_eval") or config.get("num_generations")
     return {name: value for name, value in found.items() if value is not None}

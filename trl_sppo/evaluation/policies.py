@@ -32,6 +32,7 @@ from ..models.adapters import base_of, check_whole_model, config_of, is_adapter,
 from ..models.generation import end_tokens, only_requested_generation, shared_prompts
 from ..models.weights import check_weights, whole_and_silent
 from ..rollouts.files import COLUMNS
+from ..rollouts.reasoning import Reasoning, find_marks
 from ..rows import without_nulls
 from ..trust import check_safetensors, own_code_is_refused
 from .files import Groups, group_of, row_of, with_messages
@@ -64,6 +65,9 @@ class Sampling:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the policies' own Python code may run."})
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of chat templates, as JSON. By default the training's."}
+    )
+    hide_reasoning: bool | None = field(
+        default=None, metadata={"help": "Whether judges read no reasoning of policies. By default as in the training."}
     )
 
 
@@ -195,7 +199,7 @@ def _group_in_file(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
-    """Sample completions of each of P prompts: groups with S `"completions"` and their `"lengths"` in tokens."""
+    """Sample completions of each of P prompts: groups with S `"completions"`, as judges read them, and `"lengths"`."""
     if tools := run_of(policy).get("tools"):
         logger.warning(f"{policy!r} was trained with tools ({', '.join(tools)}), which are not available here.")
     tokenizer, prompt_ids = read_prompts(policy, prompts, sampling)
@@ -209,8 +213,15 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    flat = tokenizer.batch_decode([each for group in ids for each in group], skip_special_tokens=True)
+    flat_ids = [each for group in ids for each in group]
+    flat: list[Any] = tokenizer.batch_decode(flat_ids, skip_special_tokens=True)
+    lengths = [len(each) for each in flat_ids]
     size = sampling.num_generations
+    marks = find_marks(sampling.hide_reasoning, tokenizer)
+    if marks is not None:
+        repeated = [each for each in prompt_ids for _ in range(size)]
+        flat, facts = Reasoning(tokenizer, marks).hide(repeated, flat_ids, flat)
+        lengths = [length - hidden for length, (hidden, _) in zip(lengths, facts, strict=True)]
     return [
         group_of(
             row,
@@ -218,20 +229,21 @@ def sample(policy: str, prompts: Dataset, sampling: Sampling) -> Groups:
                 [{"role": "assistant", "content": text}] if is_conversational({"prompt": row["prompt"]}) else text
                 for text in flat[p * size : (p + 1) * size]
             ],
-            lengths=[len(each) for each in ids[p]],
+            lengths=lengths[p * size : (p + 1) * size],
         )
         for p, row in enumerate(prompts)
     ]
 
 
 def read_prompts(policy: str, prompts: Dataset, sampling: Sampling) -> tuple[Any, list[list[int]]]:
-    """The tokenizer of a policy, and the token ids of each prompt. Raises `ValueError` if a prompt cannot be read."""
+    """The tokenizer of a policy, and the token ids of each prompt. Raises `ValueError` if one cannot be read."""
     with own_code_is_refused(f"policy {policy!r}", OWN_CODE):  # an adapter is saved with the tokenizer of its training
         tokenizer: Any = AutoTokenizer.from_pretrained(
             tokenizer_of(policy), trust_remote_code=sampling.trust_remote_code
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    find_marks(sampling.hide_reasoning, tokenizer, f"policy {policy!r}")
     found = []
     for i, prompt in enumerate(prompts["prompt"]):
         try:

@@ -26,9 +26,10 @@ class Rollout:
     iteration: int | None = None  # None in an evaluation
     only_sampled: bool = False  # written and not trained on: all completions get log-probabilities
     prompts: list = field(default_factory=list)  # this process's, as all that is sampled
-    completions: list = field(default_factory=list)
+    completions: list = field(default_factory=list)  # as voters and judges read them
     completion_ids: list[list[int]] = field(default_factory=list)
     tool_mask: list[list[int]] | None = None  # 0 for tokens that are a tool's
+    reasoning: list[tuple[int, bool]] | None = None  # hidden: the number of tokens, and whether it never ends
     scores: torch.Tensor | None = None  # by the reward sources, (completions of all processes, sources)
     targets: RolloutTargets | None = None
 
@@ -42,14 +43,15 @@ class Rollout:
 
     def facts(self, ends: list[int], pad: int) -> torch.Tensor:
         """
-        Per completion, of shape `(N, 3)`: the number of sampled tokens, whether it ends, and a number that is equal
-        for equal completions. A completion without tokens is stored as one token `pad`.
+        Per completion, of shape `(N, 5)`: the number of sampled tokens, whether it ends, a number that is equal for
+        equal completions, and `reasoning`. A completion without tokens is stored as one token `pad`.
         """
         mask = self.tool_mask or [[1] * len(ids) for ids in self.completion_ids]
         empty = [pad] if pad not in ends else None
+        reasoning = self.reasoning or [(0, False)] * len(mask)
         return torch.tensor([
-            [0 if ids == empty else sum(row), bool(ids) and ids[-1] in (*ends, pad), hash(tuple(ids))]
-            for ids, row in zip(self.completion_ids, mask, strict=True)
+            [0 if ids == empty else sum(row), bool(ids) and ids[-1] in (*ends, pad), hash(tuple(ids)), *hidden]
+            for ids, row, hidden in zip(self.completion_ids, mask, reasoning, strict=True)
         ])  # fmt: skip
 
     def rows_with_logps(self) -> torch.Tensor | slice:

@@ -34,6 +34,7 @@ RULES = (
     ("preferences/intransitive", 0.0, 0.1, "many preferences form circles: look at the oracle's order disagreement"),
     ("completions/duplicates", 0.0, 0.1, "many completions of a group are the same: raise the temperature"),
     ("completions/clipped_ratio", 0.0, 0.3, "many completions are cut off at max_completion_length"),
+    ("completions/reasoning_unfinished", 0.0, 0.1, "the reasoning of many completions never ends"),
     ("win_rate/unscorable", 0.0, 0.01, "a reward source gives no score for some completions: the log names it"),
     ("win_rate/groups_without_signal", 0.0, 0.2, "many groups have no winner: ties, or prompts too easy or too hard"),
     ("importance_weight", 0.8, 1.1, "vLLM and the trainer disagree about probabilities, so little is learned"),
