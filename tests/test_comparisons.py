@@ -8,7 +8,16 @@ import torch
 from accelerate import Accelerator
 
 from trl_sppo.diagnostics import order_disagreement
-from trl_sppo.oracles.asking import _calls, ask_oracle, check_oracle, ordered_pairs
+from trl_sppo.oracles.asking import (
+    VerdictLog,
+    _calls,
+    _shares,
+    ask_oracle,
+    check_oracle,
+    ordered_pairs,
+    random_pairs,
+)
+from trl_sppo.preferences import mean_preferences, mean_win_rates, win_rates
 
 
 PROMPTS = ["p"] * 4 + ["q"] * 4
@@ -20,11 +29,11 @@ def alphabet(prompts, first, second, **kwargs):
     return [0.5 + abs(ord(a) - ord(b)) % 3 / 10 * (1 if a > b else -1) for a, b in zip(first, second, strict=True)]
 
 
-def ask(oracle, completions=COMPLETIONS, group_size=4, both_orders=True, batch_size=100, columns=None):
+def ask(oracle, completions=COMPLETIONS, group_size=4, both_orders=True, batch_size=100, columns=None, **kwargs):
     logged = {}
     answers = ask_oracle(
         oracle, PROMPTS, completions, columns or {}, group_size, both_orders, batch_size, Accelerator(cpu=True),
-        log_metric=logged.__setitem__,
+        log_metric=logged.__setitem__, **kwargs,
     )  # fmt: skip
     return answers, logged
 
@@ -52,7 +61,7 @@ def test_each_ordered_pair_of_a_group_is_asked_once(batch_size):
 
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_one_order_asks_each_pair_once_and_gives_everyone_the_first_place(k):
-    pairs = ordered_pairs(torch.eye(k, dtype=torch.bool).repeat(3, 1, 1), both_orders=False)
+    pairs = ordered_pairs(~torch.eye(k, dtype=torch.bool).repeat(3, 1, 1), both_orders=False)
     unordered = {(g, *sorted((i, j))) for g, i, j in pairs.tolist()}
     assert len(pairs) == len(unordered) == 3 * math.comb(k, 2)
     first_places = torch.bincount(pairs[:, 1][pairs[:, 0] == 0], minlength=k)
@@ -81,7 +90,9 @@ def test_identical_completions_tie_and_are_not_asked_about():
         return [0.9] * len(first)
 
     answers, _ = ask(oracle, completions=["a", "a", "b", "c", "z", "z", "z", "z"])
-    assert ("a", "a") not in asked and ("z", "z") not in asked and len(asked) == answers.num_asked == 10
+    # The two a are one question to each of b and c
+    assert sorted(asked) == [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")]
+    assert answers.num_asked == 6 and answers.matrix[0, 0, 2] == answers.matrix[0, 1, 2] == pytest.approx(0.9)
     assert answers.preferences[0, 0, 1] == 0.5 and (answers.preferences[1] == 0.5).all()
     # They do not hide that the oracle always favours the first
     assert order_disagreement(answers.matrix).item() == pytest.approx(0.8)
@@ -196,3 +207,106 @@ def test_what_an_oracle_changes_changes_nothing_else():
     )  # fmt: skip
     assert [row[0]["content"] for row in completions] == COMPLETIONS[:2]
     assert prompts == ["p", "p"] and places == [[], []]
+
+
+@pytest.mark.parametrize("k", [2, 5, 8, 16])
+def test_random_pairs_are_as_many_as_asked_for_and_fair(k):
+    for num_pairs in range(-(-k // 2), math.comb(k, 2) + 2):
+        chosen = random_pairs(k, num_pairs, seed=3)
+        assert chosen.sum() == 2 * min(num_pairs, math.comb(k, 2))
+        assert (chosen == chosen.T).all() and not chosen.diagonal().any()
+        degrees = chosen.sum(dim=1)
+        assert degrees.min() >= 1 and degrees.max() - degrees.min() <= 2
+
+
+def test_all_opponents_are_equally_likely():
+    # 3,000 draws of 5 of 15 pairs: each pair is in a third of them, with a standard deviation of 0.0086
+    share = torch.stack([random_pairs(6, 5, seed) for seed in range(3000)]).float().mean(dim=0)
+    off_diagonal = share[~torch.eye(6, dtype=torch.bool)]
+    assert (off_diagonal - 1 / 3).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("both_orders", [True, False])
+def test_fewer_comparisons(both_orders):
+    asked = []
+
+    def oracle(prompts, first, second, **kwargs):
+        asked.extend(zip(prompts, first, second, strict=True))
+        return alphabet(prompts, first, second)
+
+    answers, _ = ask(oracle, both_orders=both_orders, per_group=4)
+    assert len(asked) == len(set(asked)) == answers.num_asked == 8
+    assert sum(prompt == "p" for prompt, *_ in asked) == 4
+    if both_orders:
+        assert {(p, b, a) for p, a, b in asked} == set(asked)
+    known = ~answers.preferences.isnan()
+    assert (known.sum(dim=(1, 2)) == 4 + 2 * (2 if both_orders else 4)).all()  # the diagonal, and each pair twice
+    whole, _ = ask(alphabet, both_orders=both_orders)
+    torch.testing.assert_close(answers.preferences[known], whole.preferences[known])
+    again, _ = ask(alphabet, both_orders=both_orders, per_group=4)  # a resumed run asks the same
+    assert (again.matrix.isnan() == answers.matrix.isnan()).all()
+
+
+def cyclic(k, seed):
+    """Random preferences without any order, `(1, K, K)`."""
+    upper = torch.rand(k, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).triu(1)
+    return (upper + (1 - upper.T).tril(-1) + 0.5 * torch.eye(k)).unsqueeze(0)
+
+
+@pytest.mark.parametrize("num_pairs", [3, 5, 8, 13])
+def test_win_rates_of_fewer_comparisons_are_right_on_average(num_pairs):
+    """Also in a panel with an oracle that has compared all: pair by pair, that one would weigh too much."""
+    some, all_pairs = cyclic(6, seed=0), cyclic(6, seed=1)
+    expected = win_rates(mean_preferences([some, all_pairs], [2.0, 1.0]))
+    torch.testing.assert_close(mean_win_rates([some, all_pairs], [2.0, 1.0]), expected)
+    found, by_pair = [], []
+    for seed in range(4000):
+        hidden = ~random_pairs(6, num_pairs, seed) & ~torch.eye(6, dtype=torch.bool)
+        panel = [some.masked_fill(hidden, torch.nan), all_pairs]
+        found.append(mean_win_rates(panel, [2.0, 1.0]))
+        by_pair.append(win_rates(mean_preferences(panel, [2.0, 1.0])))
+    assert (torch.stack(found).mean(dim=0) - expected).abs().max() < 0.012
+    assert (torch.stack(by_pair).mean(dim=0) - expected).abs().max() > 0.012
+
+
+def test_a_voter_that_knows_nothing_of_a_completion_has_no_vote_on_it():
+    known, unknown = cyclic(3, seed=0), torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
+    torch.testing.assert_close(mean_win_rates([known, unknown], [1.0, 5.0]), win_rates(known))
+    assert mean_win_rates([unknown], [1.0]).isnan().all()
+
+
+def test_verdicts_are_written_as_they_come_and_not_asked_for_again(tmp_path):
+    path = tmp_path / "folder" / "verdicts.jsonl"
+    asked = []
+
+    def dying(prompts, first, second, **kwargs):
+        if prompts[0] == "q":
+            raise KeyboardInterrupt
+        asked.extend(zip(first, second, strict=True))
+        return [0.25 if pair == ("a", "b") else None if pair == ("b", "a") else 0.75 for pair in asked]
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(dying, batch_size=12, log=VerdictLog(path))
+    assert len(asked) == 12
+    with open(path, "a") as file:
+        file.write("[1, 0, 1, 0.9")  # a line that the process did not finish
+
+    def lasting(prompts, first, second, **kwargs):
+        asked.extend(zip(first, second, strict=True))
+        return [0.6] * len(first)
+
+    asked.clear()
+    answers, _ = ask(lasting, batch_size=12, log=VerdictLog(path))
+    # The lost one, and the second group
+    assert asked[0] == ("b", "a") and len(asked) == 13 and answers.num_lost == 0
+    assert answers.matrix[0, 0, 1] == 0.25 and answers.matrix[0, 1, 0] == pytest.approx(0.6)
+    assert answers.matrix[0, 2, 3] == 0.75
+    ask(lasting, batch_size=12, log=VerdictLog(path))
+    assert len(asked) == 13
+
+
+def test_a_process_compares_whole_groups():
+    groups = torch.tensor([0, 0, 0, 2, 2, 5, 7, 7])
+    assert _shares(groups, 2).tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert _shares(groups, 8).tolist() == [0, 0, 0, 2, 2, 4, 6, 6]
+    assert _shares(groups[:0], 2).tolist() == []

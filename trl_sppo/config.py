@@ -105,6 +105,13 @@ class SPPOConfig(GRPOConfig):
             Vote of each pairwise oracle in `preference_func`, on the scale of `reward_weights`. 1 each by default.
         both_orders (`bool`, *optional*, defaults to `True`):
             Whether pairwise oracles compare each pair in both orders, which cancels a preference for a position.
+        comparisons_per_group (`int`, *optional*):
+            Comparisons of a group that each pairwise oracle makes, in both orders two per pair. Each completion then
+            meets random others of its group, as many as any other one. All pairs by default: K (K - 1) comparisons in
+            both orders.
+        judge_token_budget (`int`, *optional*):
+            Tokens, read and written, that judges behind an endpoint may use in training. The run ends with a
+            checkpoint after the optimizer step at which they are used up. Evaluations do not count.
         preference_batch_size (`int`, *optional*, defaults to `512`):
             Comparisons per call of a pairwise oracle. A group is never split.
         train_on (`str`, *optional*, defaults to `"all"`):
@@ -205,6 +212,12 @@ class SPPOConfig(GRPOConfig):
     )
     both_orders: bool = field(
         default=True, metadata={"help": "Whether pairwise oracles compare each pair in both orders."}
+    )
+    comparisons_per_group: int | None = field(
+        default=None, metadata={"help": "Comparisons of a group that each pairwise oracle makes. All by default."}
+    )
+    judge_token_budget: int | None = field(
+        default=None, metadata={"help": "Tokens that judges behind an endpoint may use, until the run ends."}
     )
     preference_batch_size: int = field(default=512, metadata={"help": "Comparisons per call of a pairwise oracle."})
 
@@ -314,6 +327,11 @@ class SPPOConfig(GRPOConfig):
                 yield f"{name} must not be negative, got {weights}. To prefer low scores, negate the reward function."
         if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
             yield "loss_type='sppo_single' compares the best with the worst: set train_on='best_and_worst'."
+        if self.loss_type == "sppo_single" and self.comparisons_per_group is not None:
+            yield (
+                f"comparisons_per_group={self.comparisons_per_group} may leave out the best against the worst, which "
+                "loss_type='sppo_single' needs. Remove one of them."
+            )
         if self.loss_type != "sppo" and self.baseline != "half":
             yield f"baseline={self.baseline!r} needs the win rates of the whole group: use loss_type='sppo'."
         if self.forward_kl_share > 0 and self.beta == 0:
@@ -346,6 +364,13 @@ class SPPOConfig(GRPOConfig):
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
                 "SPPO iteration, which is one generation batch. Change one of them (or generation_batch_size)."
+            )
+        size, per_pair = cast(int, self.num_generations), 1 + self.both_orders
+        least = -(-size // 2) * per_pair
+        if self.comparisons_per_group is not None and self.comparisons_per_group < least:
+            yield (
+                f"comparisons_per_group must be at least {least}, got {self.comparisons_per_group}: each of the "
+                f"num_generations={size} completions must be compared once{', in both orders' * self.both_orders}."
             )
         if self.keep_groups_together and self.per_device_train_batch_size % cast(int, self.num_generations) != 0:
             yield (

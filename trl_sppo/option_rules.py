@@ -26,7 +26,7 @@ RANGES: list[tuple[str, Callable[[float], bool], list[str]]] = [
             "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations",
             "max_completion_length", "pad_to_multiple_of", "ref_model_sync_steps", "eval_accumulation_steps",
             "save_total_limit", "dataloader_prefetch_factor", "vllm_tensor_parallel_size", "reward_batch_size",
-            "preference_batch_size", "rollouts_total_limit",
+            "preference_batch_size", "comparisons_per_group", "judge_token_budget", "rollouts_total_limit",
         ],
     ),
     ("at least 2", lambda value: value >= 2, ["num_generations"]),

@@ -183,6 +183,25 @@ def win_rates(preferences: torch.Tensor, include_self: bool = False) -> torch.Te
     return torch.where((rates - 0.5).abs() < 1e-6, 0.5, rates)
 
 
+def mean_win_rates(
+    preferences: Sequence[torch.Tensor], weights: Sequence[float], include_self: bool = False
+) -> torch.Tensor:
+    """
+    Win rates of a panel whose oracles have compared different pairs, each a random part of them.
+
+        W_i = sum_k w_k W_ki / sum_k w_k        over the oracles k that could compare i with any other one
+
+    If each opponent of completion i is equally likely to be chosen, the mean over the chosen ones has the win rate
+    over all of them as its expectation, for each oracle, and so the sum. An average of preferences pair by pair would
+    give an oracle that has compared all pairs too much weight. Arguments and result as in [`mean_preferences`] and
+    [`win_rates`]; for complete preferences it equals `win_rates(mean_preferences(preferences, weights))`.
+    """
+    rates = torch.stack([win_rates(each, include_self) for each in preferences])
+    votes = rates.new_tensor(list(weights)).view(-1, 1, 1) * ~rates.isnan()
+    mean = (votes * rates.nan_to_num(nan=0.0)).sum(dim=0) / votes.sum(dim=0)  # 0 / 0 is NaN
+    return torch.where((mean - 0.5).abs() < 1e-6, 0.5, mean)
+
+
 def win_rates_from_scores(
     scores: torch.Tensor, comparison: Comparison = "hard", temperature: float = 1.0, include_self: bool = False
 ) -> torch.Tensor:

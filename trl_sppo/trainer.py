@@ -253,6 +253,12 @@ class SPPOTrainer(ResumableTrainer):
         return {**super().describe(), **self.voters.describe(), "judges": self.panel.names}
 
     @property
+    def is_over_budget(self) -> bool:
+        """Whether `args.judge_token_budget` is used up."""
+        budget = self.args.judge_token_budget
+        return budget is not None and self.voters.tokens_used >= budget
+
+    @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
@@ -374,7 +380,7 @@ class SPPOTrainer(ResumableTrainer):
         visible = lengths - reasoning  # the lengths of what voters and judges read
         usable = (lengths > 0) & ((ended == 1) | (not self.mask_truncated_completions))
         by_source = scores.T.reshape(scores.size(1), *lengths.shape)
-        verdicts, metrics = self._ask_oracles(rollout, rows, None if known is None else known.verdicts)
+        verdicts, metrics = self._ask_oracles(rollout, rows, recorder)
         if recorder is not None:
             self.voters.check_silence(scores, verdicts, size)
         panel, weights = self.voters.panel(by_source, verdicts, ended == 1)
@@ -431,12 +437,20 @@ class SPPOTrainer(ResumableTrainer):
                 self._metrics["eval"][f"rewards/{name}/mean"].append(column.nanmean().item())
         return {name: scores[:, i].reshape(-1, rollout.group_size) for i, name in enumerate(sources.names)}
 
-    def _ask_oracles(self, rollout: Rollout, rows: list[dict[str, Any]], known: Any):
+    def _ask_oracles(self, rollout: Rollout, rows: list[dict[str, Any]], recorder: Any):
         if not self.voters.oracles:
             return {}, {}
         prompts, completions = gather_object(rollout.prompts), gather_object(rollout.completions)
         columns = columns_of(gather_object([{k: v for k, v in row.items() if k != "prompt"} for row in rows]))
-        return self.voters.compare(prompts, completions, columns, rollout.group_size, self._log_metric, known)
+        if recorder is not None and not recorder.is_scored and self.is_over_budget:
+            raise RunError(
+                f"judge_token_budget={self.args.judge_token_budget} is used up: the judges have read and written "
+                f"{self.voters.tokens_used:,.0f} tokens. Raise it. The same command continues."
+            )
+        stored: dict[str, Any] = {}
+        if recorder is not None:
+            stored = {"known": recorder.verdicts} if recorder.is_scored else {"log": recorder.verdict_log}
+        return self.voters.compare(prompts, completions, columns, rollout.group_size, self._log_metric, **stored)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         known = self._recorder.completion_ids(prompt_ids) if self.model.training else None

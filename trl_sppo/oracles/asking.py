@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import itertools
 import json
 import math
 import os
@@ -68,18 +69,17 @@ def ordered_pairs(compared: torch.Tensor, both_orders: bool) -> torch.Tensor:
 
 def random_pairs(group_size: int, num_pairs: int, seed: int) -> torch.Tensor:
     """
-    A symmetric mask `(K, K)` of `num_pairs` random pairs, or all. No completion is in more than one pair more than
-    another, if K is even, and for each all opponents are equally likely.
+    A symmetric mask `(K, K)` of `num_pairs` random pairs, or all. Of half of K, rounded up, each completion has one.
+    Completions differ by at most two in their number of pairs, and for each all opponents are equally likely.
     """
     order = torch.randperm(group_size, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(group_size, group_size, dtype=torch.bool)
-    # Rounds of a circle: at distance 1, 2, ..., each first between places that leave no other one out for long
-    steps = [(i, d) for d in range(1, group_size // 2 + 1) for odd in (0, 1) for i in range(group_size) if i // d % 2 == odd]
-    for i, distance in steps:
-        if chosen.sum() == 2 * num_pairs:
-            break
-        a, b = order[i], order[(i + distance) % group_size]
-        chosen[a, b] = chosen[b, a] = True
+    # On a circle, with the neighbour at distance 1, then 2, ...; first by every other stretch of that length
+    places = range(group_size)
+    for distance, odd in itertools.product(range(1, group_size // 2 + 1), (0, 1)):
+        for i in (i for i in places if i // distance % 2 == odd and chosen.sum() < 2 * num_pairs):
+            a, b = order[i], order[(i + distance) % group_size]
+            chosen[a, b] = chosen[b, a] = True
     return chosen
 
 
@@ -89,9 +89,13 @@ class Verdicts:
 
     matrix: torch.Tensor  # (groups, K, K): P(i beats j) when i is shown first, NaN where not asked or lost
     same: torch.Tensor  # (groups, K, K): pairs of identical completions among those to compare, which tie
-    num_asked: int  # comparisons, over all processes. Of copies of a completion one is asked about
+    questions: torch.Tensor  # (num_asked, 3): group, first and second completion. Copies are asked about once
     num_lost: int
     problem: str = SAYS_NOTHING  # the first one
+
+    @property
+    def num_asked(self) -> int:
+        return len(self.questions)
 
     @property
     def preferences(self) -> torch.Tensor:
@@ -107,7 +111,7 @@ class VerdictLog:
         self.known: dict[tuple[int, ...], float] = {}  # by group, first and second completion
         if path.is_file():
             for line in path.read_text().splitlines():
-                with suppress(ValueError):  # the last line may have been cut off
+                with suppress(ValueError):  # a line may have been cut off
                     *question, verdict = json.loads(line)
                     self.known[tuple(question)] = verdict
 
@@ -116,7 +120,7 @@ class VerdictLog:
         lines = [json.dumps([*question, verdict]) for question, verdict in verdicts if not math.isnan(verdict)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
-            file.writelines(f"{line}\n" for line in lines)
+            file.writelines(f"\n{line}" for line in lines)  # after a line that was cut off
 
 
 def ask_oracle(
@@ -160,11 +164,10 @@ def ask_oracle(
     if known is not None:
         said = known[pairs.unbind(dim=1)]
         by_question = torch.full((len(questions),), torch.nan).index_put((question_of,), said)
-        return Verdicts(known, same, len(questions), num_lost=int(by_question.isnan().sum()))
+        return Verdicts(known, same, questions, num_lost=int(by_question.isnan().sum()))
 
     mine = questions[_shares(questions[:, 0], accelerator.num_processes) == accelerator.process_index]
-    found = torch.tensor([] if log is None else [log.known.get(tuple(each), torch.nan) for each in mine.tolist()])
-    found = torch.full((len(mine),), torch.nan) if log is None else found
+    found = torch.tensor([torch.nan if log is None else log.known.get(tuple(q), torch.nan) for q in mine.tolist()])
     problems: list[str] = []
     open_questions = found.isnan().nonzero().squeeze(1)
     calls = _calls(mine[open_questions], batch_size)
@@ -197,7 +200,7 @@ def ask_oracle(
     matrix = torch.full(same.shape, torch.nan)
     matrix[pairs.unbind(dim=1)] = said[question_of]
     num_lost = int(said.isnan().sum())
-    return Verdicts(matrix, same, len(questions), num_lost, problem=problems[0] if problems else SAYS_NOTHING)
+    return Verdicts(matrix, same, questions, num_lost, problem=problems[0] if problems else SAYS_NOTHING)
 
 
 def _shares(groups: torch.Tensor, num_processes: int) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """The voters of a training: reward sources and pairwise oracles whose preferences are trained on."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
 
@@ -12,7 +14,7 @@ from ..config import SPPOConfig
 from ..diagnostics import order_disagreement
 from ..errors import RunError
 from ..preferences import preferences_from_scores, sum_of_scores
-from .asking import SAYS_NOTHING, PreferenceFunc, Verdicts, ask_oracle
+from .asking import SAYS_NOTHING, PreferenceFunc, VerdictLog, Verdicts, ask_oracle
 from .endpoint import Endpoint
 from .scoring import RewardSources
 
@@ -46,6 +48,7 @@ class Voters:
         # By voter: prompts up to the last one with a score, how many of them have one; prompts and rollouts since
         self._silence: dict[str, tuple[int, int, int, int]] = {}
         self._warned: set[str] = set()
+        self.usage: dict[str, dict[str, float]] = {}  # of oracles that count it: requests, tokens and cost
 
     @property
     def names(self) -> list[str]:
@@ -60,10 +63,10 @@ class Voters:
         return [*self.source_weights, *self.oracle_weights]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"silence": dict(self._silence)}
+        return {"silence": dict(self._silence), "usage": copy.deepcopy(self.usage)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._silence = dict(state["silence"])
+        self._silence, self.usage = dict(state["silence"]), copy.deepcopy(state.get("usage", {}))
 
     def describe(self) -> dict[str, Any]:
         """The voters, for the model card and the rollout files."""
@@ -79,11 +82,13 @@ class Voters:
         group_size: int,
         log_metric: Callable[[str, float], None],
         known: Callable[[str], torch.Tensor] | None = None,  # by name: the matrix of stored verdicts, see ask_oracle
+        log: Callable[[int], VerdictLog | None] = lambda number: None,  # by the oracle's number
     ) -> tuple[dict[str, Verdicts], dict[str, float]]:
         """Verdicts of the pairwise oracles by name, the same on all processes; and metrics."""
         found: dict[str, Verdicts] = {}
         metrics: dict[str, float] = {}
-        for name, oracle in self.oracles.items():
+        for number, (name, oracle) in enumerate(self.oracles.items()):
+            before = dict(getattr(oracle, "usage", {}))
             verdicts = ask_oracle(
                 oracle,
                 prompts,
@@ -96,7 +101,10 @@ class Voters:
                 log_metric=log_metric,
                 disable_tqdm=bool(self.args.disable_tqdm),
                 known=None if known is None else known(name),
+                per_group=self.args.comparisons_per_group,
+                log=log(number),
             )
+            metrics |= self._count_usage(name, before, getattr(oracle, "usage", {}))
             if verdicts.num_asked:
                 metrics[f"preferences/{name}/lost"] = verdicts.num_lost / verdicts.num_asked
             metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(verdicts.matrix).item()
@@ -109,6 +117,23 @@ class Voters:
                 )
             found[name] = verdicts
         return found, metrics
+
+    def _count_usage(self, name: str, before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+        """Metrics of what a judge behind an endpoint has used, in this rollout and in all, over all processes."""
+        if not now:
+            return {}
+        used = torch.tensor([now[key] - before[key] for key in now], dtype=torch.float64)
+        used = dict(zip(now, torch.tensor(gather_object([used.tolist()])).sum(dim=0).tolist(), strict=True))
+        total = self.usage.setdefault(name, dict.fromkeys(used, 0.0))
+        for key, value in used.items():
+            total[key] = total.get(key, 0.0) + value
+        of_rollout = {f"preferences/{name}/{key}": value for key, value in used.items()}
+        return of_rollout | {f"preferences/{name}/{key}_total": value for key, value in total.items()}
+
+    @property
+    def tokens_used(self) -> float:
+        """Tokens that judges behind endpoints have read and written, in this run."""
+        return sum(used["input_tokens"] + used["output_tokens"] for used in self.usage.values())
 
     def check_silence(self, scores: torch.Tensor, verdicts: dict[str, Verdicts], group_size: int) -> None:
         """Raise `RunError` if a voter has given no score or verdict for too many prompts."""
@@ -127,7 +152,7 @@ class Voters:
         for (name, oracle), weight in zip(self.oracles.items(), self.oracle_weights, strict=True):
             said = verdicts[name]
             known = (~said.matrix.isnan()).flatten(1).any(dim=1)
-            asked = (~said.same).flatten(1).any(dim=1)  # groups of identical completions are not compared
+            asked = said.questions[:, 0].unique()  # groups of identical completions are not compared
             may_pass = said.problem == SAYS_NOTHING and not isinstance(oracle, Endpoint)
             num_silent = self.silent_prompts(name, known[asked], may_pass, alone) if weight > 0 else 0
             if num_silent:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from ..oracles.asking import Verdicts
+from ..oracles.asking import VerdictLog, Verdicts
 from ..oracles.voters import preferences_of_sources
 from ..rows import IMAGES, ROW, same_prompts, to_lists, to_tensor, without_nulls
 from .files import COLUMNS, RolloutFiles, installed_versions
@@ -215,6 +215,11 @@ class RolloutRecorder:
     def verdicts(self, name: str) -> torch.Tensor:
         """Recalled verdicts of a pairwise oracle, of shape `(groups, K, K)`."""
         return to_tensor([group["answers"][name] for group in self.groups])
+
+    def verdict_log(self, number: int) -> VerdictLog | None:
+        """Where the verdicts of this oracle are written while it is asked."""
+        folder, process = self.files.state(self._iteration, scored=True), self.accelerator.process_index
+        return VerdictLog(folder / f"verdicts-{number}-{process}.jsonl") if self.recalls else None
 
     def scored(self, scores: dict[str, torch.Tensor], verdicts: dict[str, Verdicts], targets: RolloutTargets) -> None:
         """Write scores of shape `(groups, K)` by reward source, and verdicts by pairwise oracle."""

@@ -18,7 +18,7 @@ from ..diagnostics import (
     win_rate_spread,
 )
 from ..objectives import head_to_head, log_mean_exp_baseline, select_completions
-from ..preferences import mean_preferences, win_rates
+from ..preferences import mean_preferences, mean_win_rates, win_rates
 
 
 @dataclass
@@ -50,6 +50,8 @@ class RolloutTargets:
     ) -> "RolloutTargets":
         preferences = mean_preferences(panel, weights)
         rates = win_rates(preferences, args.include_self)
+        if args.comparisons_per_group is not None:  # oracles have compared different pairs
+            rates = mean_win_rates(panel, weights, args.include_self)
         chosen = select_completions(rates, args.train_on, args.win_rate_threshold)
         regressed = rates
         if args.loss_type == "sppo_hard":

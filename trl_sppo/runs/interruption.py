@@ -126,6 +126,7 @@ class Interruption(TrainerCallback):
         self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
         self._begin_micro_step()
         is_late = now + self._longest[self._rollout] > self._deadline
+        is_late |= self._rollout and self.trainer.is_over_budget  # what has been judged is trained on
         code = 128 + self._signal if self._signal is not None else EXIT_TIME_BUDGET * is_late
         self.exit_code = self.trainer.agree(code) or self.exit_code
         return self.exit_code is not None

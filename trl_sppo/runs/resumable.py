@@ -125,6 +125,8 @@ class ResumableTrainer(GRPOTrainer):
             output = super().train(checkpoint, *args, **kwargs)
         if self._interruption.exit_code is not None:
             if self.is_world_process_zero():
+                if self.is_over_budget:
+                    print(f"trl-sppo: judge_token_budget={self.args.judge_token_budget} is used up. Raise it first.")
                 print(f"trl-sppo: ended at step {self.state.global_step}. {how_to_go_on(output_dir)}")
             self._interruption.end()
         return output
