@@ -289,7 +289,7 @@ def test_verdicts_are_written_as_they_come_and_not_asked_for_again(tmp_path):
         ask(dying, batch_size=12, log=VerdictLog(path))
     assert len(asked) == 12
     with open(path, "a") as file:
-        file.write("[1, 0, 1, 0.9")  # a line that the process did not finish
+        file.write("\n[1, 0, 1, 0.9")  # a line that the process did not finish
 
     def lasting(prompts, first, second, **kwargs):
         asked.extend(zip(first, second, strict=True))
