@@ -316,6 +316,7 @@ class Endpoint:
 
     def __init__(self):
         self.requests, self.headers, self.most_at_once = [], [], 0
+        self.headers_out = {}  # of each answer
         self.answer = lambda number, request: (200, verdict(A=0.6, B=0.2))
         now, lock = 0, threading.Lock()
 
@@ -336,7 +337,8 @@ class Endpoint:
                     now -= 1
                 body = (body if isinstance(body, str) else json.dumps(body)).encode()
                 handler.send_response(status)
-                handler.send_header("Content-Type", "application/json")
+                for name, value in {"Content-Type": "application/json", **self.headers_out}.items():
+                    handler.send_header(name, value)
                 handler.send_header("Content-Length", str(len(body)))
                 handler.end_headers()
                 try:

@@ -1,0 +1,132 @@
+"""What judges cost in a training: fewer comparisons, verdicts that are not paid for twice, and a budget."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import assert_same, more_abc, verdict
+
+from trl_sppo.judges import LLMJudge
+
+
+def no_reward(start, folder, oracle, **options):
+    return start(folder, reward_funcs=None, trainer_kwargs={"preference_func": oracle}, **options)
+
+
+def test_a_killed_run_asks_only_for_what_it_has_not_been_told(start, tmp_path):
+    """The process ends in the second call of the first rollout. Weights and log are those of a run in one piece."""
+    whole = no_reward(start, "whole", more_abc, preference_batch_size=12)
+    whole.train()
+    asked, calls = [], []
+
+    def dying(prompts, first, second, **kwargs):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return more_abc(prompts, first, second)
+
+    dying.__name__ = "more_abc"
+    with pytest.raises(KeyboardInterrupt):
+        no_reward(start, "run", dying, preference_batch_size=12).train()
+
+    def lasting(prompts, first, second, **kwargs):
+        asked.append(len(prompts))
+        return more_abc(prompts, first, second)
+
+    lasting.__name__ = "more_abc"
+    resumed = no_reward(start, "run", lasting, preference_batch_size=12)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
+    total = Path(tmp_path / "whole" / "rollouts").glob("iteration-*.parquet")
+    assert total and calls[0] > 0
+    counted = []
+
+    def counting(prompts, first, second, **kwargs):
+        counted.append(len(prompts))
+        return more_abc(prompts, first, second)
+
+    counting.__name__ = "more_abc"
+    no_reward(start, "again", counting, preference_batch_size=12).train()
+    assert sum(asked) == sum(counted) - calls[0]
+
+
+def test_fewer_comparisons_in_a_training(make_trainer, tmp_path):
+    asked = []
+
+    def oracle(prompts, first, second, **kwargs):
+        asked.extend(zip(prompts, first, second, strict=True))
+        return more_abc(prompts, first, second)
+
+    trainer = make_trainer(
+        reward_funcs=None, comparisons_per_group=4, trainer_kwargs={"preference_func": oracle}, max_steps=1
+    )
+    trainer.train()
+    assert 0 < len(asked) <= 8  # of two groups of four, without copies
+    log = trainer.state.log_history[0]
+    assert log["preferences/oracle/lost"] == 0 and log["win_rate/unscorable"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"comparisons_per_group": 3}, "comparisons_per_group must be at least 4, got 3.*num_generations=4.*both orders"),
+        ({"comparisons_per_group": 1, "both_orders": False}, "must be at least 2, got 1.*compared once"),
+        ({"comparisons_per_group": 0}, "comparisons_per_group must be at least 1, got 0"),
+        (
+            {"comparisons_per_group": 8, "loss_type": "sppo_single", "train_on": "best_and_worst"},
+            "comparisons_per_group=8 may leave out the best against the worst",
+        ),
+        ({"judge_token_budget": 0}, "judge_token_budget must be at least 1, got 0"),
+    ],
+)
+def test_options_that_cannot_be(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+@pytest.fixture
+def judge(endpoint):
+    """A judge that prefers longer completions, and whose responses take 10 tokens each."""
+
+    def answer(number, request):
+        data = json.loads(request["messages"][0]["content"].split("\n\n")[1])
+        better = 0.9 if len(data["answer_A"]) > len(data["answer_B"]) else 0.1
+        return 200, {**verdict(A=better, B=1 - better), "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+
+    endpoint.answer = answer
+    return LLMJudge("judge", endpoint.url, price=(1e6, 2e6))
+
+
+def test_tokens_are_logged_for_each_rollout_and_in_all(make_trainer, judge):
+    trainer = make_trainer(
+        reward_funcs=None, max_steps=2, steps_per_generation=1, trainer_kwargs={"preference_func": judge}
+    )
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    for name, factor in (("requests", 1), ("input_tokens", 9), ("output_tokens", 1), ("cost", 11)):
+        assert first[f"preferences/judge/{name}"] == first["preferences/judge/requests"] * factor > 0
+        total = first[f"preferences/judge/{name}"] + second[f"preferences/judge/{name}"]
+        assert second[f"preferences/judge/{name}_total"] == total == judge.usage[name]
+
+
+def test_a_budget_ends_the_run_and_a_larger_one_continues_it(start, judge, capsys, tmp_path):
+    whole = no_reward(start, "whole", judge)
+    whole.train()
+    trainer = no_reward(start, "run", judge, judge_token_budget=1)
+    with pytest.raises(SystemExit) as error:
+        trainer.train()
+    assert error.value.code == 124
+    assert "judge_token_budget=1 is used up. Raise it first." in capsys.readouterr().out
+    # All steps on what was judged are taken
+    assert trainer.state.global_step == 2
+    # The same budget: nothing is asked, and the message says what to do
+    before = dict(judge.usage)
+    stuck = no_reward(start, "run", judge, judge_token_budget=1)
+    with pytest.raises(RuntimeError, match=r"judge_token_budget=1 is used up: the judges have read and written \d+"):
+        stuck.train(resume_from_checkpoint=True)
+    assert judge.usage == before
+    resumed = no_reward(start, "run", judge, judge_token_budget=10**6)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
