@@ -141,15 +141,18 @@ class _Asked:
     def __init__(self, panel: Panel, name: str):
         self.panel, self.name, self.is_oracle = panel, name, name in panel.oracles
         self.number, self.seconds, self.is_silent = 0, 0.0, True
-        i = panel.sources.names.index(name) if not self.is_oracle else 0
-        self.judge = panel.oracles[name] if self.is_oracle else panel.sources.sources[i]
-        if not self.is_oracle:
-            sources = panel.sources
+        self.judge: Any
+        if self.is_oracle:
+            self.judge = panel.oracles[name]
+        else:
+            sources, i = panel.sources, panel.sources.names.index(name)
+            self.judge = sources.sources[i]
             self.source = replace(sources, names=[name], sources=[self.judge], tokenizers=[sources.tokenizers[i]])
         self._used_before = self._usage()
 
     def _usage(self) -> dict[str, float]:
-        return dict(getattr(self.judge, "usage", None) or {})
+        usage = getattr(self.judge, "usage", None) or {}
+        return {key: value for key, value in usage.items() if value is not None}
 
     @property
     def usage(self) -> dict[str, float]:
@@ -171,11 +174,9 @@ class _Asked:
         return verdicts.double()
 
     def _compare(self, prompts: list, completions: list, columns: dict[str, list]) -> torch.Tensor:
-        oracle: Any = self.judge
-
         def by_number(first: Sequence[int], second: Sequence[int], **kwargs: Any) -> Any:
             texts = ([completions[i] for i in numbers] for numbers in (first, second))
-            return oracle(**dict(zip(("first", "second"), own_copy([*texts]), strict=True)), **kwargs)
+            return self.judge(**dict(zip(("first", "second"), own_copy([*texts]), strict=True)), **kwargs)
 
         by_number.__name__ = self.name
         verdicts = ask_oracle(
