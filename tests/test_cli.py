@@ -67,7 +67,9 @@ def test_train_through_accelerate(workdir, tmp_path):
     assert any("eval_reward" in row for row in history)
 
 
-@pytest.mark.parametrize("command", ["train", "rollout", "check", "eval", "ladder", "report", "quickstart"])
+@pytest.mark.parametrize(
+    "command", ["train", "rollout", "check", "eval", "ladder", "judge-check", "report", "quickstart"]
+)
 def test_ctrl_c_before_a_command_has_begun(monkeypatch, capsys, command):
     """As it comes in the middle of imports, which take seconds."""
 

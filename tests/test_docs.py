@@ -21,6 +21,7 @@ from trl_sppo.arguments.launching import INSTEAD, VERL, launch_arguments
 from trl_sppo.arguments.options import check_arguments, make_parser
 from trl_sppo.commands import check
 from trl_sppo.commands.evaluate import EvalArguments
+from trl_sppo.commands.judge_check import JudgeCheckArguments
 from trl_sppo.commands.judging import parse
 from trl_sppo.config import SPPOConfig
 from trl_sppo.oracles.asking import check_oracle
@@ -139,6 +140,8 @@ def test_commands(page, command, monkeypatch):
             assert check.main(options) == 0
     elif name == "eval":
         parse(EvalArguments, "trl-sppo eval", options)
+    elif name == "judge-check":
+        parse(JudgeCheckArguments, "trl-sppo judge-check", options)
     else:
         assert name == "quickstart"
         check_arguments(["--config", "recipes/quickstart.yaml", *options])
@@ -158,6 +161,10 @@ def commands_to_run() -> dict[Path, list[str]]:
 @pytest.mark.parametrize("page", commands_to_run(), ids=lambda page: page.name)
 def test_commands_run(page, readers_folder):
     """As they stand, one after the other; the models are tiny."""
+    if page.name == "judges.md":
+        pairs, judge = (code for code in blocks(page, "python") if "quickstart/" in code)
+        exec(pairs, {})
+        Path("my_judges.py").write_text(judge)
     for command in commands_to_run()[page]:
         words = shlex.split(command, comments=True)
         several = ["--main_process_port", "0"] if "--num_processes" in words else []  # the usual one may be taken

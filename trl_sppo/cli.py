@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "eval": ("commands.evaluate", {}, "compare two policies on the same prompts, under one or several judges"),
     "ladder": ("commands.ladder", {}, "compare the checkpoints of a run with each other"),
+    "judge-check": ("commands.judge_check", {}, "test judges on labelled pairs: agreement, biases, consistency, cost"),
     "report": ("commands.report", {}, "write a page about a run: curves, win rates, diagnostics, samples"),
     "quickstart": ("quickstart", {}, "train a small model on this machine and show its win rate against the original"),
 }

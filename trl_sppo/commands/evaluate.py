@@ -91,7 +91,7 @@ def evaluate(args: EvalArguments) -> dict[str, tuple[WinRate, WinRate]]:
     if args.has_judges or samplings or not all("scores" in group for groups in players.values() for group in groups):
         columns = [set(prompts.column_names), *(set(row_of(groups[0])) for groups in players.values())]
         template = next((each for each in templates.values() if each), None)
-        panel = args.load_panel(prompts["prompt"][0], set.intersection(*columns), template)
+        panel = args.load_panel(prompts["prompt"][0], set.intersection(*columns), template, args.both_orders)
         panel.check_prompts(prompts["prompt"])
     with alone_in(args.output_dir):
         if samplings:

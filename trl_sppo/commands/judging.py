@@ -1,4 +1,4 @@
-"""Options that `trl-sppo eval`, `ladder` and `report` share: judges, sampling, and the folder of a run."""
+"""Options that commands share: judges, datasets, sampling, and the folder of a run."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -32,8 +32,8 @@ class RunArguments:
 
 
 @dataclass
-class JudgeArguments(Sampling):
-    """Options that select judges and prompts. The metadata describes each."""
+class JudgeOptions:
+    """Options that select judges and a dataset. The metadata describes each."""
 
     reward_model_name_or_path: list[str] | None = field(default=None, metadata={"help": "Reward models that judge."})
     reward_funcs: list[str] | None = field(default=None, metadata={"help": "Reward functions that judge."})
@@ -41,12 +41,13 @@ class JudgeArguments(Sampling):
     reward_trust_remote_code: list[str] | None = field(
         default=None, metadata={"help": "Reward models whose own Python code may run."}
     )
-    both_orders: bool = field(default=True, metadata={"help": "Let oracles compare each pair in both orders."})
     reward_batch_size: int = field(default=16, metadata={"help": "Completions per forward pass of a reward model."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset with a 'prompt' column."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of chat templates, as JSON."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder, file, or id of the dataset."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Number of its prompts. All by default."})
 
     def __post_init__(self):
         for name in JUDGES:
@@ -62,18 +63,21 @@ class JudgeArguments(Sampling):
             )
         for problem in find_chat_template_problems(self.chat_template_kwargs):
             raise ValueError(problem)
-        for name in ("num_generations", "max_completion_length", "batch_size", "reward_batch_size", "max_prompts"):
+        self._check_at_least_one("reward_batch_size")
+
+    def _check_at_least_one(self, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}. Policies are sampled.")
 
     @property
     def has_judges(self) -> bool:
         return any(getattr(self, name) for name in JUDGES)
 
-    def load_panel(self, prompt: Any, columns: Iterable[str], chat_template_kwargs: dict[str, Any] | None) -> Panel:
+    def load_panel(
+        self, prompt: Any, columns: Iterable[str], template_kwargs: dict[str, Any] | None, both_orders: bool = True
+    ) -> Panel:
         """The judges, for prompts like this one with these columns. Raises `ValueError` if there are none."""
         if not self.has_judges:
             raise ValueError(
@@ -85,36 +89,57 @@ class JudgeArguments(Sampling):
             load_preference_funcs(self.preference_funcs or []),
             conversational=is_conversational({"prompt": prompt}),
             trust_remote_code=self.reward_trust_remote_code or (),
-            both_orders=self.both_orders,
+            both_orders=both_orders,
             batch_size=self.reward_batch_size,
             columns=list(columns),
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=template_kwargs,
         )
 
-    def load_prompts(self) -> Dataset:
-        """Load the prompts. Raises `ValueError` if there are none."""
+    def load_rows(self, what: str) -> Any:
+        """Load the dataset, which holds `what`. Raises `ValueError` if there is none."""
         if self.dataset_name is None:
-            raise ValueError("no prompts given. Pass --dataset_name: a folder, a file, or an id on the hub.")
-        name = f"dataset_name={self.dataset_name!r}"
+            raise ValueError(f"no {what} given. Pass --dataset_name: a folder, a file, or an id on the hub.")
         try:
-            prompts: Any = load_dataset(
+            return load_dataset(
                 **dataset_source(self.dataset_name, self.dataset_config), split=self.dataset_test_split
             )
         except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:  # a file may be empty
             raise ValueError(
-                f"{name} with dataset_test_split={self.dataset_test_split!r} cannot be loaded: "
-                f"{str(error.__cause__ or error) or 'it is empty'}. Check the path, and name an existing split, such "
-                "as --dataset_test_split train."
+                f"dataset_name={self.dataset_name!r} with dataset_test_split={self.dataset_test_split!r} cannot be "
+                f"loaded: {str(error.__cause__ or error) or 'it is empty'}. Check the path, and name an existing "
+                "split, such as --dataset_test_split train."
             ) from error
+
+
+@dataclass
+class JudgeArguments(Sampling, JudgeOptions):
+    """Options that select judges, prompts, and how policies are sampled. The metadata describes each."""
+
+    both_orders: bool = field(default=True, metadata={"help": "Let oracles compare each pair in both orders."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Number of prompts. All by default."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_at_least_one("num_generations", "max_completion_length", "batch_size", "max_prompts")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}. Policies are sampled.")
+
+    def load_prompts(self) -> Dataset:
+        """Load the prompts. Raises `ValueError` if there are none."""
+        prompts, name = self.load_rows("prompts"), f"dataset_name={self.dataset_name!r}"
         if len(prompts) == 0 or "prompt" not in prompts.column_names:
             how = how_to_make_prompts(next(iter(prompts), {}))
             raise ValueError(f"{name} needs rows with a column 'prompt'. It has {prompts.column_names}. {how}")
-        if set(IMAGES) & set(prompts.column_names) or "Image(" in str(prompts.features):
+        if has_images(prompts):
             raise ValueError(
                 f"{name} has images, and this command samples from text only. Evaluate during training "
                 "(eval_strategy), or pass files of completions."
             )
         return prompts.select(range(min(len(prompts), self.max_prompts or len(prompts))))
+
+
+def has_images(dataset: Dataset) -> bool:
+    return bool(set(IMAGES) & set(dataset.column_names)) or "Image(" in str(dataset.features)
 
 
 def parse(kind: Any, prog: str, argv: list[str], defaults: dict[str, Any] | None = None) -> Any:

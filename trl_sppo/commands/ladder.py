@@ -50,7 +50,8 @@ def climb_run(run: Path, args: LadderArguments) -> dict[str, Matrix]:
     panel = None
     if args.has_judges:
         prompts = prompts_of(next(iter(players.values()))) if players else args.load_prompts()
-        panel = args.load_panel(prompts["prompt"][0], prompts.column_names, cast(Any, args.chat_template_kwargs))
+        template = cast(Any, args.chat_template_kwargs)
+        panel = args.load_panel(prompts["prompt"][0], prompts.column_names, template, args.both_orders)
         for checkpoint in missing.values():
             check_policy(str(checkpoint), args.trust_remote_code, args.use_vllm)
             read_prompts(str(checkpoint), prompts, args)
