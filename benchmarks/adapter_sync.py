@@ -66,7 +66,8 @@ def disagreement(policy: Any, outputs: list[Any]) -> float:
         with torch.no_grad():
             logits = policy(tokens).logits[0, len(output.prompt_token_ids) - 1 : -1].float()
         own = logits.log_softmax(dim=-1).gather(1, tokens[0, -len(ids) :, None])[:, 0].cpu()
-        differences.append((own - torch.tensor([each[i].logprob for each, i in zip(output.outputs[0].logprobs, ids)])))
+        theirs = [each[i].logprob for each, i in zip(output.outputs[0].logprobs, ids, strict=True)]
+        differences.append(own - torch.tensor(theirs))
     return torch.cat(differences).abs().mean().item()
 
 

@@ -20,7 +20,7 @@ if not POLICY:
 import vllm  # noqa: E402, F401  (here it must be there)
 
 
-# Of the likeliest token and the next one, logits are further apart than bfloat16 rounds, also with the adapter (but once)
+# The logits of the two likeliest tokens are further apart than bfloat16 rounds, with the adapter but for one question
 QUESTIONS = ["What is the capital of Japan?", "Explain gravity.", "Who wrote Hamlet?", "Repeat: one, two, three."]
 PROMPTS = Dataset.from_list([{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS])
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import free_port, serve
 
-from trl_sppo.judges import LLMJudge
+from trl_sppo.judges import LLMJudge, LLMRanker
 
 
 POLICY = os.environ.get("TRL_SPPO_TEST_POLICY")
@@ -114,3 +114,35 @@ def test_training_with_the_judge(server, make_trainer):
     assert judge.num_lost == 0 and log["preferences/smollm2/lost"] == 0
     assert 0 < log["preferences/smollm2/order_disagreement"] < 1
     assert log["win_rate/kept"] == 1 and log["loss"] > 0
+
+
+@pytest.mark.parametrize("rubric", [None, ["Is it correct?", {"criterion": "Is it short?", "weight": 2}]])
+def test_structured_verdicts(server, rubric):
+    """The server enforces the form, so a model of 135M gives a verdict on everything, also on an attack."""
+    judge = LLMJudge("smollm2", server, rubric=rubric, structured_output=True)
+    verdicts = asyncio.run(judge(*both_orders()))
+    assert judge.num_lost == 0 and all(0 < verdict < 1 for verdict in verdicts)
+    assert judge.usage["requests"] == 2 * len(COMPARISONS) and judge.usage["output_tokens"] > 0
+
+
+def test_reasoning_before_a_structured_verdict(server):
+    options = {"max_tokens": 300, "n": 2, "temperature": 0.8}
+    judge = LLMJudge("smollm2", server, reasoning=True, structured_output=True, request_options=options)
+    verdicts = asyncio.run(judge(*both_orders()))
+    # Some reasoning does not end in time
+    assert all(verdict is None or 0 <= verdict <= 1 for verdict in verdicts)
+    assert judge.num_lost == verdicts.count(None) < len(verdicts)
+
+
+def test_a_ranking_of_a_group(server):
+    """The server lets the model write one ranking only, so it prefers a place, which is logged."""
+    only = {"structured_outputs": {"regex": "Ranking: 2 > 3 > 1"}}
+    judge, logged = LLMRanker("smollm2", server, request_options={"extra_body": only}), {}
+    prompt = [{"role": "user", "content": "Name a colour."}]
+    texts = [[{"role": "assistant", "content": text}] for text in ("Blue.", "Red.", "Seventeen.")]
+    pairs = [(a, b) for a in texts for b in texts if a is not b]
+    first, second = map(list, zip(*pairs, strict=True))
+    verdicts = asyncio.run(judge([prompt] * 6, first, second, log_metric=logged.__setitem__))
+    # x, y, z are ordered y > z > x, and in reverse, z, y, x, y > x > z: y wins, and x and z tie
+    assert judge.num_lost == 0 and sorted(verdicts) == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    assert logged["smollm2/inconsistency"] == pytest.approx(1 / 3)

@@ -43,6 +43,7 @@ BANNED = {
 ALLOWED = {
     ("trl_sppo/judges/llm.py", "answer"),  # the question put to a judge, which other words could change
     ("trl_sppo/judges/llm.py", "answers"),
+    ("trl_sppo/judges/ranking.py", "answers"),  # the same
     ("trl_sppo/preferences.py", "answers"),  # a public name
     ("docs/choosing.md", "answers"),  # of problems in mathematics, and of a game
     ("docs/method.md", "answer"),  # of a game

@@ -21,7 +21,7 @@ DEFAULT_INSTRUCTIONS = (
 
 
 MIN_VERDICT_MASS = 0.01  # below it, the model was about to write something else (such as <think>)
-REASONING_TOKENS = 4096  # at most, with the verdict
+MAX_TOKENS = {True: 4096, False: 256}  # of a response with and without reasoning that ends with its verdict
 
 # P(first beats second) of a verdict
 SIDES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -55,7 +55,7 @@ class LLMJudge(ChatJudge):
         instructions (`str`, *optional*):
             What to prefer. It precedes the prompt and the two completions, and should say that these are data.
         reasoning (`bool`, *optional*, defaults to `False`):
-            Whether the model reasons before its verdict.
+            Whether the model reasons before its verdict, in at most 4,096 tokens (`max_tokens` in `request_options`).
         rubric (`str` or `list`, *optional*):
             Criteria: texts, or mappings with a `"criterion"` and a `"weight"`. Or a column of the dataset with such a
             list for each prompt. Each criterion gets a verdict, in one request, and P is their weighted mean.
@@ -103,7 +103,7 @@ class LLMJudge(ChatJudge):
         # The most alternatives that OpenAI and vLLM give
         options: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         if self._verdict_is_last:
-            options["max_tokens"] = REASONING_TOKENS
+            options["max_tokens"] = MAX_TOKENS[reasoning]
         timeout = (600.0 if reasoning else 60.0) if timeout is None else timeout
         super().__init__(
             model, base_url, api_key, max_concurrency, timeout, max_retries, instructions, options, request_options,
@@ -179,7 +179,7 @@ class LLMJudge(ChatJudge):
     def _how_to_end(self, rubric: Any) -> str:
         if not self._verdict_is_last:
             return "Which answer is better? Reply with one letter, A or B."
-        begin = "Which answer is better?" if rubric is None else "Which answer is better by each criterion of the rubric?"
+        begin = f"Which answer is better{'' if rubric is None else ' by each criterion of the rubric'}?"
         if self.reasoning:
             begin += " First compare them step by step."
         if self.structured_output:
@@ -277,7 +277,7 @@ def _soften(sides: list[str], pattern: str, choice: dict[str, Any]) -> tuple[lis
             starts.append(position)
             position += len(str(token["token"]))
         soft, masses = [], []
-        for i, value in enumerate(hard):
+        for i in range(len(hard)):
             place = sum(start <= matches[-1].start(i + 1) for start in starts) - 1
             p = dict.fromkeys(SIDES, 0.0)
             for entry in tokens[place]["top_logprobs"]:

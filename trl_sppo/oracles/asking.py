@@ -104,7 +104,7 @@ class Verdicts:
 
 
 class VerdictLog:
-    """Verdicts of this process on a rollout, written as they come: a process that is killed has not asked in vain."""
+    """Verdicts of this process on a rollout, written as they come: nothing that a killed process was told is lost."""
 
     def __init__(self, path: Path):
         self.path = path

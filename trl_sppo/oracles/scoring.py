@@ -89,7 +89,9 @@ class RewardSources:
             padding: Any = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
             inputs = tokenizer(text=part, add_special_tokens=False, **padding).to(device)
             scores.append(model(**inputs).logits[:, 0].cpu())
-        return torch.cat(scores)
+        # Copies of a text tie, though in another batch its score rounds differently
+        of_text = dict(zip(texts, torch.cat(scores).tolist(), strict=True))
+        return torch.tensor([of_text[text] for text in texts])
 
     def score_everywhere(
         self, accelerator: Accelerator, prompts: Sequence[Any], completions: Sequence[Any], columns: dict, **more: Any

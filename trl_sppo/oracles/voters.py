@@ -122,8 +122,8 @@ class Voters:
         """Metrics of what a judge behind an endpoint has used, in this rollout and in all, over all processes."""
         if not now:
             return {}
-        used = torch.tensor([now[key] - before[key] for key in now], dtype=torch.float64)
-        used = dict(zip(now, torch.tensor(gather_object([used.tolist()])).sum(dim=0).tolist(), strict=True))
+        of_processes = gather_object([[now[key] - before[key] for key in now]])
+        used = dict(zip(now, map(sum, zip(*of_processes, strict=True)), strict=True))
         total = self.usage.setdefault(name, dict.fromkeys(used, 0.0))
         for key, value in used.items():
             total[key] = total.get(key, 0.0) + value

@@ -131,6 +131,11 @@ class ResumableTrainer(GRPOTrainer):
             self._interruption.end()
         return output
 
+    @property
+    def is_over_budget(self) -> bool:
+        """Whether the run has used what it may, other than time."""
+        return False
+
     def describe(self) -> dict[str, Any]:
         """Facts about the run, for its record."""
         datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
