@@ -17,6 +17,7 @@ from trl import ModelConfig
 from trl_sppo import SPPOConfig, train
 from trl_sppo.arguments.options import load_preference_funcs
 from trl_sppo.commands import check
+from trl_sppo.judges import LLMJudge
 from trl_sppo.planning import plan
 from trl_sppo.planning.memory import ModelSize, Placement, budget, peak, size_of
 
@@ -407,7 +408,9 @@ def test_dry_run(path, tmp_path, monkeypatch):
         kind = REWARD_MODELS.get(options["reward_model_name_or_path"], REWARD_MODELS[min(REWARD_MODELS)])
         options["reward_model_name_or_path"] = tiny(kind, tmp_path / "reward", reward=True)
     if "preference_funcs" in options:
-        assert options["preference_funcs"] == "trl_sppo.judges.published.pairrm"
+        if options["preference_funcs"] != "trl_sppo.judges.published.pairrm":  # a judge behind an endpoint
+            (judge,) = load_preference_funcs(options["preference_funcs"])
+            assert isinstance(judge, LLMJudge) and len(judge.rubric) == 3
         options["preference_funcs"] = "helpers.more_abc"
     options |= {
         "dataset_name": write_prompts(tmp_path / "prompts", 64),
@@ -432,3 +435,33 @@ def test_the_published_judge_by_name(monkeypatch):
     assert load_preference_funcs(["trl_sppo.judges.published.pairrm"]) == [print]
     with pytest.raises(ValueError, match=r"no attribute 'pairmr'\. It has: pairrm"):
         load_preference_funcs(["trl_sppo.judges.published.pairmr"])
+
+
+def test_a_judge_with_its_arguments_in_a_recipe():
+    arguments = {"model": "org/judge", "base_url": "http://localhost:1/v1", "rubric": [{"criterion": "x", "weight": 2}]}
+    (judge,) = load_preference_funcs([{"trl_sppo.judges.LLMJudge": arguments}])
+    assert isinstance(judge, LLMJudge) and judge.rubric == [("x", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"trl_sppo.judges.LLMJudge": {"model": "x"}}, r"LLMJudge \(preference_funcs\) cannot be made: .*'base_url'"),
+        ({"trl_sppo.judges.LLMJudge": {"model": "x", "base_url": "y"}}, r"cannot be made: base_url must be an http"),
+        ({"trl_sppo.judges.LLMJudge": {"api_key": "k"}}, "has an api_key, and recipes are shared. Set OPENAI_API_KEY"),
+        ({"a.b": {}, "c.d": {}}, "must be one class and a mapping"),
+        ({"trl_sppo.judges.LLMJudje": {}}, "could not be imported"),
+    ],
+)
+def test_judges_of_a_recipe_that_cannot_be_made(entry, message):
+    with pytest.raises(ValueError, match=message):
+        load_preference_funcs([entry])
+
+
+@pytest.mark.parametrize("value", [{"a.b": {}}, [{"a.b": "c"}], [3]])
+def test_judges_of_a_wrong_form_are_refused_with_the_recipe(tmp_path, value, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_name_or_path": "x", "dataset_name": "y", "preference_funcs": value}))
+    with pytest.raises(SystemExit):
+        check.main([str(recipe)])
+    assert "preference_funcs" in capsys.readouterr().err

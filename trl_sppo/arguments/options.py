@@ -27,7 +27,10 @@ class SPPOScriptArguments(ScriptArguments):
     )
     preference_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge')."},
+        metadata={
+            "help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge'). In a recipe also "
+            "a judge's class with its arguments."
+        },
     )
     eval_reward_model_name_or_path: list[str] | None = field(
         default=None, metadata={"help": "Reward models that judge in evaluations only."}
@@ -105,9 +108,34 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
     return functions
 
 
-def load_preference_funcs(names: list[str], option: str = "preference_funcs") -> list:
-    """Import pairwise oracles by dotted paths, also of modules in the working directory."""
-    return [import_callable(name, option) for name in names]
+def load_preference_funcs(entries: list[str | dict[str, Any]], option: str = "preference_funcs") -> list:
+    """Import pairwise oracles by dotted paths, or make them: of a class with its arguments, as a recipe may have."""
+    oracles = []
+    for entry in entries:
+        path, arguments = path_and_arguments(entry, option)
+        oracle = import_callable(path, option)
+        if arguments is not None:
+            try:
+                oracle = oracle(**arguments)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path} ({option}) cannot be made: {error}") from error
+        oracles.append(oracle)
+    return oracles
+
+
+def path_and_arguments(entry: str | dict[str, Any], option: str) -> tuple[str, dict[str, Any] | None]:
+    """The dotted path of a pairwise oracle, and the arguments of its class, if it has some."""
+    if isinstance(entry, str):
+        return entry, None
+    if len(entry) != 1 or not all(isinstance(arguments, dict) for arguments in entry.values()):
+        raise ValueError(
+            f"{option}: an entry with arguments must be one class and a mapping, such as `trl_sppo.judges.LLMJudge: "
+            f"{{model: ..., base_url: ...}}`, got {entry!r}. Indent the arguments below the class."
+        )
+    ((path, arguments),) = entry.items()
+    if "api_key" in arguments:
+        raise ValueError(f"{path} ({option}) has an api_key, and recipes are shared. Set OPENAI_API_KEY instead.")
+    return path, arguments
 
 
 def check_dotted(name: str, what: str) -> None:

@@ -26,6 +26,8 @@ _Dataset: Any = create_model(
 # Types that are wider or narrower than in the dataclasses
 _HINTS: dict[str, Any] = {
     "datasets": list[_Dataset],
+    "preference_funcs": list[str | dict[str, dict[str, Any]]] | None,
+    "eval_preference_funcs": list[str | dict[str, dict[str, Any]]] | None,
     "resume_from_checkpoint": str | bool | None,  # what `Trainer.train` takes
     "env": dict[
         Annotated[str, Field(pattern=r"^[^=\x00]+$")],

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..arguments.options import path_and_arguments
 from ..models.adapters import base_of, config_of, is_adapter, kind_of
 from ..objectives import select_completions
 from ..preferences import win_rates_from_scores
@@ -72,7 +73,7 @@ def describe(plan: Plan) -> list[str]:
             f"{args.max_completion_length:,} tokens, at temperature {args.temperature:g}."
         )
     sources = [*(script.reward_model_name_or_path or []), *(script.reward_funcs or [])]
-    oracles = script.preference_funcs or []
+    oracles = [path_and_arguments(each, "preference_funcs")[0] for each in script.preference_funcs or []]
     weights = [*(args.reward_weights or [1.0] * len(sources)), *(args.preference_weights or [1.0] * len(oracles))]
     if weights:
         voters = (f"{name} (weight {weight:g})" for name, weight in zip([*sources, *oracles], weights, strict=True))

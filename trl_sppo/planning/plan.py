@@ -16,7 +16,14 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..arguments.launching import accelerate_config, launch_arguments
 from ..arguments.loading import check_one_dataset, is_id, load_data
-from ..arguments.options import SPPOScriptArguments, check_dotted, import_callable, make_parser, split_config
+from ..arguments.options import (
+    SPPOScriptArguments,
+    check_dotted,
+    import_callable,
+    make_parser,
+    path_and_arguments,
+    split_config,
+)
 from ..arguments.recipes import check_output_dir
 from ..checks.arguments import check_activation_checkpointing, check_optimizer
 from ..checks.models import (
@@ -204,7 +211,7 @@ def _check_sources(plan: Plan) -> None:
     names = [getattr(script, option) or [] for option in FUNCTIONS]
     for option, given in zip(FUNCTIONS, names, strict=True):
         for name in given:
-            _check_importable(name, option)
+            _check_importable(path_and_arguments(name, option)[0], option)
     functions, eval_functions, oracles, eval_oracles = ([_stand_in] * len(given) for given in names)
     sources: list[Any] = [*(script.reward_model_name_or_path or []), *functions]
     judges: list[Any] = [*(script.eval_reward_model_name_or_path or []), *eval_functions]
