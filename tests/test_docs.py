@@ -72,6 +72,10 @@ def test_every_metric_of_this_package_is_documented(fixed, tiny_policy):
         "importance_weight",
         "<oracle>/truncated",
         "<oracle>/verdict_mass",
+        "<oracle>/inconsistency",
+        "<oracle>/<criterion>/decided",
+        "<oracle>/<criterion>/agreement",
+        *(f"preferences/<oracle>/{name}" for name in ("requests", "input_tokens", "output_tokens", "cost")),
         "rewards/<source>/mean",
         "completions/std",
         "skipped_steps",
@@ -218,7 +222,7 @@ def test_the_reference_has_all_public_names():
     page = (ROOT / "docs/api.md").read_text()
     documented = set(re.findall(r"autoclass:: (?:trl_sppo\.judges\.)?(\w+)$", page, re.MULTILINE))
     documented |= set(re.findall(r"autofunction:: (\w+)$", page, re.MULTILINE))
-    assert documented == set(trl_sppo._PUBLIC) | {name for name in vars(judges) if name.endswith("Judge")}
+    assert documented == set(trl_sppo._PUBLIC) | {name for name in vars(judges) if name.endswith(("Judge", "Ranker"))}
     for module, name in re.findall(r"auto\w+:: (trl_sppo\.[\w.]+)\.(\w+)$", page, re.MULTILINE):
         assert getattr(import_module(module), name).__doc__
 

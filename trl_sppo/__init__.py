@@ -13,6 +13,7 @@ _PUBLIC = {
     "ServedRewardModel": "oracles.served",
     "log_mean_exp_baseline": "objectives",
     "mean_preferences": "preferences",
+    "mean_win_rates": "preferences",
     "preferences_from_answers": "preferences",
     "preferences_from_scores": "preferences",
     "select_completions": "objectives",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .objectives import sppo_targets as sppo_targets
     from .oracles.served import ServedRewardModel as ServedRewardModel
     from .preferences import mean_preferences as mean_preferences
+    from .preferences import mean_win_rates as mean_win_rates
     from .preferences import preferences_from_answers as preferences_from_answers
     from .preferences import preferences_from_scores as preferences_from_scores
     from .preferences import win_rates as win_rates
