@@ -438,7 +438,8 @@ def test_the_published_judge_by_name(monkeypatch):
 
 
 def test_a_judge_with_its_arguments_in_a_recipe():
-    arguments = {"model": "org/judge", "base_url": "http://localhost:1/v1", "rubric": [{"criterion": "x", "weight": 2}]}
+    rubric = [{"criterion": "x", "weight": 2}]
+    arguments = {"model": "org/judge", "base_url": "http://localhost:1/v1", "rubric": rubric}
     (judge,) = load_preference_funcs([{"trl_sppo.judges.LLMJudge": arguments}])
     assert isinstance(judge, LLMJudge) and judge.rubric == [("x", 2.0)]
 
@@ -448,7 +449,12 @@ def test_a_judge_with_its_arguments_in_a_recipe():
     [
         ({"trl_sppo.judges.LLMJudge": {"model": "x"}}, r"LLMJudge \(preference_funcs\) cannot be made: .*'base_url'"),
         ({"trl_sppo.judges.LLMJudge": {"model": "x", "base_url": "y"}}, r"cannot be made: base_url must be an http"),
-        ({"trl_sppo.judges.LLMJudge": {"api_key": "k"}}, "has an api_key, and recipes are shared. Set OPENAI_API_KEY"),
+        ({"trl_sppo.judges.LLMJudge": {"api_key": "k"}}, "has a key, and recipes are shared. Set OPENAI_API_KEY"),
+        (
+            {"trl_sppo.judges.LLMJudge": {"request_options": {"extra_headers": {"Authorization": "Bearer k"}}}},
+            "has a key, and recipes are shared",
+        ),
+        ("trl_sppo.judges.LLMJudge", r"LLMJudge \(preference_funcs\) is a class. Give its arguments below it"),
         ({"a.b": {}, "c.d": {}}, "must be one class and a mapping"),
         ({"trl_sppo.judges.LLMJudje": {}}, "could not be imported"),
     ],

@@ -3,9 +3,12 @@
 import json
 
 import pytest
-from helpers import assert_same, more_abc, verdict
+import torch
+from datasets import Dataset
+from helpers import assert_same, more_abc, verdict, weights
 
 from trl_sppo.judges import LLMJudge
+from trl_sppo.oracles.asking import run_coroutines
 
 
 def no_reward(start, folder, oracle, **options):
@@ -47,6 +50,33 @@ def test_a_killed_run_asks_only_for_what_it_has_not_been_told(start, tmp_path):
     assert sum(asked) == sum(counted) - calls[0]
 
 
+def test_responses_of_a_call_that_did_not_end_are_not_paid_for_twice(start, judge, endpoint, monkeypatch):
+    """The process ends inside a call, as all of its responses but one have come."""
+    whole = no_reward(start, "whole", judge)
+    whole.train()
+    answer, first = endpoint.answer, len(endpoint.requests)
+    endpoint.answer = lambda number, request: (500, {}) if number == first else answer(number, request)
+    dying = LLMJudge("judge", endpoint.url, max_concurrency=1, max_retries=0)
+
+    def run_and_die(coroutines, *args):
+        run_coroutines(coroutines, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_sppo.oracles.asking.run_coroutines", run_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        no_reward(start, "run", dying).train()
+    monkeypatch.undo()
+    lasting = LLMJudge("judge", endpoint.url)
+    resumed = no_reward(start, "run", lasting)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert dying.usage["requests"] > 20
+    assert dying.usage["requests"] + lasting.usage["requests"] == judge.usage["requests"]
+    # Another form of the question is asked anew
+    assert dying.form == lasting.form != LLMJudge("judge", endpoint.url, reasoning=True).form
+
+
 def test_fewer_comparisons_in_a_training(make_trainer, tmp_path):
     asked = []
 
@@ -73,7 +103,14 @@ def test_fewer_comparisons_in_a_training(make_trainer, tmp_path):
             {"comparisons_per_group": 8, "loss_type": "sppo_single", "train_on": "best_and_worst"},
             "comparisons_per_group=8 may leave out the best against the worst",
         ),
+        ({"comparisons_per_group": 4, "num_generations_eval": 8}, "must be at least 8, got 4.*num_generations_eval=8"),
+        (
+            {"comparisons_per_group": 8, "baseline": "log_mean_exp"},
+            "baseline='log_mean_exp' is too high for win rates of few comparisons",
+        ),
         ({"judge_token_budget": 0}, "judge_token_budget must be at least 1, got 0"),
+        ({"judge_token_budget": 9}, "judge_token_budget=9 is for pairwise oracles, and there are none"),
+        ({"comparisons_per_group": 9}, "comparisons_per_group=9 is for pairwise oracles, and there are none"),
     ],
 )
 def test_options_that_cannot_be(make_trainer, options, message):
@@ -112,7 +149,7 @@ def test_a_budget_ends_the_run_and_a_larger_one_continues_it(start, judge, capsy
     trainer = no_reward(start, "run", judge, judge_token_budget=1)
     with pytest.raises(SystemExit) as error:
         trainer.train()
-    assert error.value.code == 124
+    assert error.value.code == 3
     assert "judge_token_budget=1 is used up. Raise it first." in capsys.readouterr().out
     # All steps on what was judged are taken
     assert trainer.state.global_step == 2
@@ -125,3 +162,43 @@ def test_a_budget_ends_the_run_and_a_larger_one_continues_it(start, judge, capsy
     resumed = no_reward(start, "run", judge, judge_token_budget=10**6)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, whole)
+    assert not (tmp_path / "run" / "rollouts-1").exists()  # what was sampled and judged counts
+
+
+def test_a_run_that_is_complete_has_kept_its_budget(make_trainer, judge):
+    trainer = make_trainer(
+        reward_funcs=None, judge_token_budget=1, max_steps=1, trainer_kwargs={"preference_func": judge}
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer.is_over_budget
+
+
+def test_evaluations_do_not_count(make_trainer, judge):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+    data = {"eval_dataset": Dataset.from_dict({"prompt": ["ab", "cd"]})}
+    trainer = make_trainer(
+        reward_funcs=None, max_steps=1, **options, trainer_kwargs={"preference_func": judge, **data}
+    )
+    trainer.train()
+    log = next(row for row in trainer.state.log_history if "loss" in row)
+    requests = log["preferences/judge/requests"]
+    assert log["preferences/judge/requests_total"] == requests < judge.usage["requests"]
+    assert trainer.voters.tokens_used == 10 * requests
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"requests": 1}, "much"])
+def test_a_budget_needs_a_judge_that_counts(make_trainer, usage):
+    def oracle(prompts, first, second, **kwargs):
+        return more_abc(prompts, first, second)
+
+    oracle.usage = usage
+    trainer = make_trainer(reward_funcs=None, judge_token_budget=99, trainer_kwargs={"preference_func": oracle})
+    with pytest.raises(RuntimeError, match="judge_token_budget=99 cannot be kept: no judge reports tokens"):
+        trainer.train()
+
+
+def test_a_rubric_in_a_column_that_is_not_there(make_trainer, endpoint):
+    judge = LLMJudge("judge", endpoint.url, rubric="criteria")
+    with pytest.raises(ValueError, match=r"train_dataset has no column 'criteria', which judge reads.*\['prompt'\]"):
+        make_trainer(reward_funcs=None, trainer_kwargs={"preference_func": judge})
+    assert not endpoint.requests

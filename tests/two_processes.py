@@ -61,10 +61,15 @@ def oracle(prompts, first, second, marker, log_metric, **kwargs):
     """Intransitive, biased towards the first place, at times silent; the columns must be those of the prompts."""
     assert [PROMPTS[m] for m in marker] == prompts
     log_metric("asked", len(first))
+    oracle.usage["requests"] += len(first)  # as a judge behind an endpoint counts
+    oracle.usage["input_tokens"] += sum(map(len, first))
     return [
         None if len(a) == 3 and len(b) == 2 else 0.2 + 0.8 * ((ord(a[0]) - ord(b[0])) % 7) / 7
         for a, b in zip(first, second, strict=True)
     ]
+
+
+oracle.usage = {"requests": 0, "input_tokens": 0, "output_tokens": 0}
 
 
 def lora() -> LoraConfig:

@@ -332,6 +332,11 @@ class SPPOConfig(GRPOConfig):
                 f"comparisons_per_group={self.comparisons_per_group} may leave out the best against the worst, which "
                 "loss_type='sppo_single' needs. Remove one of them."
             )
+        if self.baseline != "half" and self.comparisons_per_group is not None:
+            yield (
+                f"baseline={self.baseline!r} is too high for win rates of few comparisons, which are noisy. Remove "
+                f"comparisons_per_group={self.comparisons_per_group}, or use baseline='half'."
+            )
         if self.loss_type != "sppo" and self.baseline != "half":
             yield f"baseline={self.baseline!r} needs the win rates of the whole group: use loss_type='sppo'."
         if self.forward_kl_share > 0 and self.beta == 0:
@@ -365,12 +370,13 @@ class SPPOConfig(GRPOConfig):
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step belongs to one "
                 "SPPO iteration, which is one generation batch. Change one of them (or generation_batch_size)."
             )
-        size, per_pair = cast(int, self.num_generations), 1 + self.both_orders
-        least = -(-size // 2) * per_pair
+        sizes = {name: cast(int, getattr(self, name) or 0) for name in ("num_generations", "num_generations_eval")}
+        name, size = max(sizes.items(), key=lambda item: item[1])
+        least = -(-size // 2) * (1 + self.both_orders)
         if self.comparisons_per_group is not None and self.comparisons_per_group < least:
             yield (
                 f"comparisons_per_group must be at least {least}, got {self.comparisons_per_group}: each of the "
-                f"num_generations={size} completions must be compared once{', in both orders' * self.both_orders}."
+                f"{name}={size} completions must be compared once{', in both orders' * self.both_orders}."
             )
         if self.keep_groups_together and self.per_device_train_batch_size % cast(int, self.num_generations) != 0:
             yield (

@@ -351,6 +351,11 @@ class SPPOTrainer(ResumableTrainer):
         if rollout.iteration is not None:
             is_resumed = self._resumed or rollout.only_sampled
             recorder.begin(rollout.iteration, rollout.inputs, rollout.group_size, is_resumed)
+            if self.is_over_budget and not recorder.is_scored:
+                raise RunError(
+                    f"judge_token_budget={self.args.judge_token_budget} is used up: the judges have read and written "
+                    f"{self.voters.tokens_used:,.0f} tokens. Raise it, and the same command continues."
+                )
         generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions, sampling_logps, extra_fields, *_ = generated
         rollout.prompts, rollout.completions = prompts, completions
@@ -383,6 +388,12 @@ class SPPOTrainer(ResumableTrainer):
         verdicts, metrics = self._ask_oracles(rollout, rows, recorder)
         if recorder is not None:
             self.voters.check_silence(scores, verdicts, size)
+            asked = known is None and any(each.num_asked for each in verdicts.values())
+            if self.args.judge_token_budget is not None and asked and self.voters.tokens_used == 0:
+                raise RunError(
+                    f"judge_token_budget={self.args.judge_token_budget} cannot be kept: no judge reports tokens. "
+                    "Their servers may send no `usage`. Remove the option."
+                )
         panel, weights = self.voters.panel(by_source, verdicts, ended == 1)
         if not panel:  # no voter: the rollouts bring their own preferences
             panel, weights = self._recorder.given_votes(ended == 1)
@@ -442,11 +453,6 @@ class SPPOTrainer(ResumableTrainer):
             return {}, {}
         prompts, completions = gather_object(rollout.prompts), gather_object(rollout.completions)
         columns = columns_of(gather_object([{k: v for k, v in row.items() if k != "prompt"} for row in rows]))
-        if recorder is not None and not recorder.is_scored and self.is_over_budget:
-            raise RunError(
-                f"judge_token_budget={self.args.judge_token_budget} is used up: the judges have read and written "
-                f"{self.voters.tokens_used:,.0f} tokens. Raise it. The same command continues."
-            )
         stored: dict[str, Any] = {}
         if recorder is not None:
             stored = {"known": recorder.verdicts} if recorder.is_scored else {"log": recorder.verdict_log}

@@ -1,8 +1,11 @@
 """Options of the training commands: their parser, and the functions that they name."""
 
 import importlib
+import inspect
 import os
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -28,8 +31,8 @@ class SPPOScriptArguments(ScriptArguments):
     preference_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge'). In a recipe also "
-            "a judge's class with its arguments."
+            "help": "Pairwise oracles: dotted import paths of functions or judges ('my_judges.judge'). In a recipe "
+            "also a judge's class with its arguments."
         },
     )
     eval_reward_model_name_or_path: list[str] | None = field(
@@ -108,19 +111,31 @@ def load_reward_funcs(names: list[str], option: str = "reward_funcs") -> list:
     return functions
 
 
-def load_preference_funcs(entries: list[str | dict[str, Any]], option: str = "preference_funcs") -> list:
+def load_preference_funcs(entries: Sequence[str | dict[str, Any]], option: str = "preference_funcs") -> list:
     """Import pairwise oracles by dotted paths, or make them: of a class with its arguments, as a recipe may have."""
     oracles = []
     for entry in entries:
         path, arguments = path_and_arguments(entry, option)
         oracle = import_callable(path, option)
+        if arguments is None and isinstance(oracle, type):
+            raise ValueError(f"{path} ({option}) is a class. Give its arguments below it, in a recipe, or an object.")
         if arguments is not None:
+            check_call(oracle, arguments, path, option)
             try:
                 oracle = oracle(**arguments)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} ({option}) cannot be made: {error}") from error
         oracles.append(oracle)
     return oracles
+
+
+def check_call(oracle: Any, arguments: dict[str, Any], path: str, option: str) -> None:
+    """Raise `ValueError` if a class does not have these arguments."""
+    try:
+        inspect.signature(oracle).bind(**arguments)
+    except TypeError as error:
+        names = ", ".join(inspect.signature(oracle).parameters)
+        raise ValueError(f"{path} ({option}) cannot be made: {error}. Its arguments are {names}.") from error
 
 
 def path_and_arguments(entry: str | dict[str, Any], option: str) -> tuple[str, dict[str, Any] | None]:
@@ -133,8 +148,8 @@ def path_and_arguments(entry: str | dict[str, Any], option: str) -> tuple[str, d
             f"{{model: ..., base_url: ...}}`, got {entry!r}. Indent the arguments below the class."
         )
     ((path, arguments),) = entry.items()
-    if "api_key" in arguments:
-        raise ValueError(f"{path} ({option}) has an api_key, and recipes are shared. Set OPENAI_API_KEY instead.")
+    if re.search("api_?-?key|authorization", repr(arguments), re.IGNORECASE):
+        raise ValueError(f"{path} ({option}) has a key, and recipes are shared. Set OPENAI_API_KEY instead.")
     return path, arguments
 
 

@@ -11,7 +11,15 @@ from transformers.training_args import OptimizerNames
 
 from ..config import SPPOConfig
 from .models import check_model, check_not_replaced, check_quantization, check_sharding, check_trainable
-from .sources import AnyDataset, check_columns, check_datasets, check_judges, check_sources, named_datasets
+from .sources import (
+    AnyDataset,
+    check_columns,
+    check_datasets,
+    check_judges,
+    check_needed_columns,
+    check_sources,
+    named_datasets,
+)
 
 
 def check_vllm(args: SPPOConfig) -> None:
@@ -109,5 +117,6 @@ def check_trainer_arguments(
     conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
     datasets = named_datasets(train_dataset, eval_dataset)
     check_columns(args, datasets, reward_funcs, eval_reward_funcs, has_environment)
+    check_needed_columns(datasets, [*preference_funcs, *eval_preference_funcs])
     check_model(model, args, has_adapter, needs_tokenizer, adapter)
     return conversational

@@ -8,7 +8,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.data_utils import is_conversational
 
 from ..config import SPPOConfig
-from ..oracles.asking import check_oracle
+from ..oracles.asking import check_oracle, oracle_name
 from ..trust import is_url
 
 
@@ -78,6 +78,19 @@ def check_columns(
             )
 
 
+def check_needed_columns(datasets: dict[str, AnyDataset], oracles: list) -> None:
+    """Raise `ValueError` if a dataset lacks a column that an oracle reads, such as a rubric."""
+    needed = [(oracle_name(oracle), column) for oracle in oracles for column in getattr(oracle, "columns", ())]
+    for name, dataset in datasets.items() if needed else ():
+        columns = columns_of(dataset)
+        for oracle, column in needed:
+            if column not in columns:
+                raise ValueError(
+                    f"{name} has no column {column!r}, which {oracle} reads (rubric={column!r}). It has {columns}. "
+                    "Add the column, or give the judge a list of criteria."
+                )
+
+
 def _is_called(source: Any) -> bool:
     """Whether a reward source gets the dataset's columns: a function, or a model behind a server."""
     return is_url(source) if isinstance(source, str) else not isinstance(source, nn.Module)
@@ -102,6 +115,12 @@ def check_sources(
         )
     for oracle in preference_funcs:
         check_oracle(oracle)
+    for option in ("comparisons_per_group", "judge_token_budget"):
+        if getattr(args, option) is not None and not preference_funcs:
+            raise ValueError(
+                f"{option}={getattr(args, option)} is for pairwise oracles, and there are none. Remove it, or pass "
+                "`preference_func` (in a recipe, preference_funcs)."
+            )
     check_number("reward_weights", args.reward_weights, "reward source", reward_funcs)
     check_number("preference_weights", args.preference_weights, "preference_func", preference_funcs)
     check_number("reward_processing_classes", reward_processing_classes, "reward source", reward_funcs)

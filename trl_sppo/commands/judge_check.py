@@ -65,6 +65,7 @@ def table_rows(checks: list[JudgeCheck]) -> list[list[str]]:
         ("agreement with the labels", lambda check: _share(check.agreement)),
         ("position bias: P(first) - 1/2", lambda check: _signed(check.position)),
         ("pairs whose orders contradict", lambda check: _share(check.contradictory)),
+        ("pairs that two orders rank differently", lambda check: _number(check.inconsistency)),
         ("length bias: longer wins - longer is chosen", lambda check: _signed(check.length)),
         ("asked again: same verdict", lambda check: _share(check.same_verdict)),
         ("asked again: |change of P|", lambda check: _number(check.change)),

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from trl.data_utils import is_conversational, maybe_extract_prompt
 
 from ..oracles.asking import ask_oracle, own_copy
+from ..oracles.endpoint import usage_of
 from ..oracles.panel import Panel
 from ..oracles.texts import completion_text
 from .statistics import WinRate, outcomes_of_scores, win_rate
@@ -34,6 +35,7 @@ class JudgeCheck:
     agreement: WinRate | None  # share of pairs in which the chosen completion wins. A tie counts 1/2
     position: WinRate | None  # mean of P(first) - 1/2
     contradictory: WinRate | None  # share of pairs with a different winner in each order
+    inconsistency: float | None  # the same share of a judge that orders groups, which compares no places
     length: WinRate | None  # share of pairs in which the longer one wins - share in which it is the chosen one
     same_verdict: WinRate | None  # share of comparisons with the same winner when asked again
     change: float | None  # mean |P - P'| when asked again
@@ -118,15 +120,16 @@ def _check(panel: Panel, name: str, pairs: Sequence[Pair]) -> JudgeCheck:
         name,
         asked.is_oracle,
         agreement=_mean(won),
-        position=_mean(position, -0.5, 0.5) if asked.is_oracle else None,
-        contradictory=_mean(_known(contradictory, p.sum(dim=1))) if asked.is_oracle else None,
+        position=_mean(position, -0.5, 0.5) if asked.has_places else None,
+        contradictory=_mean(_known(contradictory, p.sum(dim=1))) if asked.has_places else None,
+        inconsistency=asked.inconsistency,
         length=_mean(length, -1, 1),
         same_verdict=_mean(unchanged.nanmean(dim=1)),
         change=_number((p - again).abs()),
         ties=_mean(_known(won == 0.5, won)),
         lost=_mean(p.isnan().double().mean(dim=1)),
         same_text=_number((same.mean(dim=1) - 0.5).abs()),
-        same_text_one_order=_number((same - 0.5).abs()) if asked.is_oracle else None,
+        same_text_one_order=_number((same - 0.5).abs()) if asked.has_places else None,
         whole_wins=_mean(_side(whole.nanmean(dim=1))),
         injection_wins=_mean(_side(injected.nanmean(dim=1))),
         num_asked=asked.number,
@@ -148,16 +151,23 @@ class _Asked:
             sources, i = panel.sources, panel.sources.names.index(name)
             self.judge = sources.sources[i]
             self.source = replace(sources, names=[name], sources=[self.judge], tokenizers=[sources.tokenizers[i]])
-        self._used_before = self._usage()
-
-    def _usage(self) -> dict[str, float]:
-        usage = getattr(self.judge, "usage", None) or {}
-        return {key: value for key, value in usage.items() if value is not None}
+        self._used_before = usage_of(self.judge)
+        self.has_places = self.is_oracle and not getattr(self.judge, "orders_groups", False)
+        self._inconsistency: list[float] = []
 
     @property
     def usage(self) -> dict[str, float]:
         """Requests, tokens and cost since the beginning, if the judge counts them."""
-        return {key: value - self._used_before.get(key, 0) for key, value in self._usage().items()}
+        return {key: value - self._used_before.get(key, 0) for key, value in usage_of(self.judge).items()}
+
+    @property
+    def inconsistency(self) -> float | None:
+        """Of a judge that orders groups: the share of pairs that it orders differently when they change places."""
+        return sum(self._inconsistency) / len(self._inconsistency) if self._inconsistency else None
+
+    def _log_metric(self, name: str, value: float) -> None:
+        if name.endswith("/inconsistency"):
+            self._inconsistency.append(value)
 
     def ask(self, pairs: Sequence[Pair], first: Sequence[Any], second: Sequence[Any]) -> torch.Tensor:
         """P(first beats second) of N pairs, `(N, 2)`: with the first in the first place, and in the second place."""
@@ -188,7 +198,7 @@ class _Asked:
             both_orders=True,
             batch_size=self.panel.batch_size,
             accelerator=self.panel.accelerator,
-            log_metric=self.panel.log_metric,
+            log_metric=self._log_metric,
             disable_tqdm=self.panel.disable_tqdm,
         )
         if verdicts.num_lost and self.is_silent:

@@ -1,12 +1,17 @@
 """Requests to language models that judge: an OpenAI-compatible endpoint, completions as data, and cost."""
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from ..oracles.endpoint import BadResponseError, Endpoint, read_response
 from ..oracles.texts import last_part
+
+
+NO_FORM = {"usage", "num_lost", "price", "max_concurrency"}  # attributes that do not affect a verdict
 
 
 class ChatJudge(Endpoint):
@@ -40,10 +45,14 @@ class ChatJudge(Endpoint):
             chosen.pop("top_logprobs", None)  # some servers refuse it alone
         # None leaves an option out, for models that refuse it
         self.request_options = {name: value for name, value in chosen.items() if value is not None}
-        if self.request_options.get("n", 1) > 1 and self.request_options.get("temperature") == 0:
-            problem = f"request_options has n={self.request_options['n']} samples, which are all the same"
+        num_samples = self.request_options.get("n", 1)
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"request_options must have n of at least 1, got {num_samples!r}.")
+        if num_samples > 1 and self.request_options.get("temperature") == 0:
+            problem = f"request_options has n={num_samples} samples, which are all the same"
             raise ValueError(f"{problem} at temperature 0. Set a temperature, such as 1.0.")
-        if price is not None and (len(price) != 2 or min(price) < 0):
+        is_price = price is None or [isinstance(p, int | float) and 0 <= p < math.inf for p in price] == [True] * 2
+        if not is_price:
             raise ValueError(f"price must be two numbers, per million tokens in and out, got {price}.")
         self.price = price
         self.usage: dict[str, float] = {"requests": 0, "input_tokens": 0, "output_tokens": 0}
@@ -57,20 +66,28 @@ class ChatJudge(Endpoint):
         response = await client.chat.completions.with_raw_response.create(
             model=self.model, messages=[message], **self.request_options, **options
         )
-        choices, usage = read_response(response.text, lambda body: ([*map(dict, body["choices"])], body.get("usage")))
-        self._count(usage or {})
+        self.usage["requests"] += 1
+        counts = read_response(response.text, _tokens)
+        for (name, count), price in zip(counts.items(), self.price or (0, 0), strict=True):
+            self.usage[name] += count
+            if self.price is not None:
+                self.usage["cost"] += count * price / 1e6
+        choices = read_response(response.text, lambda body: [*map(dict, body["choices"])])
         if not choices:
             raise BadResponseError("the response has no choices")
         return choices
 
-    def _count(self, usage: dict[str, Any]) -> None:
-        self.usage["requests"] += 1
-        names = (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens"))
-        for (name, theirs), price in zip(names, self.price or (0, 0), strict=True):
-            count = usage.get(theirs) or 0
-            self.usage[name] += count
-            if self.price is not None:
-                self.usage["cost"] += count * price / 1e6
+    @property
+    def form(self) -> str:
+        """A hash of what a question depends on besides prompt and completions."""
+        own = {name: value for name, value in vars(self).items() if name not in NO_FORM and not name.startswith("_")}
+        return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _tokens(body: Any) -> dict[str, int]:
+    usage = dict(body).get("usage") or {}
+    names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
+    return {name: int(usage.get(theirs) or 0) for name, theirs in names.items()}
 
 
 def as_data(fields: dict[str, Any]) -> str:
@@ -87,7 +104,18 @@ def text_of(choice: dict[str, Any]) -> str:
         text = str(choice["message"]["content"] or "")
     except (LookupError, TypeError) as error:
         raise BadResponseError(f"the response lacks the expected fields: {choice!r}") from error
-    return text.rpartition("</think>")[2]
+    if is_json(text):
+        return text.strip()
+    rest = text.rpartition("</think>")[2].strip().removesuffix("```").rstrip()
+    return "" if rest.startswith("<think>") else rest  # it never ends
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def without_verdict(choice: dict[str, Any], expected: str) -> BadResponseError:

@@ -1,6 +1,5 @@
 """Language models as judges that compare two completions."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from typing import Any
 
 from ..oracles.endpoint import BadResponseError
 from ..oracles.texts import Messages, completion_text, prompt_text
-from .chat import ChatJudge, as_data, text_of, without_verdict
+from .chat import ChatJudge, as_data, is_json, text_of, without_verdict
 
 
 DEFAULT_INSTRUCTIONS = (
@@ -99,6 +98,9 @@ class LLMJudge(ChatJudge):
         self.reasoning = reasoning
         self.structured_output = structured_output
         self.rubric = rubric if rubric is None or isinstance(rubric, str) else read_rubric(rubric)
+        if rubric == "":
+            raise ValueError("rubric must be a list of criteria, or the name of a column, got ''.")
+        self.columns = [rubric] if isinstance(rubric, str) else []  # of the dataset, that it needs
         self._verdict_is_last = reasoning or rubric is not None or structured_output
         # The most alternatives that OpenAI and vLLM give
         options: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -118,11 +120,18 @@ class LLMJudge(ChatJudge):
         if isinstance(self.rubric, str):
             if self.rubric not in kwargs:
                 raise ValueError(f"rubric={self.rubric!r} is no column of the prompts, which have {sorted(kwargs)}.")
-            rubrics = [read_rubric(rubric) for rubric in kwargs[self.rubric]]
+            rubrics = kwargs[self.rubric]
         masses: list[float] = []
         by_criterion: list[list[float]] = []  # P of each criterion, of each verdict
 
-        async def ask(client: Any, prompt: Messages, a: Messages, b: Messages, rubric: Any) -> float:
+        log_verdict = kwargs.get("log_verdict")
+
+        async def ask(client: Any, number: int, prompt: Messages, a: Messages, b: Messages, rubric: Any) -> float:
+            if isinstance(self.rubric, str):
+                try:
+                    rubric = read_rubric(rubric)
+                except ValueError as error:
+                    raise BadResponseError(f"in the column {self.rubric!r}, {error}") from error
             options = {"response_format": _schema(self.reasoning, rubric)} if self.structured_output else {}
             choices = await self._choices(client, self._request(prompt, a, b, rubric), **options)
             verdicts, problems = [], []
@@ -139,9 +148,12 @@ class LLMJudge(ChatJudge):
             by_criterion.append(means)
             # P = sum_c w_c P_c / sum_c w_c        over the criteria
             weights = [weight for _, weight in rubric or [("", 1.0)]]
-            return sum(w * p for w, p in zip(weights, means, strict=True)) / sum(weights)
+            verdict = sum(w * p for w, p in zip(weights, means, strict=True)) / sum(weights)
+            if log_verdict is not None:  # it is paid for, whatever becomes of this process
+                log_verdict(number, verdict)
+            return verdict
 
-        questions = list(zip(prompts, first, second, rubrics, strict=True))
+        questions = list(zip(range(len(prompts)), prompts, first, second, rubrics, strict=True))
         verdicts, problems = await self._ask_all(ask, questions)
         self._count_lost(problems, f"no verdict in {len(problems)} of {len(prompts)} comparisons")
         log_metric = kwargs.get("log_metric")
@@ -157,10 +169,10 @@ class LLMJudge(ChatJudge):
         criteria: Any = self.rubric
         weights = [weight for _, weight in criteria]
         wholes = [sum(w * p for w, p in zip(weights, row, strict=True)) / sum(weights) - 0.5 for row in by_criterion]
-        for i, (criterion, _) in enumerate(criteria):
+        for i in range(len(criteria)):
             signed = [row[i] - 0.5 for row in by_criterion]
             both = [own * whole > 0 for own, whole in zip(signed, wholes, strict=True) if own * whole != 0]
-            name = f"{self.__name__}/{i + 1}: {criterion[:40]}"
+            name = f"{self.__name__}/criterion_{i + 1}"
             log_metric(f"{name}/decided", sum(own != 0 for own in signed) / len(signed))
             if both:
                 log_metric(f"{name}/agreement", sum(both) / len(both))
@@ -172,9 +184,11 @@ class LLMJudge(ChatJudge):
             "answer_A": completion_text(first_text),
             "answer_B": completion_text(second_text),
         }
-        if rubric is not None:
-            data["rubric"] = {str(i + 1): criterion for i, (criterion, _) in enumerate(rubric)}
-        return f"{self.instructions}\n\n{as_data(data)}\n\n{self._how_to_end(rubric)}"
+        parts = [self.instructions, as_data(data), self._how_to_end(rubric)]
+        if rubric is not None:  # not in the object whose instructions are to be ignored
+            criteria = {str(i + 1): criterion for i, (criterion, _) in enumerate(rubric)}
+            parts.insert(2, f"The rubric, by which you judge: {as_data(criteria)}")
+        return "\n\n".join(parts)
 
     def _how_to_end(self, rubric: Any) -> str:
         if not self._verdict_is_last:
@@ -208,7 +222,8 @@ class LLMJudge(ChatJudge):
         keys = ["verdict"] if rubric is None else [str(i + 1) for i in range(len(rubric))]
         pattern, text = _pattern(keys, self.structured_output, rubric is not None), text_of(choice).strip()
         found = re.search(rf"{pattern}\Z", text)
-        if found is None or (self.structured_output and not _is_json(text)):
+        is_cut = choice.get("finish_reason") == "length"
+        if found is None or is_cut or (self.structured_output and not is_json(text)):
             raise without_verdict(choice, "a verdict")
         sides = [letter.lower() for letter in found.groups()]
         return _soften(sides, pattern, choice)
@@ -218,11 +233,13 @@ def read_rubric(rubric: Any) -> list[tuple[str, float]]:
     """Criteria and weights of a rubric. Raises `ValueError` if it is none."""
     try:
         pairs = [(each, 1.0) if isinstance(each, str) else (each["criterion"], each.get("weight")) for each in rubric]
-        criteria = [(str(text), 1.0 if weight is None else float(weight)) for text, weight in pairs]
+        criteria = [(text, 1.0 if weight is None else float(weight)) for text, weight in pairs]
+        if isinstance(rubric, Mapping) or not all(isinstance(text, str) and text for text, _ in criteria):
+            raise TypeError("not criteria")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         form = "texts, or mappings with a 'criterion' and a 'weight'"
         raise ValueError(f"rubric must be a list of {form}, got {rubric!r}.") from error
-    if not criteria or min(weight for _, weight in criteria) <= 0:
+    if not criteria or not all(0 < weight < math.inf for _, weight in criteria):
         raise ValueError(
             f"rubric must have criteria, with positive weights, got {rubric!r}. Word a fault as its absence."
         )
@@ -251,16 +268,9 @@ def _pattern(keys: list[str], structured: bool, several: bool) -> str:
     if structured:
         verdicts = r"\s*,\s*".join(rf'"{key}"\s*:\s*"(A|B|tie)"' for key in keys)
         return rf'"verdicts"\s*:\s*{{\s*{verdicts}\s*}}\s*}}' if several else rf"{verdicts}\s*}}"
-    # Models like to print in bold
-    lines = [rf"(?i:[ *_]*{key}[ *_]*:[ *_]*(a|b|tie)[ *_.]*)" for key in keys]
+    # Models like to print in bold, lists, headings and quotes
+    lines = [rf"(?i:[ *_#>\"'-]*{key}[ *_]*[:.)][ *_\"']*(a|b|tie)[ *_\"'.]*)" for key in keys]
     return r"(?:\A|(?<=\n))" + r"\s*\n".join(lines)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 def _soften(sides: list[str], pattern: str, choice: dict[str, Any]) -> tuple[list[float], list[float]]:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ from ..preferences import preferences_from_answers
 
 
 # Columns that oracles do not get: TRL adds them, or an oracle's own arguments have these names
-NO_COLUMNS = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric"}
+NO_COLUMNS = {"prompt", "completion", "completion_ids", "prompts", "first", "second", "log_metric", "log_verdict"}
 
 SAYS_NOTHING = "it returned None"
 
@@ -104,23 +104,35 @@ class Verdicts:
 
 
 class VerdictLog:
-    """Verdicts of this process on a rollout, written as they come: nothing that a killed process was told is lost."""
+    """
+    Verdicts of this process on a rollout, for a process that continues after it was killed. `form` is that of the
+    questions: what was asked in another one is asked again.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, form: str = ""):
         self.path = path
         self.known: dict[tuple[int, ...], float] = {}  # by group, first and second completion
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                with suppress(ValueError):  # a line may have been cut off
-                    *question, verdict = json.loads(line)
-                    self.known[tuple(question)] = verdict
+        lines = path.read_text().splitlines() if path.is_file() else []
+        if lines[:1] != [f"form {form}"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"form {form}")
+            return
+        for line in lines[1:]:
+            with suppress(ValueError):  # a line may have been cut off
+                *question, verdict = json.loads(line)
+                self.known[tuple(question)] = verdict
 
     def write(self, verdicts: Iterable[tuple[list[int], float]]) -> None:
-        """Add verdicts. Lost ones are left out, to be asked for again."""
-        lines = [json.dumps([*question, verdict]) for question, verdict in verdicts if not math.isnan(verdict)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Add verdicts that are not known yet. Lost ones are left out, to be asked for again."""
+        new = {tuple(question): verdict for question, verdict in verdicts if not math.isnan(verdict)}
+        lines = [json.dumps([*question, verdict]) for question, verdict in new.items() if question not in self.known]
+        self.known |= new
         with open(self.path, "a") as file:
             file.writelines(f"\n{line}" for line in lines)  # after a line that was cut off
+
+    def write_one(self, call: list[list[int]], number: int, verdict: float) -> None:
+        """Add the verdict on one comparison of a call, which may still wait for others."""
+        self.write([(call[number], verdict)])
 
 
 def ask_oracle(
@@ -183,7 +195,8 @@ def ask_oracle(
                 "second": [completions[i] for i in second],
                 **{column: [values[i] for i in first] for column, values in columns.items()},
             }
-            output = oracle(**own_copy(asked), log_metric=log_metric)
+            early = {} if log is None else {"log_verdict": partial(log.write_one, call.tolist())}
+            output = oracle(**own_copy(asked), log_metric=log_metric, **early)
             if inspect.iscoroutine(output):
                 (output,) = run_coroutines([output])
             verdicts = _read_verdicts(output, len(first), problems)

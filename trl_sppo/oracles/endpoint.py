@@ -30,6 +30,17 @@ def read_response(body: str, read: Callable[[Any], T]) -> T:
         raise BadResponseError(f"the response lacks the expected fields: {body!r}") from error
 
 
+USAGE = ("requests", "input_tokens", "output_tokens", "cost")
+
+
+def usage_of(judge: Any) -> dict[str, float]:
+    """What a judge says that it has used so far, by the names in `USAGE`. Empty if it does not count."""
+    usage = getattr(judge, "usage", None)
+    if not isinstance(usage, dict):
+        return {}
+    return {name: float(usage[name]) for name in USAGE if isinstance(usage.get(name), int | float)}
+
+
 class Endpoint:
     """A server that receives many requests at a time. Those that fail are counted in `num_lost`, and reported once."""
 

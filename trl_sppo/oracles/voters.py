@@ -15,7 +15,7 @@ from ..diagnostics import order_disagreement
 from ..errors import RunError
 from ..preferences import preferences_from_scores, sum_of_scores
 from .asking import SAYS_NOTHING, PreferenceFunc, VerdictLog, Verdicts, ask_oracle
-from .endpoint import Endpoint
+from .endpoint import Endpoint, usage_of
 from .scoring import RewardSources
 
 
@@ -82,13 +82,13 @@ class Voters:
         group_size: int,
         log_metric: Callable[[str, float], None],
         known: Callable[[str], torch.Tensor] | None = None,  # by name: the matrix of stored verdicts, see ask_oracle
-        log: Callable[[int], VerdictLog | None] = lambda number: None,  # by the oracle's number
+        log: Callable[[int], VerdictLog | None] | None = None,  # in training: by the oracle's number
     ) -> tuple[dict[str, Verdicts], dict[str, float]]:
         """Verdicts of the pairwise oracles by name, the same on all processes; and metrics."""
         found: dict[str, Verdicts] = {}
         metrics: dict[str, float] = {}
         for number, (name, oracle) in enumerate(self.oracles.items()):
-            before = dict(getattr(oracle, "usage", {}))
+            before = usage_of(oracle)
             verdicts = ask_oracle(
                 oracle,
                 prompts,
@@ -102,9 +102,10 @@ class Voters:
                 disable_tqdm=bool(self.args.disable_tqdm),
                 known=None if known is None else known(name),
                 per_group=self.args.comparisons_per_group,
-                log=log(number),
+                log=None if log is None else log(number),
             )
-            metrics |= self._count_usage(name, before, getattr(oracle, "usage", {}))
+            if log is not None:  # in training
+                metrics |= self._count_usage(name, before, usage_of(oracle))
             if verdicts.num_asked:
                 metrics[f"preferences/{name}/lost"] = verdicts.num_lost / verdicts.num_asked
             metrics[f"preferences/{name}/order_disagreement"] = order_disagreement(verdicts.matrix).item()
@@ -119,12 +120,12 @@ class Voters:
         return found, metrics
 
     def _count_usage(self, name: str, before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
-        """Metrics of what a judge behind an endpoint has used, in this rollout and in all, over all processes."""
-        if not now:
-            return {}
-        of_processes = gather_object([[now[key] - before[key] for key in now]])
-        used = dict(zip(now, map(sum, zip(*of_processes, strict=True)), strict=True))
-        total = self.usage.setdefault(name, dict.fromkeys(used, 0.0))
+        """Metrics of what a judge has used, in this rollout and in all of the training, over all processes."""
+        used: dict[str, float] = {}
+        for of_process in gather_object([{key: value - before.get(key, 0.0) for key, value in now.items()}]):
+            for key, value in of_process.items():
+                used[key] = used.get(key, 0.0) + value
+        total = self.usage.setdefault(name, {})
         for key, value in used.items():
             total[key] = total.get(key, 0.0) + value
         of_rollout = {f"preferences/{name}/{key}": value for key, value in used.items()}
@@ -133,7 +134,7 @@ class Voters:
     @property
     def tokens_used(self) -> float:
         """Tokens that judges behind endpoints have read and written, in this run."""
-        return sum(used["input_tokens"] + used["output_tokens"] for used in self.usage.values())
+        return sum(used.get(key, 0.0) for used in self.usage.values() for key in ("input_tokens", "output_tokens"))
 
     def check_silence(self, scores: torch.Tensor, verdicts: dict[str, Verdicts], group_size: int) -> None:
         """Raise `RunError` if a voter has given no score or verdict for too many prompts."""

@@ -18,6 +18,7 @@ from ..arguments.launching import accelerate_config, launch_arguments
 from ..arguments.loading import check_one_dataset, is_id, load_data
 from ..arguments.options import (
     SPPOScriptArguments,
+    check_call,
     check_dotted,
     import_callable,
     make_parser,
@@ -211,7 +212,10 @@ def _check_sources(plan: Plan) -> None:
     names = [getattr(script, option) or [] for option in FUNCTIONS]
     for option, given in zip(FUNCTIONS, names, strict=True):
         for name in given:
-            _check_importable(path_and_arguments(name, option)[0], option)
+            path, arguments = path_and_arguments(name, option)
+            _check_importable(path, option)
+            if arguments is not None and path.startswith("trl_sppo.judges."):
+                check_call(import_callable(path, option), arguments, path, option)
     functions, eval_functions, oracles, eval_oracles = ([_stand_in] * len(given) for given in names)
     sources: list[Any] = [*(script.reward_model_name_or_path or []), *functions]
     judges: list[Any] = [*(script.eval_reward_model_name_or_path or []), *eval_functions]

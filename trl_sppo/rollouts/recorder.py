@@ -26,6 +26,7 @@ NEUTRAL = (
     "output_dir", "run_name", "logging_", "log_", "num_completions_to_print", "save_", "eval_", "do_", "report_to",
     "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_", "resume_from_checkpoint", "ignore_data_skip",
     "time_budget", "rollouts", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "judge_token_budget", "preference_batch_size",
 )  # fmt: skip
 
 
@@ -218,8 +219,11 @@ class RolloutRecorder:
 
     def verdict_log(self, number: int) -> VerdictLog | None:
         """Where the verdicts of this oracle are written while it is asked."""
+        if not self.recalls:
+            return None
         folder, process = self.files.state(self._iteration, scored=True), self.accelerator.process_index
-        return VerdictLog(folder / f"verdicts-{number}-{process}.jsonl") if self.recalls else None
+        oracle = [*self.trainer.voters.oracles.values()][number]
+        return VerdictLog(folder / f"verdicts-{number}-{process}.jsonl", getattr(oracle, "form", ""))
 
     def scored(self, scores: dict[str, torch.Tensor], verdicts: dict[str, Verdicts], targets: RolloutTargets) -> None:
         """Write scores of shape `(groups, K)` by reward source, and verdicts by pairwise oracle."""

@@ -104,6 +104,7 @@ def _merged(layers: list[Any]) -> dict[nn.Parameter, torch.Tensor]:
         for name, tensor in entries.items()
         if tensor is not None and (tensor.is_floating_point() or get_bnb_param_type(tensor))
     ]
+    bases = {layer: layer.get_base_layer() for layer in tuners}
     copies: dict[torch.Tensor, torch.Tensor] = {}
     try:
         for entries, name, tensor in held:
@@ -118,7 +119,8 @@ def _merged(layers: list[Any]) -> dict[nn.Parameter, torch.Tensor]:
         pairs = zip(base, merged, strict=True)
         result = {old: new.to(getattr(old, "quant_state", old).dtype, copy=True) for old, new in pairs}
         for kind, layer in merging:
-            kind.unmerge(layer)  # some have swapped modules
+            if layer.get_base_layer() is not bases[layer] or getattr(layer, "_caches", None):
+                kind.unmerge(layer)  # norm tuning swaps modules, DoRA keeps a norm. Of others the copies are dropped
         return result
     finally:
         for layer in tuners:

@@ -18,6 +18,7 @@ from ..quiet import SAME_SIGNAL
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_TIME_BUDGET = 124  # as `timeout` of the GNU coreutils
+EXIT_TOKEN_BUDGET = 3  # the same command would not continue
 RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 
@@ -126,7 +127,10 @@ class Interruption(TrainerCallback):
         self._longest[self._rollout] = max(self._longest[self._rollout], now - self._micro_step_began)
         self._begin_micro_step()
         is_late = now + self._longest[self._rollout] > self._deadline
-        is_late |= self._rollout and self.trainer.is_over_budget  # what has been judged is trained on
         code = 128 + self._signal if self._signal is not None else EXIT_TIME_BUDGET * is_late
+        # What has been judged is trained on. A run that is complete ends by itself
+        is_complete = self.trainer.state.global_step >= self.trainer.state.max_steps
+        if self._rollout and self.trainer.is_over_budget and not is_complete:
+            code = code or EXIT_TOKEN_BUDGET
         self.exit_code = self.trainer.agree(code) or self.exit_code
         return self.exit_code is not None
