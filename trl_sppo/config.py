@@ -110,8 +110,8 @@ class SPPOConfig(GRPOConfig):
             meets random others of its group, as many as any other one. All pairs by default: K (K - 1) comparisons in
             both orders.
         judge_token_budget (`int`, *optional*):
-            Tokens, read and written, that judges behind an endpoint may use in training. The run ends with a
-            checkpoint after the optimizer step at which they are used up. Evaluations do not count.
+            Tokens, read and written, that judges behind an endpoint may use in training. Once they are used up, the
+            run trains on what has been judged, and ends with a checkpoint. Evaluations do not count.
         preference_batch_size (`int`, *optional*, defaults to `512`):
             Comparisons per call of a pairwise oracle. A group is never split.
         train_on (`str`, *optional*, defaults to `"all"`):

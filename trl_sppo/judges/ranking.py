@@ -141,7 +141,7 @@ class LLMRanker(ChatJudge):
 
 
 def _groups(keys: list[str], texts: list[tuple[str, str]]) -> list[dict[str, None]]:
-    """For each comparison, the texts that comparisons of its prompt connect: those of one group."""
+    """For each comparison, the texts that comparisons of its prompt connect: one group."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for key, (a, b) in zip(keys, texts, strict=True):
         one, other = (found.setdefault((key, text), {text: None}) for text in (a, b))
