@@ -119,7 +119,7 @@ def _merged(layers: list[Any]) -> dict[nn.Parameter, torch.Tensor]:
         pairs = zip(base, merged, strict=True)
         result = {old: new.to(getattr(old, "quant_state", old).dtype, copy=True) for old, new in pairs}
         for kind, layer in merging:
-            if layer.get_base_layer() is not bases[layer] or getattr(layer, "_caches", None):
+            if layer.get_base_layer() is not bases[layer] or getattr(layer, "lora_variant", None):
                 kind.unmerge(layer)  # norm tuning swaps modules, DoRA keeps a norm. Of others the copies are dropped
         return result
     finally:
