@@ -157,15 +157,7 @@ def ask_oracle(
     """
     columns = {name: values for name, values in columns.items() if name not in NO_COLUMNS}
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
-    same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
-    compared = torch.ones_like(same)
-    if first_side is not None:
-        is_first = torch.arange(group_size) < first_side
-        compared &= is_first[:, None] != is_first
-    if per_group is not None:
-        num_pairs = per_group // 2 if both_orders else per_group
-        seeds = (zlib.crc32(repr(group).encode()) for group in groups)  # the same on all processes, and after a resume
-        compared &= torch.stack([random_pairs(group_size, num_pairs, seed) for seed in seeds])
+    same, compared = _to_compare(groups, both_orders, first_side, per_group)
     pairs = ordered_pairs(compared & ~same, both_orders)
     same &= compared | torch.eye(group_size, dtype=torch.bool)
     # The same two texts of a group are one question
@@ -201,7 +193,7 @@ def ask_oracle(
                 (output,) = run_coroutines([output])
             verdicts = _read_verdicts(output, len(first), problems)
         except Exception as error:  # of any kind: one bad call must not discard expensive rollouts
-            verdicts = [torch.nan] * len(first)
+            verdicts = [torch.nan if log is None else log.known.get(tuple(q), torch.nan) for q in call.tolist()]
             problems.append(f"it raised {type(error).__name__}: {error}")
         found[open_questions[done : done + len(call)]] = torch.tensor(verdicts)
         done += len(call)
@@ -214,6 +206,22 @@ def ask_oracle(
     matrix[pairs.unbind(dim=1)] = said[question_of]
     num_lost = int(said.isnan().sum())
     return Verdicts(matrix, same, questions, num_lost, problem=problems[0] if problems else SAYS_NOTHING)
+
+
+def _to_compare(
+    groups: list[list], both_orders: bool, first_side: int | None, per_group: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of shape `(groups, K, K)`: pairs of identical completions, and pairs to compare."""
+    same = torch.tensor([[[a == b for b in group] for a in group] for group in groups])
+    compared, group_size = torch.ones_like(same), same.size(1)
+    if first_side is not None:
+        is_first = torch.arange(group_size) < first_side
+        compared &= is_first[:, None] != is_first
+    if per_group is not None:
+        num_pairs = per_group // 2 if both_orders else per_group
+        seeds = (zlib.crc32(repr(group).encode()) for group in groups)  # the same on all processes, and after a resume
+        compared &= torch.stack([random_pairs(group_size, num_pairs, seed) for seed in seeds])
+    return same, compared
 
 
 def _shares(groups: torch.Tensor, num_processes: int) -> torch.Tensor:
