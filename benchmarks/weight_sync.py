@@ -1,6 +1,6 @@
 """Weight syncs of a LoRA policy to vLLM, without a receiver: their time, and what they do to the frozen weights.
 
-    python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: two minutes, and 10 GB of memory
+    python benchmarks/weight_sync.py                  # 1.5B parameters in bf16: five minutes, and 10 GB of memory
     python benchmarks/weight_sync.py --parts drift    # a small model, trained between 1,000 syncs
     python benchmarks/weight_sync.py --parts memory   # what the process grows by: three minutes
     python benchmarks/weight_sync.py --parts changed  # 1.5B parameters, received by a copy: a minute, and 10 GB
@@ -29,6 +29,12 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo.rollouts.weight_sync import prepare_weight_sync
+
+
+SMALL = Qwen2Config(
+    vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
+    num_key_value_heads=8,
+)  # fmt: skip
 
 
 def generation_of(config: Any, **options: Any) -> Any:
@@ -101,6 +107,9 @@ def memory() -> None:
 
 
 def grow(name: str) -> None:
+    small = generation_of(SMALL)
+    prepare_weight_sync(small)
+    WAYS[name](small)  # the libraries' own memory is not that of a sync
     generation = generation_of(POLICIES["Qwen/Qwen2.5-1.5B-Instruct"])
     prepare_weight_sync(generation)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -143,14 +152,10 @@ def changed(rounds: int) -> None:
 
 
 def drift(syncs: int) -> None:
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=8,
-    )  # fmt: skip
     print("| weight sync | syncs | weights moved | by, of their norm | by, of the adapter's update |")
     print("|---|---|---|---|---|")
     for name in ("TRL: in place", "this package: into copies"):
-        generation = generation_of(config)
+        generation = generation_of(SMALL)
         prepare_weight_sync(generation)
         layer = generation.model.base_model.model.model.layers[0].self_attn.q_proj
         weight = layer.base_layer.weight

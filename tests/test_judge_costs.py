@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from helpers import assert_same, more_abc, verdict, weights
 
-from trl_sppo.judges import LLMJudge
+from trl_sppo.judges import LLMJudge, LLMRanker
 from trl_sppo.oracles.asking import run_coroutines
 
 
@@ -202,3 +202,22 @@ def test_a_rubric_in_a_column_that_is_not_there(make_trainer, endpoint):
     with pytest.raises(ValueError, match=r"train_dataset has no column 'criteria', which judge reads.*\['prompt'\]"):
         make_trainer(reward_funcs=None, trainer_kwargs={"preference_func": judge})
     assert not endpoint.requests
+
+
+def test_a_judge_that_orders_groups_gets_whole_groups(make_trainer, endpoint):
+    """Fewer comparisons would be more requests."""
+    endpoint.answer = lambda number, request: (200, ranking_of(request))
+    trainer = make_trainer(
+        reward_funcs=None, comparisons_per_group=4, max_steps=1,
+        trainer_kwargs={"preference_func": LLMRanker("judge", endpoint.url)},
+    )  # fmt: skip
+    trainer.train()
+    assert len(endpoint.requests) == 4  # two groups in two orders
+
+
+def ranking_of(request):
+    texts = json.loads(request["messages"][0]["content"].split("\n\n")[1])
+    keys = sorted(texts.keys() - {"prompt"}, key=lambda key: len(texts[key]))
+    message = {"role": "assistant", "content": f"Ranking: {' > '.join(keys)}"}
+    choices = [{"index": 0, "message": message}]
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}

@@ -107,8 +107,8 @@ class SPPOConfig(GRPOConfig):
             Whether pairwise oracles compare each pair in both orders, which cancels a preference for a position.
         comparisons_per_group (`int`, *optional*):
             Comparisons of a group that each pairwise oracle makes, in both orders two per pair. Each completion then
-            meets random others of its group, as many as any other one. All pairs by default: K (K - 1) comparisons in
-            both orders.
+            meets random others of its group. All pairs by default: K (K - 1) comparisons in both orders. Judges that
+            order whole groups are not limited, nor are comparisons of policies in evaluations.
         judge_token_budget (`int`, *optional*):
             Tokens, read and written, that judges behind an endpoint may use in training. Once they are used up, the
             run trains on what has been judged, and ends with a checkpoint. Evaluations do not count.

@@ -388,8 +388,8 @@ class SPPOTrainer(ResumableTrainer):
         verdicts, metrics = self._ask_oracles(rollout, rows, recorder)
         if recorder is not None:
             self.voters.check_silence(scores, verdicts, size)
-            asked = known is None and any(each.num_asked for each in verdicts.values())
-            if self.args.judge_token_budget is not None and asked and self.voters.tokens_used == 0:
+            judged = any(each.num_sent > each.num_lost for each in verdicts.values())
+            if self.args.judge_token_budget is not None and judged and self.voters.tokens_used == 0:
                 raise RunError(
                     f"judge_token_budget={self.args.judge_token_budget} cannot be kept: no judge reports tokens. "
                     "Their servers may send no `usage`. Remove the option."

@@ -148,7 +148,7 @@ def path_and_arguments(entry: str | dict[str, Any], option: str) -> tuple[str, d
             f"{{model: ..., base_url: ...}}`, got {entry!r}. Indent the arguments below the class."
         )
     ((path, arguments),) = entry.items()
-    if re.search("api_?-?key|authorization", repr(arguments), re.IGNORECASE):
+    if re.search(r"'(api[_-]?key|(proxy-)?authorization)': ", repr(arguments), re.IGNORECASE):
         raise ValueError(f"{path} ({option}) has a key, and recipes are shared. Set OPENAI_API_KEY instead.")
     return path, arguments
 

@@ -11,7 +11,7 @@ from ..oracles.endpoint import BadResponseError, Endpoint, read_response
 from ..oracles.texts import last_part
 
 
-NO_FORM = {"usage", "num_lost", "price", "max_concurrency"}  # attributes that do not affect a verdict
+NO_FORM = {"usage", "num_lost", "price", "max_concurrency", "base_url"}  # attributes that do not affect a verdict
 
 
 class ChatJudge(Endpoint):
@@ -67,12 +67,11 @@ class ChatJudge(Endpoint):
             model=self.model, messages=[message], **self.request_options, **options
         )
         self.usage["requests"] += 1
-        counts = read_response(response.text, _tokens)
-        for (name, count), price in zip(counts.items(), self.price or (0, 0), strict=True):
+        choices, counts = read_response(response.text, _choices_and_tokens)
+        for name, count, price in zip(("input_tokens", "output_tokens"), counts, self.price or (0, 0), strict=True):
             self.usage[name] += count
             if self.price is not None:
                 self.usage["cost"] += count * price / 1e6
-        choices = read_response(response.text, lambda body: [*map(dict, body["choices"])])
         if not choices:
             raise BadResponseError("the response has no choices")
         return choices
@@ -84,10 +83,10 @@ class ChatJudge(Endpoint):
         return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _tokens(body: Any) -> dict[str, int]:
-    usage = dict(body).get("usage") or {}
-    names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
-    return {name: int(usage.get(theirs) or 0) for name, theirs in names.items()}
+def _choices_and_tokens(body: Any) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+    usage = dict(body["usage"] or {}) if "usage" in body else {}
+    counts = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+    return [*map(dict, body["choices"])], tuple(counts)  # type: ignore[return-value]
 
 
 def as_data(fields: dict[str, Any]) -> str:

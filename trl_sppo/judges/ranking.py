@@ -31,9 +31,9 @@ class LLMRanker(ChatJudge):
         P(first beats second | prompt) = mean over the orders it gives of  1 (before), 1/2 (equal) or 0 (after)
 
     A group of K completions takes `num_orders` requests, where [`LLMJudge`] takes K (K - 1). Each shows the
-    completions in another order, since language models favour positions. `<judge>/inconsistency` is the share of
-    pairs that two of the requests order differently, and `order_disagreement` is always 0. A response that does not
-    order all completions is lost.
+    completions in another order, since language models favour positions. `<judge>/inconsistency` is how often two
+    requests order a pair differently: 1/2 is chance, 1 is an order by place. `order_disagreement` is always 0. A
+    response that does not order all completions is lost.
 
     Args:
         num_orders (`int`, *optional*, defaults to `2`):

@@ -69,7 +69,7 @@ def ordered_pairs(compared: torch.Tensor, both_orders: bool) -> torch.Tensor:
 
 def random_pairs(group_size: int, num_pairs: int, seed: int) -> torch.Tensor:
     """
-    A symmetric mask `(K, K)` of `num_pairs` random pairs, or all. Of half of K, rounded up, each completion has one.
+    A symmetric mask `(K, K)` of `num_pairs` random pairs, or all. With half of K, rounded up, each completion has one.
     Completions differ by at most two in their number of pairs, and for each all opponents are equally likely.
     """
     order = torch.randperm(group_size, generator=torch.Generator().manual_seed(seed))
@@ -91,6 +91,7 @@ class Verdicts:
     same: torch.Tensor  # (groups, K, K): pairs of identical completions among those to compare, which tie
     questions: torch.Tensor  # (num_asked, 3): group, first and second completion. Copies are asked about once
     num_lost: int
+    num_sent: int = 0  # of the questions, over all processes. The others were known
     problem: str = SAYS_NOTHING  # the first one
 
     @property
@@ -201,11 +202,11 @@ def ask_oracle(
             log.write(zip(call.tolist(), verdicts, strict=True))
 
     said = torch.tensor(gather_object(found.tolist()))  # shares are in the order of the questions
-    problems = gather_object(problems)
+    problems, num_sent = gather_object(problems), sum(gather_object([len(open_questions)]))
     matrix = torch.full(same.shape, torch.nan)
     matrix[pairs.unbind(dim=1)] = said[question_of]
     num_lost = int(said.isnan().sum())
-    return Verdicts(matrix, same, questions, num_lost, problem=problems[0] if problems else SAYS_NOTHING)
+    return Verdicts(matrix, same, questions, num_lost, num_sent, problem=problems[0] if problems else SAYS_NOTHING)
 
 
 def _to_compare(

@@ -101,7 +101,7 @@ class Voters:
                 log_metric=log_metric,
                 disable_tqdm=bool(self.args.disable_tqdm),
                 known=None if known is None else known(name),
-                per_group=self.args.comparisons_per_group,
+                per_group=None if getattr(oracle, "orders_groups", False) else self.args.comparisons_per_group,
                 log=None if log is None else log(number),
             )
             if log is not None:  # in training

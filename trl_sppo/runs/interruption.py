@@ -18,14 +18,15 @@ from ..quiet import SAME_SIGNAL
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_TIME_BUDGET = 124  # as `timeout` of the GNU coreutils
-EXIT_TOKEN_BUDGET = 3  # the same command would not continue
+EXIT_TOKEN_BUDGET = 3  # unlike after the time budget, the same command does not continue without a larger one
 RESERVE = 0.05  # share of the time budget that is kept for the checkpoint
 
 
 class Interruption(TrainerCallback):
     """
     Ends training with a checkpoint after the micro-step in which SIGTERM or SIGINT arrives, or before the time budget
-    (minutes from the start of the process) is over. Several processes end after a rollout or an optimizer step.
+    (minutes from the start of the process) is over, or after the iteration that uses up the judges' token budget.
+    Several processes end after a rollout or an optimizer step.
     """
 
     def __init__(self, trainer: Any, time_budget: float | None):

@@ -133,7 +133,7 @@ class ResumableTrainer(GRPOTrainer):
 
     @property
     def is_over_budget(self) -> bool:
-        """Whether the run has used what it may, other than time."""
+        """Whether the judges' token budget is used up."""
         return False
 
     def describe(self) -> dict[str, Any]:
