@@ -175,10 +175,10 @@ def test_a_verdict_for_each_criterion_in_their_order(endpoint, text):
 
 
 def test_the_probability_of_each_criterion(endpoint):
-    tokens = [("1:", {}), (" A", {" A": 0.6, " B": 0.2}), ("\n2:", {}), (" t", {" t": 0.5, " A": 0.5}), ("ie", {})]
+    tokens = [("1:", {}), (" A", {" A": 0.6, " B": 0.2}), ("\n2:", {}), (" t", {" t": 0.9, " A": 0.1}), ("ie", {})]
     said(endpoint, "1: A\n2: tie", tokens=tokens)
-    # (3 * 0.75 + 1 * (0.5 + 0.5 / 2)) / 4 = 0.75, where the first alone would be 0.75, too: weights are 3 and 1
-    assert ask(LLMJudge("judge", endpoint.url, rubric=RUBRIC)) == [pytest.approx((3 * 0.75 + 0.75) / 4)]
+    # P is 0.6 / 0.8 = 0.75 by the first criterion, 0.1 + 0.9 / 2 = 0.55 by the second: (3 * 0.75 + 1 * 0.55) / 4 = 0.7
+    assert ask(LLMJudge("judge", endpoint.url, rubric=RUBRIC)) == [pytest.approx(0.7)]
 
 
 def test_a_rubric_for_each_prompt(endpoint):

@@ -26,17 +26,20 @@ class ChatJudge(Endpoint):
         base_url: str,
         api_key: str | None,
         max_concurrency: int,
-        timeout: float,
+        timeout: float | None,
         max_retries: int,
         instructions: str,
+        reasoning: bool,
         options: Mapping[str, Any],  # of each request, by default
         request_options: Mapping[str, Any] | None,
         price: tuple[float, float] | None,
     ):
+        timeout = (600.0 if reasoning else 60.0) if timeout is None else timeout
         super().__init__(base_url, api_key or os.environ.get("OPENAI_API_KEY"), max_concurrency, timeout, max_retries)
         self.__name__ = last_part(model)
         self.model = model
         self.instructions = instructions
+        self.reasoning = reasoning
         chosen = {**options, **(request_options or {})}
         taken = {"model", "messages", "stream", "response_format"} & chosen.keys() - options.keys()
         if taken:

@@ -95,7 +95,6 @@ class LLMJudge(ChatJudge):
         request_options: Mapping[str, Any] | None = None,
         price: tuple[float, float] | None = None,
     ):
-        self.reasoning = reasoning
         self.structured_output = structured_output
         self.rubric = rubric if rubric is None or isinstance(rubric, str) else read_rubric(rubric)
         if rubric == "":
@@ -106,10 +105,9 @@ class LLMJudge(ChatJudge):
         options: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         if self._verdict_is_last:
             options["max_tokens"] = MAX_TOKENS[reasoning]
-        timeout = (600.0 if reasoning else 60.0) if timeout is None else timeout
         super().__init__(
-            model, base_url, api_key, max_concurrency, timeout, max_retries, instructions, options, request_options,
-            price,
+            model, base_url, api_key, max_concurrency, timeout, max_retries, instructions, reasoning, options,
+            request_options, price,
         )  # fmt: skip
 
     async def __call__(
@@ -212,7 +210,7 @@ class LLMJudge(ChatJudge):
         """P of each criterion, or of the one verdict; and p(A) + p(B) + p(tie) where there are log-probabilities."""
         if not self._verdict_is_last:
             if not self.request_options.get("logprobs"):
-                letter = text_of(choice).strip()
+                letter = text_of(choice)
                 if letter not in ("A", "B"):
                     raise BadResponseError(f"it is not A or B, but {letter[:60]!r}")
                 return [SIDES[letter.lower()]], []
@@ -220,7 +218,7 @@ class LLMJudge(ChatJudge):
             # P = p(A) / (p(A) + p(B))
             return [p_a / (p_a + p_b)], [p_a + p_b]
         keys = ["verdict"] if rubric is None else [str(i + 1) for i in range(len(rubric))]
-        pattern, text = _pattern(keys, self.structured_output, rubric is not None), text_of(choice).strip()
+        pattern, text = _pattern(keys, self.structured_output, rubric is not None), text_of(choice)
         found = re.search(rf"{pattern}\Z", text)
         is_cut = choice.get("finish_reason") == "length"
         if found is None or is_cut or (self.structured_output and not is_json(text)):

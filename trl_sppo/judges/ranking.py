@@ -74,12 +74,11 @@ class LLMRanker(ChatJudge):
     ):
         if num_orders < 2 or num_orders % 2:
             raise ValueError(f"num_orders must be even, got {num_orders}: each order is also shown in reverse.")
-        self.num_orders, self.reasoning = num_orders, reasoning
+        self.num_orders = num_orders
         options = {"temperature": 0, "max_tokens": MAX_TOKENS[reasoning]}
-        timeout = (600.0 if reasoning else 60.0) if timeout is None else timeout
         super().__init__(
-            model, base_url, api_key, max_concurrency, timeout, max_retries, instructions, options, request_options,
-            price,
+            model, base_url, api_key, max_concurrency, timeout, max_retries, instructions, reasoning, options,
+            request_options, price,
         )  # fmt: skip
 
     async def __call__(
