@@ -61,7 +61,7 @@ class Referee(TrainerCallback):
 
     last = COMPLETIONS // STEP
 
-    def __init__(self, tokenizer, seed: int, every: int):
+    def __init__(self, tokenizer, seed: int, every: int, split: str = "test"):
         self.tokenizer = tokenizer
         self.seed = seed
         self.every = every
@@ -70,7 +70,7 @@ class Referee(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.started = time.process_time()
-        prompts = read_prompts("test")["prompt"]
+        prompts = read_prompts(split)["prompt"]
         self.prompt_ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -163,14 +163,14 @@ ROLLOUT: dict[str, Any] = {
 
 def train_sppo(referee: Referee, model, common: dict[str, Any], reward: Callable = accurate, **options) -> None:
     args = SPPOConfig(**{**ROLLOUT, **common, **options})
-    _fit(SPPOTrainer, model, args, referee, reward_funcs=reward, train_dataset=read_prompts("train"))
+    fit(SPPOTrainer, model, args, referee, reward_funcs=reward, train_dataset=read_prompts("train"))
 
 
 def train_grpo(referee: Referee, model, common: dict[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     args = GRPOConfig(**{**ROLLOUT, **common})
-    _fit(GRPOTrainer, model, args, referee, reward_funcs=accurate, train_dataset=read_prompts("train"))
+    fit(GRPOTrainer, model, args, referee, reward_funcs=accurate, train_dataset=read_prompts("train"))
 
 
 def train_online_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ def train_online_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
         "temperature": SAMPLING["temperature"],
     }
     args = OnlineDPOConfig(**{**COMMON, **options, **common})
-    _fit(OnlineDPOTrainer, model, args, referee, reward_funcs=accurate, train_dataset=read_prompts("train"))
+    fit(OnlineDPOTrainer, model, args, referee, reward_funcs=accurate, train_dataset=read_prompts("train"))
 
 
 def train_iterative_dpo(referee: Referee, model, common: dict[str, Any]) -> None:
@@ -231,7 +231,7 @@ def train_spin(referee: Referee, model, common: dict[str, Any]) -> None:
             return
 
 
-def _fit(trainer_class, model, args, referee: Referee, **kwargs) -> Any:
+def fit(trainer_class, model, args, referee: Referee, **kwargs) -> Any:
     trainer = trainer_class(
         model=model,
         args=args,
@@ -249,7 +249,7 @@ def _dpo(referee: Referee, model, common: dict[str, Any], rows: list[dict], pair
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(**{**COMMON, **common}, per_device_train_batch_size=pairs_per_step, num_train_epochs=1, **options)
-    return _fit(DPOTrainer, model, args, referee, train_dataset=Dataset.from_list(rows)).merge_and_unload()
+    return fit(DPOTrainer, model, args, referee, train_dataset=Dataset.from_list(rows)).merge_and_unload()
 
 
 def _sample(referee: Referee, model, prompts: list, samples: int, seed: int) -> list[list[list[dict[str, str]]]]:
