@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -188,6 +188,7 @@ def play(
     group_size: int = 256,
     steps: int = 100,
     seed: int = 0,
+    sampler: Callable[[torch.Tensor, int, torch.Generator], torch.Tensor] = sample,
     **options: Any,
 ) -> tuple[list[torch.Tensor], SPPOTrainer, list[torch.Tensor]]:
     """
@@ -205,7 +206,10 @@ def play(
         model ([`~transformers.Qwen2ForCausalLM`] or `str`, *optional*):
             What becomes the table; by default a new one. With a path, the initial policy is what that holds.
         group_size, steps, seed (`int`):
-            Completions per group; optimizer steps per iteration; of the samples.
+            Completions per iteration, of one group without the option `num_generations`; optimizer steps per
+            iteration; of the samples.
+        sampler (callable, *optional*, defaults to [`sample`]):
+            Gets a policy, the number of actions to sample, and a generator.
         options:
             Options of [`SPPOConfig`].
 
@@ -218,7 +222,7 @@ def play(
 
     def rollout(prompts: list[str], trainer: SPPOTrainer) -> dict[str, Any]:
         policies.append(get_policy(trainer.model))
-        actions = sample(policies[-1], len(prompts), generator)
+        actions = sampler(policies[-1], len(prompts), generator)
         groups.append(actions.bincount(minlength=len(start)))
         return {"prompt_ids": [[0]] * len(prompts), "completion_ids": actions.unsqueeze(1).tolist(), "logprobs": None}
 
@@ -248,7 +252,7 @@ def play(
             make_model(len(start)) if model is None else model,
             None if scores is None else reward,
             args,
-            Dataset.from_dict({"prompt": ["a"]}),
+            Dataset.from_dict({"prompt": ["a"] * (group_size // cast(int, args.num_generations))}),
             processing_class=make_tokenizer(len(start)),
             preference_func=oracle if scores is None else None,
             rollout_func=rollout,
