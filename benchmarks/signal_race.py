@@ -38,7 +38,7 @@ from trl_sppo.quickstart.scores import on_topic, relevance, vader
 RESULTS = Path("signal_race")
 LEARNING_RATES = (4e-4, 8e-4, 1.6e-3)
 LARGEST_KL = 24.0  # to the initial policy, nats per completion
-SWEEP_SEEDS = (100, 101)
+SWEEP_SEEDS = (100,)
 VOTERS = {"reward model": accurate, "relevance": relevance}
 HELD_OUT = {"VADER": vader, "words of the plot": on_topic}
 JUDGES = {**VOTERS, **HELD_OUT}

@@ -120,6 +120,26 @@ def test_the_kl_term_pulls_as_much_towards_the_initial_policy_as_it_should(forwa
     assert total_variation(policies[-1], expected) < 0.02
 
 
+def as_initial(policy, folder) -> str:
+    model = make_model(len(policy))
+    set_policy(model, policy)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("eta", [1.0, 10.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_inpo_comes_to_mirror_descent(eta, share, tmp_path):
+    """pi_{t+1} is proportional to pi_t^(1 - share) pi_0^share exp(eta P(y > pi_t)): no constant stands for log Z."""
+    initial = random_policy(8, seed=6)
+    model = as_initial(initial, tmp_path) if share > 0 else None
+    options = {"eta": eta, "beta": share / eta, "loss_type": "inpo", **ONE_ITERATION}
+    policies, *_ = play(GAME, START, model=model, **options)
+    update = ((1 - share) * START.log() + share * initial.log() + eta * GAME @ START).softmax(0)
+    assert total_variation(policies[0], update) > 0.05
+    assert total_variation(policies[-1], update) < 0.01
+
+
 # ---- Self-play
 
 SELF_PLAY = {"eta": 1.0, "baseline": "log_mean_exp", "group_size": 128, "steps": 20, "logging_steps": 20}
@@ -166,3 +186,19 @@ def test_self_play_solves_a_random_game_and_bradley_terry_cannot():
     assert total_variation(fitted[-1], favourite) < 0.2  # and still on its way
     assert duality_gap(fitted[-1], GAME) > 0.5
     assert gaps_of_averages(fitted, GAME)[32] > 2 * gaps[32]
+
+
+def test_the_last_policy_comes_to_the_solution_if_the_reference_moves(tmp_path):
+    """COMAL's outer loop on INPO. SPPO's last policy circles, and INPO's own solves a game with a KL term."""
+    start = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    options = {
+        "model": as_initial(start, tmp_path), "loss_type": "inpo", "eta": 1.0, "beta": 0.1, "group_size": 128,
+        "steps": 20, "logging_steps": 20,
+    }  # fmt: skip
+    moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 16 * 20}
+    policies, *_ = play(ROCK_PAPER_SCISSORS, start, 48, **options, **moving)
+    assert max(duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in policies[-8:]) < 0.05
+    fixed, *_ = play(ROCK_PAPER_SCISSORS, start, 48, **options)
+    assert min(duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in fixed[-8:]) > 0.05
+    circling = exact_self_play(ROCK_PAPER_SCISSORS, start, 1.0, 48)
+    assert min(duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in circling[-8:]) > 0.3

@@ -130,6 +130,22 @@ def test_with_several_passes_a_moving_reference_oracles_and_evaluations(start, t
         check_fits(checkpoint, whole.args, {**whole._form, "sharding": "fsdp"})
 
 
+@pytest.mark.parametrize("step", [3, 5, 6, 7])  # at a move of the reference, and between two of them
+def test_inpo_with_an_adapter_and_a_reference_that_moves(start, tmp_path, step):
+    options = {
+        "loss_type": "inpo", "beta": 0.05, "sync_ref_model": True, "ref_model_mixup_alpha": 1.0,
+        "ref_model_sync_steps": 3, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    whole = start("whole", **options, trainer_kwargs={"peft_config": lora()})
+    whole.train()
+    resumed = start("resumed", **options, trainer_kwargs={"peft_config": lora()})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert_same(resumed, whole)  # the reference too
+    reference = {name: value for name, value in weights(whole).items() if ".ref." in name}
+    first = weights(start("first", **options, trainer_kwargs={"peft_config": lora()}))
+    assert any(not torch.equal(value, first[name]) for name, value in reference.items())
+
+
 def test_qlora(start, tmp_path):
     """A policy in 4 bit: its adapter goes on, on the same frozen weights."""
     kwargs = {

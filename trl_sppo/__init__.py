@@ -17,6 +17,7 @@ _PUBLIC = {
     "preferences_from_answers": "preferences",
     "preferences_from_scores": "preferences",
     "select_completions": "objectives",
+    "inpo_loss": "objectives",
     "sppo_loss": "objectives",
     "sppo_targets": "objectives",
     "win_rates": "preferences",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .config import SPPOConfig as SPPOConfig
     from .objectives import log_mean_exp_baseline as log_mean_exp_baseline
     from .objectives import select_completions as select_completions
+    from .objectives import inpo_loss as inpo_loss
     from .objectives import sppo_loss as sppo_loss
     from .objectives import sppo_targets as sppo_targets
     from .oracles.served import ServedRewardModel as ServedRewardModel

@@ -52,7 +52,7 @@ _REJECTED = {
     "There is no test set. `trl-sppo eval` compares policies.": "do_predict",
 }
 _CHOICES = {
-    "loss_type": ("sppo", "sppo_hard", "sppo_single"),
+    "loss_type": ("sppo", "sppo_hard", "sppo_single", "inpo"),
     "baseline": ("half", "log_mean_exp"),
     "comparison": ("hard", "bradley_terry"),
     "reward_aggregation": ("vote", "sum"),
@@ -80,13 +80,15 @@ class SPPOConfig(GRPOConfig):
         loss_type (`str`, *optional*, defaults to `"sppo"`):
             Form of the win rate in the loss: `"sppo"` (the win rate in the group), `"sppo_hard"` (1 above ½, 0 below,
             like TRL's DPO loss of that name) or `"sppo_single"` (best against worst alone, like the official code;
-            needs `train_on="best_and_worst"`).
+            needs `train_on="best_and_worst"`). `"inpo"` is INPO's squared loss on the pairs of a group
+            ([`inpo_loss`]), with the preference of the pair itself. It sets `keep_groups_together`.
         baseline (`str`, *optional*, defaults to `"half"`):
             Estimate of log Z / η: `"half"` (the paper's constant) or `"log_mean_exp"` (computed from the group).
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the KL term towards the initial policy (RSPO), per completion. GRPO's KL is per token, so the
             same `beta` pulls stronger here, by about the number of tokens. The `beta` of DPO and of the official SPPO
-            code is `1 / eta`.
+            code is `1 / eta`. With `loss_type="inpo"` it is INPO's τ, the weight of the KL term in the game itself:
+            the reference is `(1 - eta * beta) log π_t + eta * beta log π_0`, so at most `1 / eta`, which is IPO.
         forward_kl_share (`float`, *optional*, defaults to `0.0`):
             Share of the forward divergence KL(π_0‖π_θ) in the KL term. The rest is KL(π_θ‖π_0). Needs `beta > 0`.
         comparison (`str`, *optional*, defaults to `"hard"`):
@@ -177,7 +179,7 @@ class SPPOConfig(GRPOConfig):
         default="sppo",
         metadata={
             "help": "Form of the win rate: 'sppo' (in the group), 'sppo_hard' (1 above 1/2, 0 below) or "
-            "'sppo_single' (best against worst; needs train_on='best_and_worst')."
+            "'sppo_single' (best against worst; needs train_on='best_and_worst'). 'inpo': squared loss on pairs."
         },
     )
     baseline: Literal["half", "log_mean_exp"] = field(
@@ -275,6 +277,8 @@ class SPPOConfig(GRPOConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
+        if self.loss_type == "inpo":
+            self.keep_groups_together = True  # both completions of a pair are needed at once
         # All problems are reported at once
         problems = [*find_number_problems(self), *find_mapping_problems(self), *find_pair_problems(self)]
         problems += find_launch_problems()
@@ -327,10 +331,11 @@ class SPPOConfig(GRPOConfig):
                 yield f"{name} must not be negative, got {weights}. To prefer low scores, negate the reward function."
         if self.loss_type == "sppo_single" and self.train_on != "best_and_worst":
             yield "loss_type='sppo_single' compares the best with the worst: set train_on='best_and_worst'."
-        if self.loss_type == "sppo_single" and self.comparisons_per_group is not None:
+        pair_alone = self.loss_type in ("sppo_single", "inpo") and self.train_on == "best_and_worst"
+        if pair_alone and self.comparisons_per_group is not None:
             yield (
                 f"comparisons_per_group={self.comparisons_per_group} may leave out the best against the worst, which "
-                "loss_type='sppo_single' needs. Remove one of them."
+                f"loss_type={self.loss_type!r} needs. Remove one of them."
             )
         if self.baseline != "half" and self.comparisons_per_group is not None:
             yield (
@@ -339,6 +344,13 @@ class SPPOConfig(GRPOConfig):
             )
         if self.loss_type != "sppo" and self.baseline != "half":
             yield f"baseline={self.baseline!r} needs the win rates of the whole group: use loss_type='sppo'."
+        if self.loss_type == "inpo" and self.eta * self.beta > 1 + 1e-9:
+            yield (
+                f"beta must be at most 1/eta = {1 / self.eta:g} with loss_type='inpo', got {self.beta}: eta * beta is the "
+                "share of the initial policy in the reference. 1/eta is IPO, INPO's paper has a third of it."
+            )
+        if self.loss_type == "inpo" and self.forward_kl_share > 0:
+            yield f"forward_kl_share={self.forward_kl_share} has no place in loss_type='inpo'. Remove it."
         if self.forward_kl_share > 0 and self.beta == 0:
             yield f"forward_kl_share={self.forward_kl_share} divides a KL term whose weight, beta, is 0. Set beta."
         if self.win_rate_threshold is not None and self.train_on == "best_and_worst":
@@ -385,7 +397,7 @@ class SPPOConfig(GRPOConfig):
             )
 
     def _warn(self) -> None:
-        if self.beta > 0:
+        if self.beta > 0 and self.loss_type != "inpo":
             logger.warning(
                 f"beta={self.beta} weights the KL term towards the initial policy, of a whole completion and not per "
                 "token as in GRPO. The beta of DPO and of the official SPPO code is 1/eta: if you meant that, remove "

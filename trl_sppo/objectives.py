@@ -158,8 +158,7 @@ def sppo_loss(
 
     ```
     """
-    if not eta > 0:
-        raise ValueError(f"eta must be positive, got {eta}. The paper's beta = 1/eta = 0.001 is eta=1000.")
+    _check_eta(eta)
     if log_ratios.shape != win_rates.shape or log_ratios.ndim != 1:
         shapes = f"{tuple(log_ratios.shape)} and {tuple(win_rates.shape)}"
         raise ValueError(f"log_ratios and win_rates must have the same shape (N,), got {shapes}.")
@@ -174,14 +173,90 @@ def sppo_loss(
     num_items = counted.sum().clamp(min=1) if num_items is None else num_items
     loss = per_completion_loss.sum() / num_items
 
-    log_ratios = log_ratios.detach()
-    winners, losers = targets > 0, targets < 0
-    metrics = {
-        "log_ratio": torch.stack([log_ratios.sum(), counted.sum()]),
-        "log_ratio_to_target": torch.stack([(log_ratios * targets).sum(), targets.square().sum()]),
-        "winner_log_ratio": torch.stack([log_ratios[winners].sum(), winners.sum()]),
-        "loser_log_ratio": torch.stack([log_ratios[losers].sum(), losers.sum()]),
-    }
+    metrics = _log_ratio_metrics(log_ratios.detach(), targets, counted)
+    metrics["log_ratio_to_target"] = torch.stack([(log_ratios.detach() * targets).sum(), targets.square().sum()])
+    return loss, metrics
+
+
+def inpo_log_ratios(
+    logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor, ref_share: float
+) -> torch.Tensor:
+    """
+    Log-ratios of the policy to INPO's reference, which lies between pi_t and the initial policy pi_0:
+
+        rho = log pi_theta - (1 - share) log pi_t - share log pi_0
+
+    All are log-probabilities of samples of pi_t, in nats and of one shape. `ref_share`, in [0, 1], is tau / eta in the
+    paper's symbols (https://huggingface.co/papers/2407.00617), and `eta * beta` in those of [`SPPOConfig`].
+    """
+    return logps - (1 - ref_share) * old_logps - ref_share * ref_logps
+
+
+def inpo_loss(
+    log_ratios: torch.Tensor,
+    preferences: torch.Tensor,
+    eta: float,
+    weights: torch.Tensor | None = None,
+    num_items: torch.Tensor | float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    The squared loss on pairs of INPO (https://huggingface.co/papers/2407.00617), a mean over completions i of the mean
+    over the completions j that each is paired with:
+
+        L = mean_i mean_j ( rho_i - rho_j - eta (P[i, j] - 1/2) )^2         rho as in [`inpo_log_ratios`]
+
+    For a certain preference the target is eta / 2, which the paper writes 1 / (2 eta). With the initial policy alone
+    as the reference it is IPO's loss (https://huggingface.co/papers/2310.12036, Eq. 17).
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(N,)`):
+            rho of each completion, summed over its tokens, in nats.
+        preferences (`torch.Tensor` of shape `(N, N)`):
+            P[i, j], in [0, 1], that completion i is preferred over j. NaN where two are not a pair.
+        eta (`float`):
+            As in [`sppo_targets`], positive.
+        weights (`torch.Tensor` of shape `(N,)`, *optional*):
+            Weight of each completion. A pair has the product of both.
+        num_items (`float`, *optional*):
+            Divisor of the sum over completions. By default the number of completions with a pair.
+
+    Returns:
+        `tuple` of the scalar loss and a `dict` of metrics like those of [`sppo_loss`]. `log_ratio_to_target` is about
+        the differences of pairs. Winners are completions that are preferred over the mean of those they are paired
+        with.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> preferences = torch.tensor([[torch.nan, 1.0], [0.0, torch.nan]])
+    >>> loss, _ = inpo_loss(torch.tensor([1.0, 0.0]), preferences, eta=4.0)
+    >>> loss  # (1 - 0 - 4 / 2)^2
+    tensor(1.)
+
+    ```
+    """
+    _check_eta(eta)
+    if log_ratios.ndim != 1 or preferences.shape != (len(log_ratios), len(log_ratios)):
+        shapes = f"{tuple(log_ratios.shape)} and {tuple(preferences.shape)}"
+        raise ValueError(f"log_ratios and preferences must have shapes (N,) and (N, N), got {shapes}.")
+    pairs = ~preferences.isnan()
+    paired = pairs.any(dim=1)
+    log_ratios = torch.where(paired, log_ratios, 0.0)
+    targets = torch.where(pairs, eta * (preferences - 0.5), 0.0).to(log_ratios.dtype)
+    # rho_i - rho_j - eta (P[i, j] - 1/2)
+    differences = torch.where(pairs, log_ratios.unsqueeze(1) - log_ratios.unsqueeze(0), 0.0)
+    per_pair_loss = (differences - targets) ** 2
+    if weights is not None:
+        weights = torch.where(paired, weights, 0.0)
+        per_pair_loss = per_pair_loss * weights.unsqueeze(1) * weights.unsqueeze(0)
+    num_items = paired.sum().clamp(min=1) if num_items is None else num_items
+    loss = (per_pair_loss.sum(dim=1) / pairs.sum(dim=1).clamp(min=1)).sum() / num_items
+
+    log_ratios, differences = log_ratios.detach(), differences.detach()
+    mean_targets = targets.sum(dim=1)
+    metrics = _log_ratio_metrics(log_ratios, mean_targets, paired)
+    metrics["log_ratio_to_target"] = torch.stack([(differences * targets).sum(), targets.square().sum()])
     return loss, metrics
 
 
@@ -210,6 +285,22 @@ def kl_to_rollout_policy(log_ratios: torch.Tensor) -> torch.Tensor:
     are in nats, never negative, and unbiased over all samples (http://joschu.net/blog/kl-approx.html).
     """
     return _k3(log_ratios)
+
+
+def _check_eta(eta: float) -> None:
+    if not eta > 0:
+        raise ValueError(f"eta must be positive, got {eta}. The paper's beta = 1/eta = 0.001 is eta=1000.")
+
+
+def _log_ratio_metrics(
+    log_ratios: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    winners, losers = targets > 0, targets < 0
+    return {
+        "log_ratio": torch.stack([log_ratios.sum(), counted.sum()]),
+        "winner_log_ratio": torch.stack([log_ratios[winners].sum(), winners.sum()]),
+        "loser_log_ratio": torch.stack([log_ratios[losers].sum(), losers.sum()]),
+    }
 
 
 def _k3(log_ratio: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """[`SPPOTrainer`]: SPPO on TRL's GRPO trainer. Wiring only; the formulas are in `preferences` and `objectives`."""
 
+import copy
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,15 +21,22 @@ from .checks.sources import named_datasets
 from .config import SPPOConfig
 from .errors import RunError, is_of_another_process
 from .evaluation.opponents import choose_metric
-from .models.adapters import continue_adapter, is_adapter, keep_reference, load_weights
+from .models.adapters import MovingReference, continue_adapter, is_adapter, keep_reference, load_weights
 from .models.generation import only_requested_generation, shared_prompts
-from .objectives import kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
+from .objectives import (
+    inpo_log_ratios,
+    inpo_loss,
+    kl_to_initial_policy,
+    kl_to_rollout_policy,
+    sppo_loss,
+    sppo_targets,
+)
 from .oracles.asking import PreferenceFunc, oracle_name, told_apart
 from .oracles.panel import make_panel
 from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
 from .oracles.scoring import RewardSources
 from .oracles.voters import Voters
-from .rollouts.batch import Rollout, columns_of, loss_mask, model_inputs, pin, to_device
+from .rollouts.batch import Rollout, columns_of, loss_mask, model_inputs, pin, preferences_of_rows, to_device
 from .rollouts.given import is_judged, load_rollouts, prompts_of
 from .rollouts.micro_batches import cut_by_length, is_distributed, log_probs, take_rows
 from .rollouts.reasoning import Reasoning, find_marks
@@ -196,6 +204,10 @@ class SPPOTrainer(ResumableTrainer):
         without_source = not reward_funcs and (len(preference_funcs) > 0 or args.rollouts is not None)
         if without_source:
             args.reward_weights = None  # it may be []
+        moves_adapter = args.sync_ref_model and (peft_config is not None or hasattr(model, "peft_config"))
+        if moves_adapter:  # which TRL refuses
+            args = copy.copy(args)
+            args.sync_ref_model = False
         with unquantized_vllm() if args.use_vllm else nullcontext():
             super().__init__(
                 model=model,
@@ -236,8 +248,12 @@ class SPPOTrainer(ResumableTrainer):
         policy = cast(Any, self.model)
         if adapter is not None:
             load_weights("model", policy, adapter)
-        if args.beta > 0 and (adapter is not None or "ref" in getattr(policy, "peft_config", {})):
+        has_reference = adapter is not None or "ref" in getattr(policy, "peft_config", {})
+        if args.beta > 0 and (has_reference or moves_adapter):
             keep_reference(policy, args.disable_dropout)
+        if moves_adapter:
+            self.args.sync_ref_model = True
+            self.add_callback(MovingReference())
         check_trainable(policy)
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)
@@ -321,9 +337,11 @@ class SPPOTrainer(ResumableTrainer):
         batch["win_rates"] = self._local(targets.regressed)
         batch["baseline"] = self._local(targets.baseline)
         batch["kept"] = self._local(targets.kept)
+        if self.args.keep_groups_together:
+            numbers = self._local(torch.arange(targets.kept.numel(), device=batch["kept"].device))
+            batch["group"], batch["place"] = numbers // group_size, numbers % group_size
+            batch["preferences"] = self._local(targets.preferences).view(-1, group_size)
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
-            if training and self.args.keep_groups_together:
-                batch["group"] = torch.arange(len(batch["kept"]), device=batch["kept"].device) // group_size
             batch = take_rows(batch, targets.rows)
             batch["kept"] = torch.arange(len(targets.rows), device=targets.rows.device) < targets.num_kept
         return send_to_device(batch, "cpu")  # where rollouts live between their uses
@@ -563,7 +581,11 @@ class SPPOTrainer(ResumableTrainer):
         weights = inputs["importance_sampling_ratio"].squeeze(1) if "importance_sampling_ratio" in inputs else None
         # Gradients are averaged over processes and summed over micro-batches
         num_items = inputs["num_kept"] / self.accelerator.num_processes
-        loss, metrics = self._sppo_loss(per_token_log_ratios.sum(dim=1), inputs, num_items, weights)
+        log_ratios, is_inpo = per_token_log_ratios, self.args.loss_type == "inpo"
+        if is_inpo and self.beta > 0:
+            anchored = per_token_logps, old_per_token_logps, inputs["ref_per_token_logps"]
+            log_ratios = torch.where(mask, inpo_log_ratios(*anchored, self.args.eta * self.beta), 0.0)
+        loss, metrics = self._sppo_loss(log_ratios.sum(dim=1), inputs, num_items, weights)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss * inputs["share"]  # of the step's tokens
             metrics["aux_loss"] = torch.stack([aux_loss.detach() * inputs["share"], inputs["share"]])
@@ -574,7 +596,7 @@ class SPPOTrainer(ResumableTrainer):
             logps, old_logps = per_token_logps[tokens], old_per_token_logps[tokens]
             ref_logps = inputs["ref_per_token_logps"][tokens]
             kl = kl_to_initial_policy(logps, old_logps, ref_logps, self.args.forward_kl_share)
-            loss = loss + self.beta * kl.sum() / num_items
+            loss = loss if is_inpo else loss + self.beta * kl.sum() / num_items
             metrics["kl_to_initial_policy"] = torch.stack([kl.detach().sum(), tokens.sum()])
         kl = kl_to_rollout_policy(per_token_log_ratios.detach()[tokens])
         metrics["kl_to_rollout_policy"] = torch.stack([kl.sum(), tokens.sum()])
@@ -586,6 +608,8 @@ class SPPOTrainer(ResumableTrainer):
         return loss
 
     def _sppo_loss(self, log_ratios: torch.Tensor, inputs: dict[str, Any], num_items: Any, weights: Any = None):
+        if self.args.loss_type == "inpo":
+            return inpo_loss(log_ratios, preferences_of_rows(inputs), self.args.eta, weights, num_items)
         regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
         return sppo_loss(
             log_ratios, regressed, eta=self.args.eta, baseline=inputs["baseline"], weights=weights, num_items=num_items

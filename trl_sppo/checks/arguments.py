@@ -109,11 +109,6 @@ def check_trainer_arguments(
     bits = check_quantization(args, model, quantization_config)
     check_vllm(args)
     check_sharding(args, has_adapter, bits)
-    if args.sync_ref_model and has_adapter:
-        raise ValueError(
-            "sync_ref_model=True needs a separate reference model, but the reference of an adapter is its base model. "
-            "Remove sync_ref_model, or train all weights."
-        )
     conversational = check_datasets(args, train_dataset, eval_dataset, needs_prompts=not has_environment)
     datasets = named_datasets(train_dataset, eval_dataset)
     check_columns(args, datasets, reward_funcs, eval_reward_funcs, has_environment)

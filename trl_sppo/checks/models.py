@@ -94,7 +94,7 @@ def check_quantization(
 def check_sharding(
     args: SPPOConfig, has_adapter: bool, bits: int | None, deepspeed: bool | None = None, fsdp: int | None = None
 ) -> None:
-    """Raise `ValueError` for options that fail with sharded models, by default as accelerate shards here."""
+    """Raise `ValueError` for options that fail with adapters or sharded models, as accelerate shards here."""
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") if deepspeed is None else deepspeed
     fsdp = fsdp_version(args) if fsdp is None else fsdp
     if fsdp and args.use_vllm and (bits or (has_adapter and fsdp == 1)):
@@ -111,6 +111,16 @@ def check_sharding(
         raise ValueError(
             f"beta={args.beta} needs the initial policy, which transformers {transformers.__version__} would load as "
             "zeros. Set fsdp_cpu_ram_efficient_loading: false for accelerate, or install transformers 5.23."
+        )
+    if args.sync_ref_model and has_adapter and args.ref_model_mixup_alpha != 1:
+        raise ValueError(
+            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} would mix the factors of two adapters, which is not a mix "
+            "of their products. Set it to 1: the reference becomes the policy every ref_model_sync_steps steps."
+        )
+    if args.sync_ref_model and has_adapter and (fsdp or deepspeed):
+        raise ValueError(
+            "sync_ref_model=True with an adapter needs whole weights on each process. Use --accelerate_config "
+            "multi_gpu, or train all weights."
         )
     if deepspeed and args.reward_quantization is not None:
         raise ValueError(

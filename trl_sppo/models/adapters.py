@@ -1,13 +1,15 @@
 """Adapters given by path: their base model and its tokenizer, and how a run continues them."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError, safe_open
-from transformers import AutoProcessor
+from torch.nn import Parameter
+from transformers import AutoProcessor, TrainerCallback
 from trl import ModelConfig
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -192,8 +194,23 @@ def keep_reference(model: PeftModel, disable_dropout: bool) -> None:
         model.add_adapter("ref", config)
         if disable_dropout:
             disable_dropout_in_model(model)
+    for parameter, kept in _copies(model):
+        kept.data = parameter.data.clone()
+
+
+def _copies(model: PeftModel) -> Iterator[tuple[Parameter, Parameter]]:
+    """The adapter's parameters, each with its copy in "ref"."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         copied = ".".join("ref" if part == "default" else part for part in name.split("."))
         if copied != name:
-            parameters[copied].data = parameter.data.clone()
+            yield parameter, parameters[copied]
+
+
+class MovingReference(TrainerCallback):
+    """`sync_ref_model` for adapters: the copy that is the initial policy becomes the adapter of now."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            for parameter, kept in _copies(extract_model_from_parallel(model)):
+                kept.data.copy_(parameter.data)

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from ..rows import ROW
-from .targets import RolloutTargets
+from .targets import RolloutTargets, in_pairs
 
 
 # Inputs of a model with images besides tokens
@@ -83,6 +83,13 @@ def model_inputs(batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     images = {name: batch[name] for name in IMAGE_FIELDS if name in batch}
     return (ids, mask, batch["completion_ids"].size(1)), images
+
+
+def preferences_of_rows(batch: dict[str, Any]) -> torch.Tensor:
+    """P[i, j] of shape `(N, N)` for the rows of a micro-batch, NaN unless both are kept and of one group."""
+    same = batch["group"].unsqueeze(1) == batch["group"].unsqueeze(0)
+    preferences = batch["preferences"][:, batch["place"]].masked_fill(~same, torch.nan)
+    return preferences.masked_fill(~in_pairs(preferences, batch["kept"]), torch.nan)
 
 
 def loss_mask(batch: dict[str, Any]) -> torch.Tensor:

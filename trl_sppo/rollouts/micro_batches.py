@@ -100,7 +100,7 @@ def cut_by_length(
             for name, value in slices[0].items()
         }
         rows = torch.arange(len(batch["kept"]))
-        unit, among = (batch.pop("group"), batch["kept"]) if together else (rows, rows >= 0)
+        unit, among = (batch["group"], batch["kept"]) if together else (rows, rows >= 0)
         units = unit[among].unique()  # dealt out to the steps, in their order
         step_of = torch.searchsorted(units, unit) * number // max(len(units), 1)
         chosen = [(batch["kept"] & (step_of == step)).nonzero().squeeze(1) for step in range(number)]
@@ -170,7 +170,7 @@ def trim(batch: dict[str, Any]) -> dict[str, Any]:
     for name, value in batch.items():
         if name.startswith("prompt_") and _has_rows(value):
             value = value[:, value.size(1) - prompt :]
-        elif _has_rows(value) and value.ndim == 2 and value.size(1) == width:
+        elif _has_rows(value) and value.ndim == 2 and value.size(1) == width and name != "preferences":
             value = value[:, : max(completion, 1)]
         trimmed[name] = value
     return trimmed

@@ -62,6 +62,8 @@ class RolloutTargets:
         if args.baseline == "log_mean_exp":
             baseline = log_mean_exp_baseline(rates, args.eta).expand_as(rates)
         kept = chosen & usable & ~regressed.isnan()
+        if args.loss_type == "inpo":
+            kept = kept & in_pairs(preferences, kept).any(dim=2)
 
         by_process = kept.view(num_processes, -1)
         num_logps = max(int(by_process.sum(dim=1).max()), 1)
@@ -95,6 +97,12 @@ class RolloutTargets:
             "completions/winners_mean_length": lengths[self.win_rates > 0.5].mean(),
             "completions/losers_mean_length": lengths[self.win_rates < 0.5].mean(),
         }
+
+
+def in_pairs(preferences: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Which two different kept completions have a preference: of the shape of `preferences`, `(..., K, K)`."""
+    different = ~torch.eye(preferences.size(-1), dtype=torch.bool, device=preferences.device)
+    return kept.unsqueeze(-1) & kept.unsqueeze(-2) & different & ~preferences.isnan()
 
 
 class StepMetrics:

@@ -273,7 +273,7 @@ class ResumableTrainer(GRPOTrainer):
                 state = self.get_state()
                 del state["random"]  # transformers has saved it
                 torch.save(state, folder / f"rollouts_{self.args.process_index}.pt")
-            if main and self.args.sync_ref_model and not self._is_sharded:
+            if main and self.args.sync_ref_model and self.ref_model is not None and not self._is_sharded:
                 # The reference is then no longer a model that can be loaded from where the policy came from
                 torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
             self.accelerator.wait_for_everyone()
@@ -337,7 +337,7 @@ class ResumableTrainer(GRPOTrainer):
         super()._load_rng_state(checkpoint)
         path = Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
         self.set_state(torch.load(path, map_location="cpu", weights_only=True))
-        if self.args.sync_ref_model:
+        if self.args.sync_ref_model and self.ref_model is not None:  # else it is an adapter, and saved as such
             reference = torch.load(Path(checkpoint) / REFERENCE, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference)
         if Path(checkpoint).resolve().parent == Path(str(self.args.output_dir)).resolve():
