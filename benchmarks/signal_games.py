@@ -2,8 +2,8 @@
 
     python benchmarks/signal_games.py              # minutes; draws docs/signal.png
 
-A policy over 20 actions is a softmax of 20 logits. Each iteration samples 128 completions in groups of K, and an oracle
-gives one verdict per pair of a group. What differs is the signal that the policy learns from:
+A policy over 20 actions is a softmax of 20 logits. Each iteration samples 128 completions in groups of K, and an
+oracle gives one verdict per pair of a group. What differs is the signal that the policy learns from:
 
     continuous      win rates of all completions of a group
     binary          1 above 1/2, 0 below (`sppo_hard`), of all
@@ -183,7 +183,7 @@ def show(way: str, kind: str, noise: float, found: Found) -> None:
         f"\n{way}, {kind}, noise {noise:g}: duality gap, from {first:.3f}, after {ITERATIONS * PER_STEP} completions,"
     )
     print(
-        "what other signals have more than the continuous one, and the share of the completions after which it was there"
+        "what the others have more than the continuous signal, and the share of completions after which it was there"
     )
     print("| K | " + " | ".join(signals) + " |\n|" + "---|" * (len(signals) + 1))
     for size in GROUPS:
@@ -226,6 +226,32 @@ def gradients(kind: str, noise: float, number: int) -> None:
             f"| {size} | " + " | ".join(str(Numbers(c)) for c in cosines.values()) + f" | {Numbers(ratio)} |",
             flush=True,
         )
+
+
+def gate(spread: float, noise: float, number: int, size: int = 8) -> None:
+    """
+    Print what S-SPPO's gate (arXiv 2606.01561) would do: preferences of similar completions are shrunk towards 1/2.
+    Five kinds of completions have four variants each, whose scores differ by `spread` times a normal number.
+    """
+    generator = torch.Generator().manual_seed(1)
+    kinds, variants = (torch.randn(number, n, generator=generator, dtype=torch.float64) for n in (5, ACTIONS))
+    scores = 2 * kinds.repeat_interleave(ACTIONS // 5, dim=1) + spread * variants
+    games = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))
+    kind = torch.arange(ACTIONS) // (ACTIONS // 5)
+    logits = policies(number, 0).log()
+    found: dict[float, list[torch.Tensor]] = {0.0: [], 0.5: [], 1.0: []}
+    for _ in range(50):
+        actions = sample(logits, size, generator)
+        verdicts = verdicts_of(games, actions, noise, generator) - 0.5
+        similar = (kind[actions].unsqueeze(3) == kind[actions].unsqueeze(2)).double()
+        for shrunk, cosines in found.items():
+            targets, _ = targets_of(0.5 + (1 - shrunk * similar) * verdicts, "continuous")
+            estimate = gradient(logits, logits, actions, targets, torch.ones_like(targets, dtype=torch.bool), False)
+            cosines.append(torch.cosine_similarity(estimate, exact_gradient(games, logits), dim=1))
+    cells = [f"{shrunk:g}: {Numbers(torch.stack(cosines).mean(dim=0))}" for shrunk, cosines in found.items()]
+    print(
+        f"variants differ by {spread:g}, noise {noise:g}, cosine by how much is shrunk: {', '.join(cells)}", flush=True
+    )
 
 
 def variance(games: torch.Tensor, policy: torch.Tensor, noise: float, size: int) -> torch.Tensor:
@@ -325,6 +351,8 @@ def main():
     for kind in KINDS:
         for noise in NOISES:
             gradients(kind, noise, args.games)
+    for spread, noise in product((0.0, 0.5, 2.0), NOISES):
+        gate(spread, noise, args.games)
     results: dict[tuple[str, str, float], Found] = {}
     for way, kind, noise in product(GRIDS, KINDS, NOISES):
         found = results[way, kind, noise] = play_all(way, kind, noise, args.games)

@@ -34,11 +34,25 @@ def test_defaults(tmp_path):
         ({"beta": float("nan")}, "beta must be between -2.31 and 2.31, got nan"),
         ({"forward_kl_share": 0.5}, "forward_kl_share=0.5 divides a KL term whose weight, beta, is 0"),
         ({"forward_kl_share": 1.5, "beta": 0.1}, r"forward_kl_share must be in \[0, 1\], got 1.5"),
-        ({"loss_type": "sigmoid"}, "loss_type must be 'sppo' or 'sppo_hard' or 'sppo_single', got 'sigmoid'"),
+        ({"loss_type": "sigmoid"}, "loss_type must be 'sppo' or 'sppo_hard' or 'sppo_single' or 'inpo', got 'sig"),
         ({"loss_type": "sppo_single"}, "loss_type='sppo_single' compares the best with the worst.*best_and_worst"),
         (
             {"loss_type": "sppo_hard", "baseline": "log_mean_exp"},
             "baseline='log_mean_exp' needs the win rates of the",
+        ),
+        (
+            {"loss_type": "inpo", "beta": 0.11},
+            "beta must be at most 1/eta = 0.1 with loss_type='inpo', got 0.11: eta . beta is the share",
+        ),
+        ({"loss_type": "inpo", "beta": 0.05, "forward_kl_share": 0.5}, "forward_kl_share=0.5 has no place in loss"),
+        ({"loss_type": "inpo", "baseline": "log_mean_exp"}, "baseline='log_mean_exp' needs the win rates of the"),
+        (
+            {"loss_type": "inpo", "per_device_train_batch_size": 12, "steps_per_generation": 2},
+            r"needs whole groups in a micro-batch: set per_device_train_batch_size \(12\) to a multiple of num_gen",
+        ),
+        (
+            {"loss_type": "inpo", "train_on": "best_and_worst", "comparisons_per_group": 16},
+            "comparisons_per_group=16 may leave out the best against the worst, which loss_type='inpo' needs",
         ),
         ({"baseline": "mean"}, "baseline must be 'half' or 'log_mean_exp', got 'mean'"),
         ({"reward_aggregation": "mean"}, "reward_aggregation must be 'vote' or 'sum', got 'mean'"),
@@ -203,3 +217,9 @@ def test_plain_sampling_is_not_warned_about(tmp_path, caplog):
 def test_a_number_that_python_refuses_to_print(name, sign):
     with pytest.raises(ValueError, match=rf"{name} must be .*(20001 bits|got -?inf)"):
         SPPOConfig("out", use_cpu=True, bf16=False, **{name: sign * 2**20_000})
+
+
+def test_inpo_keeps_groups_together_and_its_beta_is_no_mistake(tmp_path, caplog):
+    args = config(tmp_path, loss_type="inpo", beta=0.1)  # IPO
+    assert args.keep_groups_together and "weights the KL term" not in caplog.text
+    assert not config(tmp_path).keep_groups_together

@@ -192,13 +192,12 @@ def test_the_last_policy_comes_to_the_solution_if_the_reference_moves(tmp_path):
     """COMAL's outer loop on INPO. SPPO's last policy circles, and INPO's own solves a game with a KL term."""
     start = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     options = {
-        "model": as_initial(start, tmp_path), "loss_type": "inpo", "eta": 1.0, "beta": 0.1, "group_size": 128,
+        "model": as_initial(start, tmp_path), "loss_type": "inpo", "eta": 2.0, "beta": 0.1, "group_size": 128,
         "steps": 20, "logging_steps": 20,
     }  # fmt: skip
-    moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 16 * 20}
-    policies, *_ = play(ROCK_PAPER_SCISSORS, start, 48, **options, **moving)
-    assert max(duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in policies[-8:]) < 0.05
-    fixed, *_ = play(ROCK_PAPER_SCISSORS, start, 48, **options)
-    assert min(duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in fixed[-8:]) > 0.05
-    circling = exact_self_play(ROCK_PAPER_SCISSORS, start, 1.0, 48)
-    assert min(duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in circling[-8:]) > 0.3
+    moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 8 * 20}
+    policies, *_ = play(ROCK_PAPER_SCISSORS, start, 40, **options, **moving)
+    fixed, *_ = play(ROCK_PAPER_SCISSORS, start, 40, **options)
+    circling = exact_self_play(ROCK_PAPER_SCISSORS, start, 0.5, 40)
+    last = [[duality_gap(policy, ROCK_PAPER_SCISSORS) for policy in run[-8:]] for run in (policies, fixed, circling)]
+    assert max(last[0]) < 0.04 < min(last[1]) and min(last[2]) > 0.3, last

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForCausalLM
 
 from trl_sppo import SPPOConfig, SPPOTrainer
+from trl_sppo.checks.models import check_sharding
 from trl_sppo.objectives import inpo_log_ratios, inpo_loss, sppo_loss
 from trl_sppo.preferences import preferences_from_scores, win_rates
 from trl_sppo.rollouts.micro_batches import trim
@@ -259,3 +260,24 @@ def test_a_new_adapter_and_one_that_was_there(fixed, tiny_model, existing):
     moved = [name for name in state if ".default." in name]
     assert moved and all(torch.equal(state[n], state[n.replace(".default.", ".ref.")]) for n in moved)
     assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if ".ref." in n)
+
+
+@pytest.mark.parametrize(
+    ("options", "sharding", "message"),
+    [
+        (
+            {"ref_model_mixup_alpha": 0.6},
+            {},
+            "ref_model_mixup_alpha=0.6 would mix the factors of two adapters.*Set it to",
+        ),
+        ({}, {"deepspeed": True}, "sync_ref_model=True with an adapter needs the whole adapter.*multi_gpu"),
+        ({}, {"fsdp": 2}, "sync_ref_model=True with an adapter needs the whole adapter.*multi_gpu"),
+    ],
+)
+def test_what_cannot_move(tmp_path, options, sharding, message):
+    moving = {"beta": 0.1, "sync_ref_model": True, "ref_model_mixup_alpha": 1.0, **options}
+    args = SPPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **moving)
+    sharding = {"deepspeed": False, "fsdp": 0, **sharding}
+    with pytest.raises(ValueError, match=message):
+        check_sharding(args, has_adapter=True, bits=None, **sharding)
+    check_sharding(args, has_adapter=False, bits=None, **sharding)

@@ -27,9 +27,9 @@ _MODULES = {"config", "diagnostics", "evaluation", "judges", "objectives", "pref
 
 if TYPE_CHECKING:
     from .config import SPPOConfig as SPPOConfig
+    from .objectives import inpo_loss as inpo_loss
     from .objectives import log_mean_exp_baseline as log_mean_exp_baseline
     from .objectives import select_completions as select_completions
-    from .objectives import inpo_loss as inpo_loss
     from .objectives import sppo_loss as sppo_loss
     from .objectives import sppo_targets as sppo_targets
     from .oracles.served import ServedRewardModel as ServedRewardModel

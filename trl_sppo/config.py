@@ -346,8 +346,8 @@ class SPPOConfig(GRPOConfig):
             yield f"baseline={self.baseline!r} needs the win rates of the whole group: use loss_type='sppo'."
         if self.loss_type == "inpo" and self.eta * self.beta > 1 + 1e-9:
             yield (
-                f"beta must be at most 1/eta = {1 / self.eta:g} with loss_type='inpo', got {self.beta}: eta * beta is the "
-                "share of the initial policy in the reference. 1/eta is IPO, INPO's paper has a third of it."
+                f"beta must be at most 1/eta = {1 / self.eta:g} with loss_type='inpo', got {self.beta}: eta * beta is "
+                "the share of the initial policy in the reference. 1/eta is IPO, INPO's paper has a third of it."
             )
         if self.loss_type == "inpo" and self.forward_kl_share > 0:
             yield f"forward_kl_share={self.forward_kl_share} has no place in loss_type='inpo'. Remove it."

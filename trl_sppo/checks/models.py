@@ -114,13 +114,13 @@ def check_sharding(
         )
     if args.sync_ref_model and has_adapter and args.ref_model_mixup_alpha != 1:
         raise ValueError(
-            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} would mix the factors of two adapters, which is not a mix "
-            "of their products. Set it to 1: the reference becomes the policy every ref_model_sync_steps steps."
+            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} would mix the factors of two adapters, which is no "
+            "mix of adapters. Set it to 1: the reference becomes the policy every ref_model_sync_steps steps."
         )
     if args.sync_ref_model and has_adapter and (fsdp or deepspeed):
         raise ValueError(
-            "sync_ref_model=True with an adapter needs whole weights on each process. Use --accelerate_config "
-            "multi_gpu, or train all weights."
+            "sync_ref_model=True with an adapter needs the whole adapter on each process, but DeepSpeed and FSDP "
+            "shard it. Use --accelerate_config multi_gpu, or train all weights."
         )
     if deepspeed and args.reward_quantization is not None:
         raise ValueError(
