@@ -38,7 +38,7 @@ def command_in(header: str, start: str) -> list[str]:
 
 def test_there_are_recipes():
     seven = {"lora", "qlora-24gb", "full-8gpu-fsdp2", "full-8gpu-zero3", "vllm-server", "served-reward-model"}
-    seven |= {"llm-judge", "panel"}
+    seven |= {"inpo", "llm-judge", "panel"}
     assert {path.stem for path in SEVEN_BILLION} == seven
     assert {"quickstart", "qwen2.5-0.5b-instruct/lora"} <= {name_of(path) for path in PATHS}
 
@@ -118,6 +118,8 @@ def test_the_seven_billion_recipes_differ_only_in_where_things_are(path):
     }  # fmt: skip
     if path.stem in ("llm-judge", "panel"):  # other judges, and a rate at which an adapter learns
         placement |= {"preference_funcs", "comparisons_per_group", "learning_rate", "output_dir"}
+    if path.stem == "inpo":  # another objective
+        placement |= {"loss_type", "eta", "beta", "train_on", "win_rate_threshold", "learning_rate", "output_dir"}
     kept = [
         {name: value for name, value in options_of(p).items() if name not in placement}
         for p in (path, path.with_name("lora.yaml"))

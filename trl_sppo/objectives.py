@@ -186,8 +186,8 @@ def inpo_log_ratios(
 
         rho = log pi_theta - (1 - share) log pi_t - share log pi_0
 
-    All are log-probabilities of samples of pi_t, in nats and of one shape. `ref_share`, in [0, 1], is tau / eta in the
-    paper's symbols (https://huggingface.co/papers/2407.00617), and `eta * beta` in those of [`SPPOConfig`].
+    All are log-probabilities of samples of pi_t, in nats and of one shape. `ref_share`, in [0, 1], is `eta * beta` of
+    [`SPPOConfig`], and tau / eta in the paper (https://huggingface.co/papers/2407.00617).
     """
     return logps - (1 - ref_share) * old_logps - ref_share * ref_logps
 
@@ -221,9 +221,8 @@ def inpo_loss(
             Divisor of the sum over completions. By default the number of completions with a pair.
 
     Returns:
-        `tuple` of the scalar loss and a `dict` of metrics like those of [`sppo_loss`]. `log_ratio_to_target` is about
-        the differences of pairs. Winners are completions that are preferred over the mean of those they are paired
-        with.
+        `tuple` of the scalar loss and a `dict` of metrics, named as in [`sppo_loss`]. `log_ratio_to_target` is about the
+        differences of pairs. Winners have targets above 0 on average over their pairs.
 
     Example:
 
