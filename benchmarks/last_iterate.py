@@ -84,7 +84,7 @@ def draw(games: dict[str, dict[str, list[float]]], many: dict[str, torch.Tensor]
         low, median, high = values.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype), dim=0)
         last.plot(median, color=f"C{i}", label=way)
         last.fill_between(range(len(median)), low.clamp(min=1e-4), high, color=f"C{i}", alpha=0.15, linewidth=0)
-    last.set(title=f"Exact updates, {len(values)} random games: median, 10 to 90 %", xlabel="iteration")
+    last.set(title=f"Exact updates, {len(values)} random games", xlabel="iteration")
     axes[0].set_ylabel("duality gap of the last policy")
     axes[0].legend()
     figure.savefig(path, dpi=110)

@@ -221,8 +221,8 @@ def inpo_loss(
             Divisor of the sum over completions. By default the number of completions with a pair.
 
     Returns:
-        `tuple` of the scalar loss and a `dict` of metrics, named as in [`sppo_loss`]. `log_ratio_to_target` is about the
-        differences of pairs. Winners have targets above 0 on average over their pairs.
+        `tuple` of the scalar loss and a `dict` of metrics, named as in [`sppo_loss`]. `log_ratio_to_target` is about
+        the differences of pairs. Winners have targets above 0 on average over their pairs.
 
     Example:
 
