@@ -281,3 +281,23 @@ def test_what_cannot_move(tmp_path, options, sharding, message):
     with pytest.raises(ValueError, match=message):
         check_sharding(args, has_adapter=True, bits=None, **sharding)
     check_sharding(args, has_adapter=False, bits=None, **sharding)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_belongs_to_a_reference_that_moves_or_to_one_that_stays(
+    make_trainer, tiny_policy, tmp_path, lora
+):
+    """Else a moved reference would be gone after a resume, or could not be found."""
+
+    def build(moves):
+        moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1} if moves else {}
+        return make_trainer(
+            model=tiny_policy, beta=0.05, save_strategy="steps", save_steps=1, max_steps=1, **moving,
+            trainer_kwargs={"peft_config": LORA} if lora else {},
+        )  # fmt: skip
+
+    for moves in (True, False):
+        build(moves).train()
+        message = f"sync_ref_model was {moves}, now {not moves}"
+        with pytest.raises(ValueError, match=message):
+            build(not moves).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))

@@ -1,6 +1,5 @@
 """[`SPPOTrainer`]: SPPO on TRL's GRPO trainer. Wiring only; the formulas are in `preferences` and `objectives`."""
 
-import copy
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from .checks.sources import named_datasets
 from .config import SPPOConfig
 from .errors import RunError, is_of_another_process
 from .evaluation.opponents import choose_metric
-from .models.adapters import MovingReference, continue_adapter, is_adapter, keep_reference, load_weights
+from .models.adapters import continue_adapter, is_adapter, keep_reference, load_weights
 from .models.generation import only_requested_generation, shared_prompts
 from .objectives import (
     inpo_log_ratios,
@@ -205,9 +204,6 @@ class SPPOTrainer(ResumableTrainer):
         if without_source:
             args.reward_weights = None  # it may be []
         moves_adapter = args.sync_ref_model and (peft_config is not None or hasattr(model, "peft_config"))
-        if moves_adapter:  # which TRL refuses
-            args = copy.copy(args)
-            args.sync_ref_model = False
         with unquantized_vllm() if args.use_vllm else nullcontext():
             super().__init__(
                 model=model,
@@ -219,6 +215,7 @@ class SPPOTrainer(ResumableTrainer):
                 reward_processing_classes=[None] if without_source else tokenizers[len(judges) :],
                 peft_config=peft_config,
                 adapter=adapter,
+                moves_adapter=moves_adapter,
                 given_rollouts=given_rollouts,
                 **kwargs,
             )
@@ -251,9 +248,6 @@ class SPPOTrainer(ResumableTrainer):
         has_reference = adapter is not None or "ref" in getattr(policy, "peft_config", {})
         if args.beta > 0 and (has_reference or moves_adapter):
             keep_reference(policy, args.disable_dropout)
-        if moves_adapter:
-            self.args.sync_ref_model = True
-            self.add_callback(MovingReference())
         check_trainable(policy)
         if args.use_vllm:
             prepare_weight_sync(self.vllm_generation)

@@ -207,8 +207,9 @@ def form_of(
     form: dict[str, Any] = {"adapter": adapter, "bits": bits, "optim_args": args.optim_args}
     if adapter is not None or args.beta > 0:  # otherwise nothing of it is left
         form |= {"base": path, "base_weights": fingerprint(path)}
-    if args.beta > 0:  # the initial policy is not in the checkpoint
+    if args.beta > 0:  # the initial policy is in the checkpoint only if it moves
         form["initial_adapter"] = fingerprint(continued or "")
+        form["sync_ref_model"] = args.sync_ref_model
     # Both forms of torch's AdamW have the same state
     name = OptimizerNames(args.optim).value.removesuffix("_fused")
     form["optim"] = name if optimizer is None else type(optimizer).__name__

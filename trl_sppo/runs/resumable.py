@@ -25,6 +25,7 @@ from ..checks.sources import named_datasets
 from ..config import SPPOConfig
 from ..evaluation.opponents import Opponents
 from ..files import mark_beginning
+from ..models.adapters import MovingReference
 from ..rollouts.files import installed_versions
 from ..rollouts.recorder import RolloutRecorder
 from ..rows import IMAGES
@@ -53,8 +54,16 @@ class ResumableTrainer(GRPOTrainer):
     # Attributes of TRL's and transformers' trainers that a resumed run needs, besides what transformers saves
     _saved = ["_step", "_tr_loss", "_globalstep_last_logged"]
 
-    def __init__(self, *args, adapter: str | None, given_rollouts: Dataset | None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *, args: SPPOConfig, adapter: str | None, moves_adapter: bool, given_rollouts: Dataset | None, **kwargs
+    ):
+        if moves_adapter:  # as `sync_ref_model` asks, which TRL refuses for adapters
+            args = copy.copy(args)
+            args.sync_ref_model = False
+        super().__init__(args=args, **kwargs)
+        if moves_adapter:
+            self.args.sync_ref_model = True
+            self.add_callback(MovingReference())
         self.adapter = adapter
         self.policy_name: str = adapter or cast(Any, self.model).config._name_or_path  # where it came from
         self._micro_steps_per_iteration = cast(int, self.args.steps_per_generation) * self.num_iterations
