@@ -17,7 +17,8 @@ from two_processes import MODEL
 
 TESTS = Path(__file__).parent
 # Groups straddle the two processes, which keep different numbers of rows; in the last case the second keeps none
-FIXED = ("all", "best_and_worst", "everything", "nothing")
+FIXED = ("all", "best_and_worst", "everything", "nothing", "pairs")
+UNSHARDED = ("moves",)
 SAMPLED = ("sampled", "sampled_lora")  # what processes sample depends on their number
 SHARDED = [
     "fsdp2",
@@ -53,7 +54,7 @@ def launch(tmp_path_factory):
             config = resources.files("trl.accelerate_configs") / f"{mode}.yaml"
             command = [*ACCELERATE, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
             command += ["--multi_gpu"] if mode == "two" else ["--config_file", str(config)]
-        cases = FIXED if mode == "one" else FIXED + SAMPLED
+        cases = {"one": FIXED + UNSHARDED, "two": FIXED + UNSHARDED + SAMPLED}.get(mode, FIXED + SAMPLED)
         result = run([*command, str(TESTS / "two_processes.py"), str(folder), *cases], timeout=300)
         assert result.returncode == 0, result.stderr
         return folder
@@ -75,7 +76,7 @@ def counts(folder: Path, case: str) -> dict:
     return torch.load(folder / f"{case}.counts.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("case", FIXED)
+@pytest.mark.parametrize("case", FIXED + UNSHARDED)
 def test_two_processes_equal_one(launch, case):
     one = assert_same(launch("one"), launch("two"), case, atol=1e-6)
     assert one["loss"][-1] < one["loss"][0]  # it did train

@@ -86,5 +86,7 @@ def test_groups_of_images_cannot_be_kept_together(make_trainer, seeing):
         model=model, reward_funcs=image_score, keep_groups_together=True,
         trainer_kwargs={"train_dataset": image_dataset(), "processing_class": processor},
     )  # fmt: skip
-    with pytest.raises(RunError, match="keep_groups_together=True does not work with images"):
+    with pytest.raises(
+        RunError, match="keep_groups_together=True, which loss_type='inpo' needs, does not work with images"
+    ):
         trainer.train()

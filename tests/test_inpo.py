@@ -14,7 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.checks.models import check_sharding
-from trl_sppo.objectives import inpo_log_ratios, inpo_loss, sppo_loss
+from trl_sppo.objectives import inpo_loss, sppo_loss
 from trl_sppo.preferences import preferences_from_scores, win_rates
 from trl_sppo.rollouts.micro_batches import trim
 
@@ -41,13 +41,22 @@ def test_golden():
     assert metrics["winner_log_ratio"].tolist() == [1.0, 1.0] and metrics["loser_log_ratio"].tolist() == [-1.0, 2.0]
     assert metrics["log_ratio"].tolist() == [0.0, 3.0]
     # The pair (0, 1) weighs 2 * 0.5, (0, 2) 2 * 3: 0: (1 + 6) / 2, 1: 1, 2: 6
-    weighted, _ = inpo_loss(torch.tensor([1.0, 0.0, -1.0]), preferences, 4.0, torch.tensor([2.0, 0.5, 3.0]))
+    weighted, _ = inpo_loss(torch.tensor([1.0, 0.0, -1.0]), preferences, 4.0, weights=torch.tensor([2.0, 0.5, 3.0]))
     assert weighted.item() == pytest.approx((3.5 + 1 + 6) / 3)
 
 
-def test_log_ratios_golden():
-    # -1 - 0.75 * -2 - 0.25 * -4
-    assert inpo_log_ratios(torch.tensor(-1.0), torch.tensor(-2.0), torch.tensor(-4.0), 0.25).item() == 1.5
+def test_golden_with_a_reference():
+    # eta = 4, one certain pair: target 2. pi_t is 3 and 1 nats from pi_0, of which the share is 0.25: the difference
+    # of rho has 0.25 * (3 - 1) = 0.5 already, and 1.5 is left. Error 1 - 0 - 1.5
+    preferences = torch.tensor([[NAN, 1.0], [0.0, NAN]])
+    ratios, of_ref = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+    loss, metrics = inpo_loss(ratios, preferences, 4.0, ref_log_ratios=of_ref, ref_share=0.25)
+    assert loss.item() == pytest.approx(0.25)
+    assert metrics["log_ratio_to_target"].tolist() == pytest.approx([2 * 1.5, 2 * 1.5**2])
+    # At the start of an iteration nothing is done yet, wherever pi_0 is
+    loss, metrics = inpo_loss(torch.zeros(2), preferences, 4.0, ref_log_ratios=of_ref, ref_share=0.25)
+    assert loss.item() == pytest.approx(1.5**2) and metrics["log_ratio_to_target"][0] == 0
+    assert metrics["winner_log_ratio"].tolist() == [0.0, 1.0] == metrics["loser_log_ratio"].tolist()
 
 
 @pytest.mark.parametrize(("tau", "eta"), [(0.002, 0.006), (0.006, 0.006), (0.0, 0.006)])
@@ -57,8 +66,7 @@ def test_one_pair_is_the_papers_equation(tau, eta):
     margin, old_margin, ref_margin = (each[0] - each[1] for each in (policy, old, ref))
     h = margin - tau / eta * ref_margin - (eta - tau) / eta * old_margin
     preferences = torch.tensor([[NAN, 1.0], [0.0, NAN]], dtype=torch.float64)
-    log_ratios = inpo_log_ratios(policy, old, ref, ref_share=tau * (1 / eta))
-    loss, _ = inpo_loss(log_ratios, preferences, eta=1 / eta)
+    loss, _ = inpo_loss(policy - old, preferences, 1 / eta, ref_log_ratios=old - ref, ref_share=tau / eta)
     torch.testing.assert_close(loss, (h - 1 / (2 * eta)) ** 2)
     if tau == eta:
         torch.testing.assert_close(loss, (margin - ref_margin - 1 / (2 * tau)) ** 2)
@@ -85,7 +93,8 @@ def test_gradient_against_finite_differences():
     preferences = torch.where(torch.rand(6, 6, generator=generator) < 0.3, NAN, preferences)
     preferences[2] = preferences[:, 2] = NAN
     weights = torch.rand(6, generator=generator, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: inpo_loss(x, preferences, 5.0, weights)[0], (log_ratios,))
+    options = {"ref_log_ratios": torch.rand(6, generator=generator), "ref_share": 0.5, "weights": weights}
+    assert torch.autograd.gradcheck(lambda x: inpo_loss(x, preferences, 5.0, **options)[0], (log_ratios,))
 
 
 def test_a_completion_without_a_pair_is_as_if_dropped():
@@ -166,6 +175,7 @@ def test_the_trainer_descends_this_loss(fixed, tiny_policy, tiny_tokenizer, shar
     for (name, actual), parameter in zip(weights(trainer).items(), model.parameters(), strict=True):
         torch.testing.assert_close(actual, parameter, rtol=1e-5, atol=1e-6, msg=name)
     assert ("kl_to_initial_policy" in log[0]) == (share > 0)
+    assert log[0]["log_ratio"] == log[0]["winner_log_ratio"] == log[0]["log_ratio_to_target"] == 0
 
 
 def test_preferences_are_not_cut_like_columns_of_tokens():
@@ -197,13 +207,40 @@ def test_a_completion_whose_only_partner_is_not_trained_on_is_left_out(fixed, ti
     assert trainer.state.log_history[0]["win_rate/kept"] == 0
 
 
-def test_an_evaluation_runs(make_trainer, tiny_policy):
-    trainer = make_trainer(
-        model=tiny_policy, loss_type="inpo", beta=0.05, eval_strategy="steps", eval_steps=1, max_steps=1,
-        per_device_eval_batch_size=4, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": ["ab", "xyz"]})},
+def test_the_loss_of_an_evaluation_is_about_win_rates(fixed, tiny_policy):
+    """A group may be on several processes, so pairs are not known. It says nothing about the policy anyway."""
+    trainer = fixed(
+        model=tiny_policy, loss_type="inpo", beta=0.05, eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=8, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": list(COMPLETIONS)})},
     )  # fmt: skip
     trainer.train()
-    assert any("eval_loss" in row for row in trainer.state.log_history)
+    (loss,) = [row["eval_loss"] for row in trainer.state.log_history if row.get("step") == 1 and "eval_loss" in row]
+    scores = preferences_from_scores(torch.tensor([alphabet_score(group) for group in COMPLETIONS.values()]))
+    assert loss == pytest.approx((10 * (win_rates(scores) - 0.5)).square().mean().item())
+
+
+def scored_by_some(prompts, first, second, **kwargs):
+    return [None if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+
+def test_pairs_without_a_preference_are_not_trained_on(fixed, tiny_policy, tiny_tokenizer):
+    trainer = fixed(
+        model=tiny_policy, loss_type="inpo", reward_funcs=None, both_orders=False,
+        trainer_kwargs={"preference_func": scored_by_some},
+    )  # fmt: skip
+    seen = []
+    loss = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: seen.append(inputs) or loss(model, inputs)
+    trainer.train()
+    expected, partners = 0.0, 0
+    for group in COMPLETIONS.values():
+        lengths = [len(ids) for ids in group]
+        for i in lengths:
+            wins = [float(i > j) for j in lengths if j != i]
+            if wins and len(set(lengths)) > 1:
+                expected += sum((10.0 * (w - 0.5)) ** 2 for w in wins) / len(wins)
+                partners += 1
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected / partners)
 
 
 # ---- References that move

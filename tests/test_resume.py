@@ -551,7 +551,7 @@ def test_a_checkpoint_of_another_version(start, tmp_path, written):
     start("run", max_steps=1).train()
     path = tmp_path / "run" / "checkpoint-1" / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest.pop("format") == 3
+    assert manifest.pop("format") == 4
     path.write_text(json.dumps({**manifest, "format": written} if written else manifest))
     with pytest.raises(ValueError, match=r"checkpoint-1 was written by another version of trl_sppo"):
         start("run", max_steps=2, resume_from_checkpoint=True)

@@ -15,6 +15,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_sppo import SPPOConfig
 from trl_sppo.checks.models import check_sharding
+from trl_sppo.models.adapters import keep_reference
 from trl_sppo.rollouts.weight_sync import prepare_weight_sync
 
 
@@ -332,3 +333,17 @@ def test_fsdp_of_transformers_own_options(monkeypatch, config, bits, problem):
     args = SimpleNamespace(use_vllm=True, beta=0, reward_quantization=None, fsdp=True, fsdp_config=config)
     with pytest.raises(ValueError, match=problem) if problem else nullcontext():
         check_sharding(args, has_adapter=True, bits=bits, deepspeed=False)
+
+
+def test_modules_that_an_inactive_adapter_saves_are_not_sent(tiny_model):
+    """As the reference of `sync_ref_model` and `beta`: vLLM knows none of its names."""
+    torch.manual_seed(0)
+    policy = adapted(tiny_model, "modules_to_save")
+    generation = generation_of(policy)
+    prepare_weight_sync(generation)
+    expected = {name: tensor.clone() for name, tensor in generation._iter_named_params()}
+    keep_reference(policy, disable_dropout=False)
+    actual = dict(generation._iter_named_params())
+    assert actual.keys() == expected.keys() and not any("ref" in name for name in actual)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0)

@@ -90,6 +90,12 @@ def arguments(case: str, folder: Path) -> tuple[dict, dict]:
             "beta": 1.0, "forward_kl_share": 0.5, "baseline": "log_mean_exp", "comparison": "bradley_terry",
         }  # fmt: skip
         kwargs |= {"peft_config": lora(), "preference_func": oracle}
+    elif case in ("pairs", "moves"):
+        # INPO on whole groups, with LoRA. In "moves" the reference becomes the policy after the second step
+        options |= {"loss_type": "inpo", "beta": 0.05, "max_steps": 4, "per_device_train_batch_size": 8 // WORLD}
+        if case == "moves":
+            options |= {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
+        kwargs |= {"reward_funcs": alphabet_score, "peft_config": lora()}
     elif case == "nothing":
         # Three optimizer steps, of two micro-batches each, twice over the generation batch
         options |= {"steps_per_generation": 6, "gradient_accumulation_steps": 2, "max_steps": 6}
@@ -127,7 +133,8 @@ def run(case: str, folder: Path) -> SPPOTrainer:
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "gradient_checkpointing": False,
         "disable_tqdm": True, "temperature": 1.0, "preference_batch_size": 5, **options,
     })  # fmt: skip
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "marker": list(range(3))})
+    prompts = PROMPTS[:2] if case in ("pairs", "moves") else PROMPTS
+    dataset = Dataset.from_dict({"prompt": prompts, "marker": list(range(len(prompts)))})
     trainer = SPPOTrainer(
         str(folder / "policy") if case == "sampled" else Qwen2ForCausalLM(Qwen2Config(**MODEL)),
         args=args,

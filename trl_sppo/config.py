@@ -391,8 +391,9 @@ class SPPOConfig(GRPOConfig):
                 f"{name}={size} completions must be compared once{', in both orders' * self.both_orders}."
             )
         if self.keep_groups_together and self.per_device_train_batch_size % cast(int, self.num_generations) != 0:
+            option = "loss_type='inpo'" if self.loss_type == "inpo" else "keep_groups_together=True"
             yield (
-                "keep_groups_together=True needs whole groups in a micro-batch: set per_device_train_batch_size "
+                f"{option} needs whole groups in a micro-batch: set per_device_train_batch_size "
                 f"({self.per_device_train_batch_size}) to a multiple of num_generations ({self.num_generations})."
             )
 

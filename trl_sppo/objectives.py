@@ -178,24 +178,12 @@ def sppo_loss(
     return loss, metrics
 
 
-def inpo_log_ratios(
-    logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor, ref_share: float
-) -> torch.Tensor:
-    """
-    Log-ratios of the policy to INPO's reference, which lies between pi_t and the initial policy pi_0:
-
-        rho = log pi_theta - (1 - share) log pi_t - share log pi_0
-
-    All are log-probabilities of samples of pi_t, in nats and of one shape. `ref_share`, in [0, 1], is `eta * beta` of
-    [`SPPOConfig`], and tau / eta in the paper (https://huggingface.co/papers/2407.00617).
-    """
-    return logps - (1 - ref_share) * old_logps - ref_share * ref_logps
-
-
 def inpo_loss(
     log_ratios: torch.Tensor,
     preferences: torch.Tensor,
     eta: float,
+    ref_log_ratios: torch.Tensor | None = None,
+    ref_share: float = 0.0,
     weights: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -203,18 +191,23 @@ def inpo_loss(
     The squared loss on pairs of INPO (https://huggingface.co/papers/2407.00617), a mean over completions i of the mean
     over the completions j that each is paired with:
 
-        L = mean_i mean_j ( rho_i - rho_j - eta (P[i, j] - 1/2) )^2         rho as in [`inpo_log_ratios`]
+        L = mean_i mean_j ( rho_i - rho_j - eta (P[i, j] - 1/2) )^2
+        rho = log pi_theta - (1 - share) log pi_t - share log pi_0
 
-    For a certain preference the target is eta / 2, which the paper writes 1 / (2 eta). With the initial policy alone
-    as the reference it is IPO's loss (https://huggingface.co/papers/2310.12036, Eq. 17).
+    For a certain preference, eta (P - 1/2) is eta / 2, which the paper writes 1 / (2 eta). With a share of 1 this is
+    IPO's loss (https://huggingface.co/papers/2310.12036, Eq. 17).
 
     Args:
         log_ratios (`torch.Tensor` of shape `(N,)`):
-            rho of each completion, summed over its tokens, in nats.
+            log pi_theta(y|x) / pi_t(y|x) of each completion, summed over its tokens, in nats.
         preferences (`torch.Tensor` of shape `(N, N)`):
             P[i, j], in [0, 1], that completion i is preferred over j. NaN where two are not a pair.
         eta (`float`):
             As in [`sppo_targets`], positive.
+        ref_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
+            log pi_t(y|x) / pi_0(y|x) of each completion, in nats.
+        ref_share (`float`, *optional*, defaults to `0.0`):
+            Share of the initial policy pi_0 in the reference, in [0, 1]: tau / eta in the paper.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
             Weight of each completion. A pair has the product of both.
         num_items (`float`, *optional*):
@@ -222,7 +215,10 @@ def inpo_loss(
 
     Returns:
         `tuple` of the scalar loss and a `dict` of metrics, named as in [`sppo_loss`]. `log_ratio_to_target` is about
-        the differences of pairs. Winners have targets above 0 on average over their pairs.
+        differences of log-ratios in pairs. Winners are preferred to the average of their pairs.
+
+    Raises:
+        `ValueError`: if `eta` is not positive, or the shapes differ.
 
     Example:
 
@@ -241,21 +237,26 @@ def inpo_loss(
         raise ValueError(f"log_ratios and preferences must have shapes (N,) and (N, N), got {shapes}.")
     pairs = ~preferences.isnan()
     paired = pairs.any(dim=1)
+
+    def differences(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(pairs, values.unsqueeze(1) - values.unsqueeze(0), 0.0)
+
     log_ratios = torch.where(paired, log_ratios, 0.0)
-    targets = torch.where(pairs, eta * (preferences - 0.5), 0.0).to(log_ratios.dtype)
-    # rho_i - rho_j - eta (P[i, j] - 1/2)
-    differences = torch.where(pairs, log_ratios.unsqueeze(1) - log_ratios.unsqueeze(0), 0.0)
-    per_pair_loss = (differences - targets) ** 2
+    preferred = torch.where(pairs, eta * (preferences - 0.5), 0.0).to(log_ratios.dtype)
+    # rho_i - rho_j = log-ratio_i - log-ratio_j + share (log pi_t/pi_0 of i - of j)
+    targets = preferred
+    if ref_log_ratios is not None:
+        targets = preferred - ref_share * differences(torch.where(paired, ref_log_ratios, 0.0))
+    per_pair_loss = (differences(log_ratios) - targets) ** 2
     if weights is not None:
         weights = torch.where(paired, weights, 0.0)
         per_pair_loss = per_pair_loss * weights.unsqueeze(1) * weights.unsqueeze(0)
     num_items = paired.sum().clamp(min=1) if num_items is None else num_items
     loss = (per_pair_loss.sum(dim=1) / pairs.sum(dim=1).clamp(min=1)).sum() / num_items
 
-    log_ratios, differences = log_ratios.detach(), differences.detach()
-    mean_targets = targets.sum(dim=1)
-    metrics = _log_ratio_metrics(log_ratios, mean_targets, paired)
-    metrics["log_ratio_to_target"] = torch.stack([(differences * targets).sum(), targets.square().sum()])
+    log_ratios = log_ratios.detach()
+    metrics = _log_ratio_metrics(log_ratios, preferred.sum(dim=1), paired)
+    metrics["log_ratio_to_target"] = torch.stack([(differences(log_ratios) * targets).sum(), targets.square().sum()])
     return loss, metrics
 
 

@@ -22,14 +22,7 @@ from .errors import RunError, is_of_another_process
 from .evaluation.opponents import choose_metric
 from .models.adapters import continue_adapter, is_adapter, keep_reference, load_weights
 from .models.generation import only_requested_generation, shared_prompts
-from .objectives import (
-    inpo_log_ratios,
-    inpo_loss,
-    kl_to_initial_policy,
-    kl_to_rollout_policy,
-    sppo_loss,
-    sppo_targets,
-)
+from .objectives import inpo_loss, kl_to_initial_policy, kl_to_rollout_policy, sppo_loss, sppo_targets
 from .oracles.asking import PreferenceFunc, oracle_name, told_apart
 from .oracles.panel import make_panel
 from .oracles.reward_models import RewardSource, in_micro_batches, load_reward_models, without_slash
@@ -331,8 +324,8 @@ class SPPOTrainer(ResumableTrainer):
         batch["win_rates"] = self._local(targets.regressed)
         batch["baseline"] = self._local(targets.baseline)
         batch["kept"] = self._local(targets.kept)
-        if self.args.keep_groups_together:
-            numbers = self._local(torch.arange(targets.kept.numel(), device=batch["kept"].device))
+        if training and self.args.keep_groups_together:
+            numbers = torch.arange(len(batch["kept"]), device=batch["kept"].device)
             batch["group"], batch["place"] = numbers // group_size, numbers % group_size
             batch["preferences"] = self._local(targets.preferences).view(-1, group_size)
         if "num_images" not in batch:  # pixels have no rows to choose from: dropped completions are only masked
@@ -553,7 +546,8 @@ class SPPOTrainer(ResumableTrainer):
 
     def _compute_loss(self, model, inputs):
         if self._mode == "eval":
-            # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed
+            # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed. Of
+            # INPO too, this is the loss of win rates, since a group may be on several processes
             kept = self.accelerator.reduce(inputs["kept"].sum().to(self.accelerator.device), reduction="sum").cpu()
             num_items = kept.clamp(min=1) / self.accelerator.num_processes
             loss, _ = self._sppo_loss(torch.zeros_like(inputs["win_rates"]), inputs, num_items)
@@ -575,11 +569,17 @@ class SPPOTrainer(ResumableTrainer):
         weights = inputs["importance_sampling_ratio"].squeeze(1) if "importance_sampling_ratio" in inputs else None
         # Gradients are averaged over processes and summed over micro-batches
         num_items = inputs["num_kept"] / self.accelerator.num_processes
-        log_ratios, is_inpo = per_token_log_ratios, self.args.loss_type == "inpo"
-        if is_inpo and self.beta > 0:
-            anchored = per_token_logps, old_per_token_logps, inputs["ref_per_token_logps"]
-            log_ratios = torch.where(mask, inpo_log_ratios(*anchored, self.args.eta * self.beta), 0.0)
-        loss, metrics = self._sppo_loss(log_ratios.sum(dim=1), inputs, num_items, weights)
+        log_ratios, is_inpo = per_token_log_ratios.sum(dim=1), self.args.loss_type == "inpo"
+        if is_inpo:
+            ref_log_ratios = None
+            if self.beta > 0:
+                ref_log_ratios = torch.where(mask, old_per_token_logps - inputs["ref_per_token_logps"], 0.0).sum(dim=1)
+            shares = {"eta": self.args.eta, "ref_log_ratios": ref_log_ratios, "ref_share": self.args.eta * self.beta}
+            loss, metrics = inpo_loss(
+                log_ratios, preferences_of_rows(inputs), weights=weights, num_items=num_items, **shares
+            )
+        else:
+            loss, metrics = self._sppo_loss(log_ratios, inputs, num_items, weights)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss * inputs["share"]  # of the step's tokens
             metrics["aux_loss"] = torch.stack([aux_loss.detach() * inputs["share"], inputs["share"]])
@@ -602,8 +602,6 @@ class SPPOTrainer(ResumableTrainer):
         return loss
 
     def _sppo_loss(self, log_ratios: torch.Tensor, inputs: dict[str, Any], num_items: Any, weights: Any = None):
-        if self.args.loss_type == "inpo":
-            return inpo_loss(log_ratios, preferences_of_rows(inputs), self.args.eta, weights, num_items)
         regressed = inputs["win_rates"].masked_fill(~inputs["kept"], torch.nan)
         return sppo_loss(
             log_ratios, regressed, eta=self.args.eta, baseline=inputs["baseline"], weights=weights, num_items=num_items

@@ -176,6 +176,8 @@ def _weights(
         each = 2 if is_quantized else 4
         optimizer, moments = _optimizer(args, each)
         rows[f"adapter, with gradient and {optimizer}"] = policy.adapter * each * (2 + moments)
+        if args.sync_ref_model:
+            rows["adapter of the reference"] = policy.adapter * each
     else:
         each = 4 if place.sharding else BYTES[dtype]  # FSDP and ZeRO keep float32 weights
         optimizer, moments = _optimizer(args, each)

@@ -90,8 +90,8 @@ def cut_by_length(
     if "num_images" in slices[0]:
         if together:
             raise RunError(
-                "keep_groups_together=True does not work with images: pixels have no rows that could be put into "
-                "another order. Set it to False."
+                "keep_groups_together=True, which loss_type='inpo' needs, does not work with images: pixels have no "
+                "rows that could be put into another order. Set it to False, and another loss_type."
             )
         steps = [slices[step * per_step : (step + 1) * per_step] for step in range(number)]
     else:

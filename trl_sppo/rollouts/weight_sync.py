@@ -43,12 +43,15 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
     # would move the frozen weights a little further from the adapter's base. It would push 4-bit weights as they are.
     model: Any = generation.model
     parameter: Any = None  # whose weight TRL pushes next
+    # Modules that an adapter saves whole: of inactive ones, such as "ref", vLLM knows none
+    idle = [f".modules_to_save.{name}." for name in getattr(model, "peft_config", {}).keys() - _active(model)]
 
     def named_parameters(*args: Any, **kwargs: Any) -> NamedTensors:
         nonlocal parameter
         for name, each in type(model).named_parameters(model, *args, **kwargs):
-            parameter = each
-            yield name, each
+            if not any(part in name for part in idle):
+                parameter = each
+                yield name, each
 
     layers: dict[nn.Parameter, list[Any]] = {}  # of PEFT, or of bitsandbytes without an adapter
     for layer in model.modules():
@@ -65,6 +68,10 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
             yield name, merged.get(parameter, tensor)
     finally:
         del model.merge_adapter, model.unmerge_adapter, model.named_parameters
+
+
+def _active(model: Any) -> set[str]:
+    return set(getattr(model, "active_adapters", ()))
 
 
 def _base(layer: Any) -> nn.Module:

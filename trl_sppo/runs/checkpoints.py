@@ -17,7 +17,7 @@ from ..files import _now, read_beginning, write_atomically
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"  # in each checkpoint
-FORMAT = 3  # of a checkpoint's files besides transformers' own
+FORMAT = 4  # of a checkpoint's files besides transformers' own
 REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
 # Options that determine how an iteration is cut into micro-batches. A checkpoint's rollouts fit only these
