@@ -48,7 +48,7 @@ def test_defaults(tmp_path):
         ({"loss_type": "inpo", "baseline": "log_mean_exp"}, "baseline='log_mean_exp' needs the win rates of the"),
         (
             {"loss_type": "inpo", "per_device_train_batch_size": 12, "steps_per_generation": 2},
-            r"loss_type='inpo' needs whole groups in a micro-batch: set per_device_train_batch_size \(12\) to a multiple",
+            r"loss_type='inpo' needs whole groups in a micro-batch: set per_device_train_batch_size \(12\) to a mul",
         ),
         (
             {"loss_type": "inpo", "train_on": "best_and_worst", "comparisons_per_group": 16},

@@ -211,7 +211,8 @@ def test_the_loss_of_an_evaluation_is_about_win_rates(fixed, tiny_policy):
     """A group may be on several processes, so pairs are not known. It says nothing about the policy anyway."""
     trainer = fixed(
         model=tiny_policy, loss_type="inpo", beta=0.05, eval_strategy="steps", eval_steps=1,
-        per_device_eval_batch_size=8, trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": list(COMPLETIONS)})},
+        per_device_eval_batch_size=16,
+        trainer_kwargs={"eval_dataset": Dataset.from_dict({"prompt": list(COMPLETIONS)})},
     )  # fmt: skip
     trainer.train()
     (loss,) = [row["eval_loss"] for row in trainer.state.log_history if row.get("step") == 1 and "eval_loss" in row]
