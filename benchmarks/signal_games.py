@@ -1,6 +1,6 @@
 """When does a continuous win rate teach more than a binary one? Games whose exact answers are known.
 
-    python benchmarks/signal_games.py              # minutes; draws docs/signal.png
+    python benchmarks/signal_games.py              # half an hour; draws docs/signal.png
 
 A policy over 20 actions is a softmax of 20 logits. Each iteration samples 128 completions in groups of K, and an
 oracle gives one verdict per pair of a group. What differs is the signal that the policy learns from:

@@ -306,7 +306,7 @@ def test_a_new_adapter_and_one_that_was_there(fixed, tiny_model, existing):
         (
             {"ref_model_mixup_alpha": 0.6},
             {},
-            "ref_model_mixup_alpha=0.6 would mix the factors of two adapters.*Set it to",
+            "ref_model_mixup_alpha=0.6 .* does not work with an adapter: .*Set it to 1",
         ),
         ({}, {"deepspeed": True}, "sync_ref_model=True with an adapter needs the whole adapter.*multi_gpu"),
         ({}, {"fsdp": 2}, "sync_ref_model=True with an adapter needs the whole adapter.*multi_gpu"),

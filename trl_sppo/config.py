@@ -80,15 +80,15 @@ class SPPOConfig(GRPOConfig):
         loss_type (`str`, *optional*, defaults to `"sppo"`):
             Form of the win rate in the loss: `"sppo"` (the win rate in the group), `"sppo_hard"` (1 above ½, 0 below,
             like TRL's DPO loss of that name) or `"sppo_single"` (best against worst alone, like the official code;
-            needs `train_on="best_and_worst"`). `"inpo"` is INPO's squared loss on the pairs of a group
-            ([`inpo_loss`]), with the preference of the pair itself. It sets `keep_groups_together`.
+            needs `train_on="best_and_worst"`). `"inpo"` is INPO's squared loss on pairs ([`inpo_loss`]), with the
+            preference of each pair instead of win rates. It sets `keep_groups_together`.
         baseline (`str`, *optional*, defaults to `"half"`):
             Estimate of log Z / η: `"half"` (the paper's constant) or `"log_mean_exp"` (computed from the group).
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the KL term towards the initial policy (RSPO), per completion. GRPO's KL is per token, so the
             same `beta` pulls stronger here, by about the number of tokens. The `beta` of DPO and of the official SPPO
-            code is `1 / eta`. With `loss_type="inpo"` it is INPO's τ, the weight of the KL term in the game itself:
-            the reference is `(1 - eta * beta) log π_t + eta * beta log π_0`, so at most `1 / eta`, which is IPO.
+            code is `1 / eta`. With `loss_type="inpo"` no KL term is added: `eta * beta`, at most 1, is the share of
+            π_0 in the reference. 0 is online IPO, a third INPO's paper, 1 IPO.
         forward_kl_share (`float`, *optional*, defaults to `0.0`):
             Share of the forward divergence KL(π_0‖π_θ) in the KL term. The rest is KL(π_θ‖π_0). Needs `beta > 0`.
         comparison (`str`, *optional*, defaults to `"hard"`):
@@ -347,10 +347,14 @@ class SPPOConfig(GRPOConfig):
         if self.loss_type == "inpo" and self.eta * self.beta > 1 + 1e-9:
             yield (
                 f"beta must be at most 1/eta = {1 / self.eta:g} with loss_type='inpo', got {self.beta}: eta * beta is "
-                "the share of the initial policy in the reference. 1/eta is IPO, INPO's paper has a third of it."
+                f"the share of the initial policy in the reference. INPO's paper has beta={1 / self.eta / 3:.3g}, and "
+                f"beta={1 / self.eta:g} is IPO."
             )
         if self.loss_type == "inpo" and self.forward_kl_share > 0:
-            yield f"forward_kl_share={self.forward_kl_share} has no place in loss_type='inpo'. Remove it."
+            yield (
+                f"forward_kl_share={self.forward_kl_share} has no effect with loss_type='inpo', which adds no KL "
+                "term. Remove it."
+            )
         if self.forward_kl_share > 0 and self.beta == 0:
             yield f"forward_kl_share={self.forward_kl_share} divides a KL term whose weight, beta, is 0. Set beta."
         if self.win_rate_threshold is not None and self.train_on == "best_and_worst":

@@ -188,8 +188,8 @@ def inpo_loss(
     num_items: torch.Tensor | float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    The squared loss on pairs of INPO (https://huggingface.co/papers/2407.00617), a mean over completions i of the mean
-    over the completions j that each is paired with:
+    The squared loss on pairs of INPO (https://huggingface.co/papers/2407.00617), averaged over the partners j of each
+    completion i, then over i:
 
         L = mean_i mean_j ( rho_i - rho_j - eta (P[i, j] - 1/2) )^2
         rho = log pi_theta - (1 - share) log pi_t - share log pi_0
@@ -207,9 +207,10 @@ def inpo_loss(
         ref_log_ratios (`torch.Tensor` of shape `(N,)`, *optional*):
             log pi_t(y|x) / pi_0(y|x) of each completion, in nats.
         ref_share (`float`, *optional*, defaults to `0.0`):
-            Share of the initial policy pi_0 in the reference, in [0, 1]: tau / eta in the paper.
+            Share of the initial policy pi_0 in the reference, in [0, 1]: `eta * beta` of [`SPPOConfig`], and tau / eta
+            in the paper.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
-            Weight of each completion. A pair has the product of both.
+            Weight of each completion. A pair is weighted by the product of both.
         num_items (`float`, *optional*):
             Divisor of the sum over completions. By default the number of completions with a pair.
 

@@ -159,7 +159,7 @@ def find_pair_problems(args: GRPOConfig) -> Iterator[str]:
         if getattr(args, name) and args.eval_strategy == "no":
             yield f"{name}=True needs an evaluation: set eval_strategy, or remove it."
     if args.sync_ref_model and args.beta == 0:
-        yield "sync_ref_model=True moves the reference policy of the KL term, but beta is 0. Set beta, or remove it."
+        yield "sync_ref_model=True moves the initial policy of beta, but beta is 0. Set beta, or remove it."
     known = {field_.name for field_ in fields(AcceleratorConfig)}
     if isinstance(args.accelerator_config, dict) and not args.accelerator_config.keys() <= known:
         yield f"accelerator_config must only have {', '.join(sorted(known))}, got {args.accelerator_config}."

@@ -114,8 +114,8 @@ def check_sharding(
         )
     if args.sync_ref_model and has_adapter and args.ref_model_mixup_alpha != 1:
         raise ValueError(
-            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} would mix the factors of two adapters, which is no "
-            "mix of adapters. Set it to 1: the reference becomes the policy every ref_model_sync_steps steps."
+            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} (TRL's default is 0.6) does not work with an adapter: "
+            "an average of factors is no average of adapters. Set it to 1: the reference then becomes the policy."
         )
     if args.sync_ref_model and has_adapter and (fsdp or deepspeed):
         raise ValueError(
