@@ -114,7 +114,7 @@ def check_sharding(
         )
     if args.sync_ref_model and has_adapter and args.ref_model_mixup_alpha != 1:
         raise ValueError(
-            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} (TRL's default is 0.6) does not work with an adapter: "
+            f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} (TRL's default: 0.6) does not work with an adapter: "
             "an average of factors is no average of adapters. Set it to 1: the reference then becomes the policy."
         )
     if args.sync_ref_model and has_adapter and (fsdp or deepspeed):
