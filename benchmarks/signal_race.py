@@ -42,6 +42,8 @@ SWEEP_SEEDS = (100,)
 VOTERS = {"reward model": accurate, "relevance": relevance}
 HELD_OUT = {"VADER": vader, "words of the plot": on_topic}
 JUDGES = {**VOTERS, **HELD_OUT}
+MEANS = {"voters, mean": VOTERS, "held-out judges, mean": HELD_OUT}  # a run trades one goal for the other
+COLUMNS = [*JUDGES, *MEANS]
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 0.975 quantile of the t distribution, by the number of values
 
 
@@ -142,13 +144,15 @@ def rates(path: Path) -> Iterator[dict[str, float]]:
     """The evaluations of a run: optimizer step, KL, and the win rates against the initial policy."""
     split = "train" if int(path.stem.removeprefix("seed-")) in SWEEP_SEEDS else "test"
     initial = json.loads((RESULTS / f"initial-{split}.json").read_text())["scores"]
-    yield {"completions": 0, "kl": 0.0, **dict.fromkeys(JUDGES, 0.5)}
+    yield {"completions": 0, "kl": 0.0, "seconds": 0.0, **dict.fromkeys(COLUMNS, 0.5)}
     for row in json.loads(path.read_text())["rows"]:
         found = {
             name: win_rate(outcomes_of_scores(torch.tensor(row["scores"][name]), torch.tensor(initial[name]))).mean
             for name in JUDGES
         }
-        yield {"completions": row["step"] * STEP, "kl": row["kl"], **found}
+        means = {name: fmean(found[judge] for judge in judges) for name, judges in MEANS.items()}
+        facts = {"completions": row["step"] * STEP, "kl": row["kl"], "seconds": row["seconds"]}
+        yield {**facts, **found, **means}
 
 
 def sweep_of(arm: str, learning_rate: float) -> dict[str, float]:
@@ -160,7 +164,7 @@ def sweep_of(arm: str, learning_rate: float) -> dict[str, float]:
 def best_learning_rate(arm: str, learning_rates: list[float]) -> float:
     ends = {rate: sweep_of(arm, rate) for rate in learning_rates}
     near = [rate for rate, end in ends.items() if end["kl"] <= LARGEST_KL] or [min(ends)]
-    return max(near, key=lambda rate: fmean(ends[rate][name] for name in VOTERS))
+    return max(near, key=lambda rate: ends[rate]["voters, mean"])
 
 
 def interval(values: list[float]) -> str:
@@ -169,42 +173,44 @@ def interval(values: list[float]) -> str:
     return f"{fmean(values):.3f} [{fmean(values) - half:.3f}, {fmean(values) + half:.3f}]"
 
 
-def at_kl(curve: list[dict[str, float]], kl: float, name: str) -> float:
-    """The value where a run first comes to this KL, between its evaluations on straight lines."""
+def at(curve: list[dict[str, float]], x: str, place: float, name: str) -> float:
+    """The value where a run first comes to a KL or a time, between its evaluations on straight lines."""
     for before, after in pairwise(curve):
-        if before["kl"] <= kl <= after["kl"]:
-            share = (kl - before["kl"]) / (after["kl"] - before["kl"])
-            return before[name] + share * (after[name] - before[name])
+        if before[x] <= place <= after[x]:
+            return before[name] + (place - before[x]) / (after[x] - before[x]) * (after[name] - before[name])
     return curve[-1][name]
 
 
 def show(arms: list[str], learning_rates: list[float], seeds: list[int]) -> None:
-    heads = " | ".join(JUDGES)
-    print(f"\n| sweep | learning rate | KL | {heads} |\n|" + "---|" * (len(JUDGES) + 3))
+    heads = " | ".join(COLUMNS)
+    print(f"\n| sweep | learning rate | KL | {heads} |\n|" + "---|" * (len(COLUMNS) + 3))
     for arm in arms:
         for rate in learning_rates:
             end = sweep_of(arm, rate)
-            print(f"| {ARMS[arm][0]} | {rate:g} | {end['kl']:.1f} | " + cells(f"{end[name]:.3f}" for name in JUDGES))
+            print(f"| {ARMS[arm][0]} | {rate:g} | {end['kl']:.1f} | " + cells(f"{end[name]:.3f}" for name in COLUMNS))
     runs = {}
     for arm in arms:
         best = best_learning_rate(arm, learning_rates)
         runs[arm] = [list(rates(path_of(arm, best, seed))) for seed in seeds if path_of(arm, best, seed).exists()]
         print(f"{ARMS[arm][0]}: learning rate {best:g}, {len(runs[arm])} seeds")
-    kl = min(curve[-1]["kl"] for curves in runs.values() for curve in curves)
+    kl, seconds = (min(curve[-1][x] for curves in runs.values() for curve in curves) for x in ("kl", "seconds"))
     wheres = {
         f"after {int(runs[arms[0]][0][-1]['completions'])} completions": lambda curve, name: curve[-1][name],
-        f"at a KL of {kl:.1f} nats": lambda curve, name: at_kl(curve, kl, name),
+        f"at a KL of {kl:.1f} nats": lambda curve, name: at(curve, "kl", kl, name),
+        f"after {seconds:.0f} s of training": lambda curve, name: at(curve, "seconds", seconds, name),
     }
     for where, value in wheres.items():
-        print(f"\n| {where} | KL | completions | {heads} |\n|" + "---|" * (len(JUDGES) + 3))
+        print(f"\n| {where} | KL | completions | seconds | {heads} |\n|" + "---|" * (len(COLUMNS) + 4))
         for arm, curves in runs.items():
-            spent = [f"{fmean(value(curve, name) for curve in curves):.1f}" for name in ("kl", "completions")]
-            each = [interval([value(curve, name) for curve in curves]) for name in JUDGES]
+            spent = [
+                f"{fmean(value(curve, name) for curve in curves):.1f}" for name in ("kl", "completions", "seconds")
+            ]
+            each = [interval([value(curve, name) for curve in curves]) for name in COLUMNS]
             print(f"| {ARMS[arm][0]} | " + cells([*spent, *each]))
         for arm, curves in list(runs.items())[1:]:
             pairs = list(zip(runs[arms[0]], curves, strict=True))  # by seed
-            each = [interval([value(a, name) - value(b, name) for a, b in pairs]) for name in JUDGES]
-            print(f"| {ARMS[arms[0]][0]} minus {ARMS[arm][0]} | | | " + cells(each))
+            each = [interval([value(a, name) - value(b, name) for a, b in pairs]) for name in COLUMNS]
+            print(f"| {ARMS[arms[0]][0]} minus {ARMS[arm][0]} | | | | " + cells(each))
 
 
 def cells(values: Any) -> str:
