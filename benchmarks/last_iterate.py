@@ -80,11 +80,11 @@ def draw(games: dict[str, dict[str, list[float]]], many: dict[str, torch.Tensor]
         for way, values in gaps.items():
             axis.plot(values, label=way)
         axis.set(title=f"The trainer, {name}", xlabel="iteration", yscale="log", ylim=(1e-4, 1.1))
-    for i, (way, values) in enumerate(many.items()):
-        low, median, high = values.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype), dim=0)
+    for i, (way, curves) in enumerate(many.items()):
+        low, median, high = curves.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curves.dtype), dim=0)
         last.plot(median, color=f"C{i}", label=way)
         last.fill_between(range(len(median)), low.clamp(min=1e-4), high, color=f"C{i}", alpha=0.15, linewidth=0)
-    last.set(title=f"Exact updates, {len(values)} random games", xlabel="iteration")
+    last.set(title=f"Exact updates, {len(curves)} random games", xlabel="iteration")
     axes[0].set_ylabel("duality gap of the last policy")
     axes[0].legend()
     figure.savefig(path, dpi=110)
@@ -118,9 +118,9 @@ def main():
         )
         for way in WAYS
     }
-    for way, values in many.items():
+    for way, curves in many.items():
         for t in (*SHOWN, length):
-            low, median, high = values[:, t].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)).tolist()
+            low, median, high = curves[:, t].quantile(torch.tensor([0.1, 0.5, 0.9], dtype=curves.dtype)).tolist()
             print(f"100 random games, {way}, {t} iterations: median {median:.3f}, 10 to 90 % {low:.3f} to {high:.3f}")
     draw(found, many, args.output)
 

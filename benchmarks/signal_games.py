@@ -23,7 +23,7 @@ import os
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from game import play, random_game, random_policy
@@ -300,7 +300,7 @@ def distance_to_trainer(way: str, signal: str, iterations: int = 5, size: int = 
         game, start, iterations, group_size=PER_STEP, sampler=sampler, num_generations=size, **options
     )
     # The table's only weights are those of its LM head, whose gradient is that of the logits times the hidden state
-    hidden = trainer.model.model(torch.tensor([[0]])).last_hidden_state[0, -1]
+    hidden = cast(Any, trainer.model).model(torch.tensor([[0]])).last_hidden_state[0, -1]
     apart = 0.0
     for actions, before, after in zip(rollouts, policies, policies[1:], strict=False):
         logits, actions = before.log().unsqueeze(0), actions.view(1, -1, size)

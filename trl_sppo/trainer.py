@@ -574,10 +574,9 @@ class SPPOTrainer(ResumableTrainer):
             ref_log_ratios = None
             if self.beta > 0:
                 ref_log_ratios = torch.where(mask, old_per_token_logps - inputs["ref_per_token_logps"], 0.0).sum(dim=1)
-            shares = {"eta": self.args.eta, "ref_log_ratios": ref_log_ratios, "ref_share": self.args.eta * self.beta}
-            loss, metrics = inpo_loss(
-                log_ratios, preferences_of_rows(inputs), weights=weights, num_items=num_items, **shares
-            )
+            eta, preferences = self.args.eta, preferences_of_rows(inputs)
+            ref = ref_log_ratios, eta * self.beta
+            loss, metrics = inpo_loss(log_ratios, preferences, eta, *ref, weights=weights, num_items=num_items)
         else:
             loss, metrics = self._sppo_loss(log_ratios, inputs, num_items, weights)
         if self.aux_loss_enabled:
