@@ -27,6 +27,7 @@ from game import (
     set_policy,
     total_variation,
 )
+from signal_games import SIGNALS, distance_to_trainer
 
 
 GAME, START = random_game(8, GAME_SEED), random_policy(8, GAME_SEED)
@@ -138,6 +139,12 @@ def test_inpo_comes_to_mirror_descent(eta, share, tmp_path):
     update = ((1 - share) * START.log() + share * initial.log() + eta * GAME @ START).softmax(0)
     assert total_variation(policies[0], update) > 0.05
     assert total_variation(policies[-1], update) < 0.01
+
+
+@pytest.mark.parametrize("signal", SIGNALS[:3])
+def test_the_games_about_signals_are_played_as_the_trainer_plays_them(signal):
+    """benchmarks/signal_games.py writes its updates out, for thousands of games at once."""
+    assert distance_to_trainer("two steps", signal, iterations=2) < 1e-5
 
 
 # ---- Self-play

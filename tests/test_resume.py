@@ -545,7 +545,7 @@ def test_another_chat_template_is_another_run(start, tmp_path):
         )
 
 
-@pytest.mark.parametrize("written", [None, 2, 4])
+@pytest.mark.parametrize("written", [None, 3, 5])
 def test_a_checkpoint_of_another_version(start, tmp_path, written):
     """Its rollouts and counters have another form. Refused before anything is loaded."""
     start("run", max_steps=1).train()

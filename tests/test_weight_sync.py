@@ -330,7 +330,8 @@ def test_vllm_is_missing(make_trainer, monkeypatch):
 )
 def test_fsdp_of_transformers_own_options(monkeypatch, config, bits, problem):
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    args = SimpleNamespace(use_vllm=True, beta=0, reward_quantization=None, fsdp=True, fsdp_config=config)
+    args = SPPOConfig("out", use_cpu=True, bf16=False, report_to="none")
+    args.use_vllm, args.fsdp, args.fsdp_config = True, True, config
     with pytest.raises(ValueError, match=problem) if problem else nullcontext():
         check_sharding(args, has_adapter=True, bits=bits, deepspeed=False)
 
