@@ -44,7 +44,8 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
     model: Any = generation.model
     parameter: Any = None  # whose weight TRL pushes next
     # Modules that an adapter saves whole: of inactive ones, such as "ref", vLLM knows none
-    idle = [f".modules_to_save.{name}." for name in getattr(model, "peft_config", {}).keys() - _active(model)]
+    adapters = getattr(model, "peft_config", {})
+    idle = [f".modules_to_save.{name}." for name in adapters if name not in model.active_adapters]
 
     def named_parameters(*args: Any, **kwargs: Any) -> NamedTensors:
         nonlocal parameter
@@ -68,10 +69,6 @@ def _merge_into_copies(generation: VLLMGeneration, named_params: Callable[[], Na
             yield name, merged.get(parameter, tensor)
     finally:
         del model.merge_adapter, model.unmerge_adapter, model.named_parameters
-
-
-def _active(model: Any) -> set[str]:
-    return set(getattr(model, "active_adapters", ()))
 
 
 def _base(layer: Any) -> nn.Module:
