@@ -123,6 +123,19 @@ def test_messages(call, message):
         call()
 
 
+@pytest.mark.parametrize("size", [2, 8])
+def test_hard_preferences_do_not_add_up(size):
+    """At the minimum log_ratio_to_target is 2 (K + 1) / (3 K): docs/method.md."""
+    preferences = without_diagonal(preferences_from_scores(torch.arange(size, dtype=torch.float64).unsqueeze(0))[0])
+    log_ratios = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_ratios], max_iter=100)
+    optimizer.step(
+        lambda: (optimizer.zero_grad(), loss := inpo_loss(log_ratios, preferences, 10.0)[0], loss.backward())[1]
+    )
+    done, target = inpo_loss(log_ratios, preferences, 10.0)[1]["log_ratio_to_target"].tolist()
+    assert done / target == pytest.approx(2 * (size + 1) / (3 * size))
+
+
 # ---- In the trainer
 
 

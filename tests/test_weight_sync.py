@@ -336,10 +336,11 @@ def test_fsdp_of_transformers_own_options(monkeypatch, config, bits, problem):
         check_sharding(args, has_adapter=True, bits=bits, deepspeed=False)
 
 
-def test_modules_that_an_inactive_adapter_saves_are_not_sent(tiny_model):
+@pytest.mark.parametrize("form", ["LoRA", "DoRA", "bias", "modules_to_save", "parameters", "IA3"])
+def test_of_an_inactive_adapter_nothing_is_sent(tiny_model, form):
     """As the reference of `sync_ref_model` and `beta`: vLLM knows none of its names."""
     torch.manual_seed(0)
-    policy = adapted(tiny_model, "modules_to_save")
+    policy = adapted(tiny_model, form)
     generation = generation_of(policy)
     prepare_weight_sync(generation)
     expected = {name: tensor.clone() for name, tensor in generation._iter_named_params()}

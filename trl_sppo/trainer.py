@@ -546,8 +546,8 @@ class SPPOTrainer(ResumableTrainer):
 
     def _compute_loss(self, model, inputs):
         if self._mode == "eval":
-            # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed. Of
-            # INPO too, this is the loss of win rates, since a group may be on several processes
+            # The policy that sampled is the policy itself: all log-ratios are 0, and no forward pass is needed. With
+            # INPO too this is the loss of win rates: pairs of a group may be on several processes
             kept = self.accelerator.reduce(inputs["kept"].sum().to(self.accelerator.device), reduction="sum").cpu()
             num_items = kept.clamp(min=1) / self.accelerator.num_processes
             loss, _ = self._sppo_loss(torch.zeros_like(inputs["win_rates"]), inputs, num_items)
