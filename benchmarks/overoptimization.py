@@ -27,7 +27,7 @@ from tqdm import tqdm
 from trl_sppo import SPPOConfig, SPPOTrainer
 from trl_sppo.quickstart.assets import REWARD_TEMPLATE
 from trl_sppo.quickstart.run import FOLDER as QUICKSTART
-from trl_sppo.quickstart.scores import on_topic, vader
+from trl_sppo.quickstart.scores import on_topic, relevance, vader
 from trl_sppo.runs.report import RULES
 
 
@@ -36,7 +36,12 @@ PROXIES = ("proxy_a", "proxy_b")
 GOLD = "reward_model"
 NUM_TRAIN = 300
 STEPS, EVERY = 24, 4  # optimizer steps of 32 completions
-LABELS = {"proxy_a": "proxy", "proxy_b": "second proxy", GOLD: "gold", "vader": "VADER", "on_topic": "on topic"}
+# The reward model that praises, and the number of voters: with two, similarity to the prompt's plot is the other
+ARMS = {"proxy_a": ("proxy_a", 1), GOLD: (GOLD, 1), "proxy_panel": ("proxy_a", 2), "gold_panel": (GOLD, 2)}
+LABELS = {
+    "proxy_a": "proxy", "proxy_b": "second proxy", GOLD: "gold", "vader": "VADER", "on_topic": "on topic",
+    "relevance": "relevance",
+}  # fmt: skip
 
 
 def make_proxies() -> None:
@@ -60,7 +65,10 @@ def run(trained_on: str, seed: int, learning_rate: float) -> None:
     torch.set_num_threads(1)
     folder = folder_of(trained_on, seed)
     models = {"proxy_a": str(FOLDER / "proxy_a"), GOLD: str(QUICKSTART / GOLD)}
-    reward = models.pop(trained_on)
+    praise, votes = ARMS[trained_on]
+    voters: list[Any] = [models.pop(praise)]
+    judges: list[Any] = [*models.values(), vader, on_topic]
+    (voters if votes == 2 else judges).append(relevance)
     options: dict[str, Any] = {
         "max_steps": STEPS, "learning_rate": learning_rate, "seed": seed, "output_dir": str(folder),
         "logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "steps", "eval_steps": EVERY,
@@ -68,16 +76,16 @@ def run(trained_on: str, seed: int, learning_rate: float) -> None:
     }  # fmt: skip
     trainer = SPPOTrainer(
         str(QUICKSTART / "policy"),
-        [reward, str(FOLDER / "proxy_b")],
+        [*voters, str(FOLDER / "proxy_b")],
         SPPOConfig(
             **{**ROLLOUT, **options},
             train_on="best_and_worst",
-            reward_weights=[1.0, 0.0],
+            reward_weights=[*[1.0] * votes, 0.0],
             model_init_kwargs={"dtype": "float32"},
         ),
         read_prompts("train"),
         read_prompts("test"),
-        eval_reward_funcs=[*models.values(), vader, on_topic],
+        eval_reward_funcs=judges,
         peft_config=LoraConfig(**LORA),
     )
     trainer.train()
@@ -163,6 +171,7 @@ def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[di
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--trained_on", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--learning_rate", type=float, default=1.2e-3)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Trainings at the same time.")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
@@ -172,7 +181,7 @@ def main():
         run(trained_on, int(seed), args.learning_rate)
         return
     make_proxies()
-    jobs = [(trained_on, seed) for seed in args.seeds for trained_on in ("proxy_a", GOLD)]
+    jobs = [(trained_on, seed) for seed in args.seeds for trained_on in args.trained_on]
     todo = [job for job in jobs if not (folder_of(*job) / "history.json").exists()]
 
     def start(job: tuple[str, int]) -> None:

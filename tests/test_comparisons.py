@@ -276,7 +276,7 @@ def test_a_voter_that_knows_nothing_of_a_completion_has_no_vote_on_it():
 
 
 def test_verdicts_are_written_as_they_come_and_not_asked_for_again(tmp_path):
-    path = tmp_path / "folder" / "verdicts.jsonl"
+    path = tmp_path / "folder" / "verdicts-0-0.jsonl"
     asked = []
 
     def dying(prompts, first, second, **kwargs):
@@ -303,6 +303,9 @@ def test_verdicts_are_written_as_they_come_and_not_asked_for_again(tmp_path):
     assert answers.matrix[0, 2, 3] == 0.75
     ask(lasting, batch_size=12, log=VerdictLog(path))
     assert len(asked) == 13
+    # Another process knows them too, but not those of another oracle
+    assert VerdictLog(path.with_name("verdicts-0-1.jsonl")).known == VerdictLog(path).known
+    assert VerdictLog(path.with_name("verdicts-1-0.jsonl")).known == {}
 
 
 def test_a_process_compares_whole_groups():

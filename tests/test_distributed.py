@@ -1,5 +1,6 @@
 """Two real processes (gloo), with whole or sharded models, give what one gives, and none waits for ever."""
 
+import json
 import sys
 from importlib import resources
 from pathlib import Path
@@ -124,6 +125,56 @@ def test_sharded_runs_are_resumed_to_the_same_weights(tmp_path, mode):
     expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "ends"))
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+def test_runs_that_change_size(tmp_path):
+    """From inside an iteration and between two, with other processes and micro-batches: the same weights and log."""
+    two = [*ACCELERATE, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "--multi_gpu"]
+    cases = ("sppo", "inpo")
+    runs = [
+        ([sys.executable], "one", 8, 1, ""),
+        (two, "two-1", 4, 1, "one/checkpoint-1"),
+        (two, "two-2", 4, 1, "one/checkpoint-2"),
+        ([sys.executable], "back", 4, 2, "two-1/checkpoint-3"),
+    ]
+    for command, name, *how in runs:
+        script = [*command, str(TESTS / "resized.py"), str(tmp_path), name, *map(str, how), *cases]
+        result = run(script, timeout=300)
+        assert result.returncode == 0, result.stderr
+        if name != "one":
+            assert f"{how[2]} was written with num_processes=" in result.stderr
+    for case in cases:
+        for _, name, *_ in runs[1:]:
+            assert_same_end(tmp_path / case / "one", tmp_path / case / name)
+
+
+def test_sharded_runs_that_change_size(tmp_path):
+    config = resources.files("trl.accelerate_configs") / "fsdp2.yaml"
+    command = [*ACCELERATE, "--mixed_precision", "no", "--main_process_port", "0", "--config_file", str(config)]
+    runs = (
+        (2, "two", 4, 1, ""),
+        (4, "four-1", 2, 1, "two/checkpoint-1"),
+        (1, "one-2", 4, 2, "two/checkpoint-2"),
+    )
+    for processes, *how in runs:
+        script = [str(TESTS / "resized.py"), str(tmp_path), *map(str, how), "sppo"]
+        result = run([*command, "--num_processes", str(processes), *script], timeout=300)
+        assert result.returncode == 0, result.stderr
+    for name in ("four-1", "one-2"):
+        assert_same_end(tmp_path / "sppo" / "two", tmp_path / "sppo" / name)
+
+
+def assert_same_end(expected: Path, actual: Path) -> None:
+    """The weights after the last step, and its line in the log."""
+    last = [folder / "checkpoint-4" for folder in (expected, actual)]
+    weights = [load_file(next(folder.glob("*model.safetensors"))) for folder in last]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"][-1] for folder in last]
+    assert logs[0].keys() == logs[1].keys() and logs[0]["step"] == 4
+    for name, value in logs[0].items():
+        if name != "step_time":
+            assert logs[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("mode", SHARDED)

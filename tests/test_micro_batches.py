@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_sppo.rollouts.micro_batches import cut, cut_by_length, log_probs, trim
+from trl_sppo.errors import RunError
+from trl_sppo.rollouts.micro_batches import cut, cut_by_length, deal_anew, log_probs, trim
 
 
 # ---- Where to cut
@@ -182,6 +183,68 @@ def test_every_slice_has_a_row_if_training_is_distributed(kind):
     assert len(one[0]["kept"]) == 8
     four = cut_by_length(slices_of([(3, 3)] * 8, [True] * 8, 2), 4, 2, processes(kind=kind))
     assert [len(each["kept"]) for each in four] == [2] * 4
+
+
+def of_processes(count, index, kind="MULTI_CPU"):
+    kind = DistributedType[kind if count > 1 else "NO"]
+    return SimpleNamespace(distributed_type=kind, num_processes=count, process_index=index)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (2, 2)])
+def test_an_iteration_that_goes_on_in_other_processes(before, after, groups):
+    """Each optimizer step has the rows that it had, each once and whole, and processes have tokens alike."""
+    rng = random.Random(before + 10 * after)
+    lengths = [(rng.randint(1, 9), rng.randint(1, 30)) for _ in range(48)]
+    parts = []
+    for process in range(before):  # two steps, of two slices each
+        rows = range(process * 48 // before, (process + 1) * 48 // before)
+        old = slices_of([lengths[i] for i in rows], [i % 5 > 0 for i in rows], len(rows) // 4)
+        for i, each in enumerate(old):
+            each["win_rates"] = torch.tensor(rows[i * len(rows) // 4 : (i + 1) * len(rows) // 4]).float()
+            each["completion_ids"] = (100 + each["win_rates"].long().unsqueeze(1)) * each["completion_mask"]
+            if groups:
+                each["group"] = (each["win_rates"].long() - rows[0]) // 4
+        parts.append(cut_by_length(old, 2, 8, processes([9, 9], kind="MULTI_CPU") if before > 1 else processes()))
+    new = [deal_anew(parts, 2, 3, 8, of_processes(after, index)) for index in range(after)]
+    for step in range(2):
+        was = [each for part in parts for each in part[2 * step : 2 * step + 2]]
+        now = [part[3 * step : 3 * step + 3] for part in new]
+        expected, actual = (
+            sorted(int(row) for each in slices for row in each["win_rates"][each["kept"]])
+            for slices in (was, [each for part in now for each in part])
+        )
+        assert actual == expected and {int(each["num_kept"]) for part in now for each in part} == {len(expected)}
+        tokens = [sum(int((each["completion_mask"] * each["kept"][:, None]).sum()) for each in part) for part in now]
+        assert max(tokens) - min(tokens) <= (120 if groups else 40), tokens
+        for each in itertools.chain(*now):
+            assert after == 1 or len(each["kept"])
+            for i, row in enumerate(each["win_rates"].int().tolist()):
+                prompt, completion = lengths[row]
+                assert each["prompt_mask"][i].sum() == prompt and each["prompt_mask"][i, -prompt:].all()
+                assert each["completion_ids"][i].tolist()[:completion] == [100 + row] * completion
+                assert each["completion_mask"][i].sum() == completion
+        for part in now:
+            assert sum(each["share"].item() for each in part) == pytest.approx(1)
+        if groups:
+            homes = [{int(row) // 4 for row in each["win_rates"][each["kept"]]} for part in now for each in part]
+            assert sum(map(len, homes)) == len(set.union(*homes))
+
+
+def test_nothing_to_train_on_in_other_processes():
+    """Slices of one process may have no row, those of several must."""
+    parts = [cut_by_length(slices_of(LENGTHS, [False] * 8, 4), 1, 4, processes())]
+    assert [len(each["kept"]) for each in parts[0]] == [0, 0]
+    for index in range(2):
+        new = deal_anew(parts, 2, 2, 2, of_processes(2, index))
+        assert [each["kept"].tolist() for each in new] == [[False]] * 4
+        assert all(each["completion_mask"].any() and each["num_kept"] == 1 for each in new)
+
+
+def test_an_iteration_with_images_goes_on_in_the_same_processes_alone():
+    parts = [[{**each, "num_images": [1]} for each in slices_of(LENGTHS, [True] * 8, 4)]]
+    with pytest.raises(RunError, match="an iteration with images cannot continue in another size"):
+        deal_anew(parts, 2, 2, 2, of_processes(2, 0))
 
 
 def test_with_images_slices_stay_as_they_are():

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from helpers import RUN_PROMPTS, TINY, assert_same, count_abc, history, make_tokenizer, more_abc, weights
 from peft import IA3Config, LoraConfig
+from safetensors.torch import load_file
 from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
@@ -159,6 +160,28 @@ def test_qlora(start, tmp_path):
     assert_same(resumed, whole)
 
 
+@pytest.mark.parametrize("step", [3, 4])  # inside an iteration and between two
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
+def test_other_micro_batches(start, once, step, batch_size, accumulation):
+    """The same completions in each optimizer step, and the same samples."""
+    options = {"optim": "sgd", "learning_rate": 1e-3, "beta": 0.1}
+    whole = once(**options)
+    resumed = start(
+        "resumed", **options, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        steps_per_generation=2 * accumulation,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(whole / f"checkpoint-{step}"))
+    left = 5 - (step + 1) // 2
+    assert resumed.calls == {"generate": left, "score": left} and resumed._step == 9 * accumulation
+    expected = load_file(whole / "checkpoint-9" / "model.safetensors")
+    for name, value in weights(resumed).items():
+        if name in expected:
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+    log = json.loads((whole / "checkpoint-9" / "trainer_state.json").read_text())["log_history"]
+    for mine, row in zip([row for row in history(resumed) if "loss" in row], log, strict=True):
+        assert mine == {name: pytest.approx(row[name], rel=1e-4, abs=1e-5) for name in mine}
+
+
 def test_streamed_prompts(start, tmp_path):
     def build(folder):
         prompts = Dataset.from_dict({"prompt": RUN_PROMPTS}).to_iterable_dataset()
@@ -195,7 +218,8 @@ def test_a_run_that_has_taken_all_its_steps_takes_no_more(start, tmp_path, caplo
     assert_same(again, whole)
 
 
-def test_a_killed_run_uses_the_rollouts_after_its_last_checkpoint(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_a_killed_run_uses_the_rollouts_after_its_last_checkpoint(start, tmp_path, accumulation):
     """It ends in iteration 3, two after its only checkpoint: what it sampled and scored since then is used."""
     whole = start("whole", save_steps=4)
     whole.train()
@@ -215,10 +239,16 @@ def test_a_killed_run_uses_the_rollouts_after_its_last_checkpoint(start, tmp_pat
     with pytest.raises(KilledError):
         killed.train()
     assert killed.calls == {"generate": 4, "score": 4}
-    resumed = start("killed", save_steps=4)
+    sizes = {} if accumulation == 2 else {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8,
+        "per_device_eval_batch_size": 4,
+    }  # fmt: skip
+    resumed = start("killed", save_steps=4, **sizes)
     resumed.train(resume_from_checkpoint=True)
-    assert_same(resumed, whole)
+    if not sizes:
+        assert_same(resumed, whole)
     assert resumed.calls == {"generate": 1, "score": 1}  # of iteration 4
+    assert not (tmp_path / "killed" / "rollouts-1").exists()
 
 
 def test_completions_are_not_lost_when_scoring_fails(start, tmp_path):
@@ -433,9 +463,17 @@ def test_training_twice_with_one_trainer(start):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps was 2, now 4"),
-        ({"steps_per_generation": 2, "num_iterations": 2}, r"steps_per_generation was 4, now 2; num_iterations was 1"),
+        (
+            {"gradient_accumulation_steps": 4},
+            r"an optimizer step had 8 completions \(num_processes=1, per_device_train_batch_size=4, "
+            r"gradient_accumulation_steps=2, steps_per_generation=4\), now 16 \(",
+        ),
+        (
+            {"steps_per_generation": 2, "num_iterations": 2},
+            r"an iteration had 16 completions .*, now 8 .*; num_iterations was 1, now 2",
+        ),
         ({"num_generations": 2}, r"num_generations was 4, now 2"),
+        ({"keep_groups_together": True}, r"keep_groups_together was False, now True"),
     ],
 )
 def test_other_batches(start, once, changes, expected):

@@ -106,22 +106,26 @@ class Verdicts:
 
 class VerdictLog:
     """
-    Verdicts of this process on a rollout, for a process that continues after it was killed. `form` is that of the
-    questions: what was asked in another one is asked again.
+    Verdicts of this process on a rollout, for processes that continue after it was killed. `form` is that of the
+    questions: what was asked in another one is asked again. The number of the process ends the name of the file.
     """
 
     def __init__(self, path: Path, form: str = ""):
         self.path = path
         self.known: dict[tuple[int, ...], float] = {}  # by group, first and second completion
-        lines = path.read_text().splitlines() if path.is_file() else []
-        if lines[:1] != [f"form {form}"]:
+        is_new = True
+        # All processes' files, since there may be another number of them now
+        for each in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*{path.suffix}"):
+            first, *lines = each.read_text().splitlines() or [""]
+            if first == f"form {form}":
+                is_new &= each != path
+                for line in lines:
+                    with suppress(ValueError):  # a line may have been cut off
+                        *question, verdict = json.loads(line)
+                        self.known[tuple(question)] = verdict
+        if is_new:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"form {form}")
-            return
-        for line in lines[1:]:
-            with suppress(ValueError):  # a line may have been cut off
-                *question, verdict = json.loads(line)
-                self.known[tuple(question)] = verdict
 
     def write(self, verdicts: Iterable[tuple[list[int], float]]) -> None:
         """Add verdicts that are not known yet. Lost ones are left out, to be asked for again."""

@@ -116,6 +116,80 @@ def cut_by_length(
     ]
 
 
+def deal_anew(
+    parts: list[list[dict[str, Any]]], number: int, per_step: int, batch_size: int, accelerator: Any
+) -> list[dict[str, Any]]:
+    """
+    This process's slices of an iteration that processes of another number or other micro-batches have begun.
+
+    Each of its optimizer steps trains on the same rows as before. These are dealt out to the processes by length, and
+    cut as in [`cut_by_length`].
+
+    Args:
+        parts: The slices of each process before.
+        number: Optimizer steps that the slices are for.
+        per_step: Slices of an optimizer step from now on.
+    """
+    slices, steps = [], []
+    for process, part in enumerate(parts):
+        for i, each in enumerate(part):
+            if "num_images" in each:
+                raise RunError(
+                    "an iteration with images cannot continue in another size, since pixels have no rows to deal out "
+                    "anew. Restore the number of processes and the batches up to the end of the iteration."
+                )
+            if "group" in each:  # numbered by process
+                each = {**each, "group": each["group"] * len(parts) + process}
+            slices.append(each)
+            steps.append(torch.full((len(each["kept"]),), i * number // len(part)))
+    batch, step_of, fill = _joined(slices), torch.cat(steps), is_distributed(accelerator)
+    if fill and len(step_of) == 0:  # one process had nothing to train on
+        for name, value in batch.items():
+            batch[name] = value.new_ones(1, *value.shape[1:]) if _has_rows(value) else value
+        batch["kept"], step_of = batch["kept"] & False, torch.zeros(1)
+    tokens = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
+    units = batch.get("group", torch.arange(len(tokens)))
+    mine = []
+    for step in range(number):
+        rows = (batch["kept"] & (step_of == step)).nonzero().squeeze(1)
+        process = _dealt_out(units[rows], tokens[rows], accelerator.num_processes)
+        own = rows[process == accelerator.process_index]
+        cut_anew = _cut_step(batch, own, units[own], per_step, batch_size, fill)
+        num_kept = torch.tensor(max(len(rows), 1))
+        for each, share in zip(cut_anew, _shares(cut_anew), strict=True):
+            mine.append({**each, "num_kept": num_kept, "share": share})
+    return mine
+
+
+def _dealt_out(unit: torch.Tensor, tokens: torch.Tensor, num_processes: int) -> torch.Tensor:
+    """The process of each row: the longest units first, there and back, so that sums of lengths are alike."""
+    names, unit = unit.unique(return_inverse=True)
+    longest = torch.zeros(len(names), dtype=tokens.dtype).scatter_reduce(0, unit, tokens, "amax")
+    turn = longest.argsort(descending=True, stable=True).argsort() % (2 * num_processes)
+    return torch.minimum(turn, 2 * num_processes - 1 - turn)[unit]
+
+
+def _joined(slices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Slices as one: prompts are padded on the left, completions on the right."""
+    widths = [each["completion_ids"].size(1) for each in slices]
+    joined = {}
+    for name, value in slices[0].items():
+        parts = [each[name] for each in slices]
+        if not _has_rows(value):
+            joined[name] = value
+            continue
+        is_prompt = name.startswith("prompt_")
+        if is_prompt or (value.ndim == 2 and name != "preferences" and [each.size(1) for each in parts] == widths):
+            widest = max(each.size(1) for each in parts)
+            pads = [widest - each.size(1) for each in parts]
+            parts = [
+                torch.nn.functional.pad(each, (pad, 0) if is_prompt else (0, pad))
+                for each, pad in zip(parts, pads, strict=True)
+            ]
+        joined[name] = torch.cat(parts)
+    return joined
+
+
 def _shares(step: list[dict[str, Any]]) -> torch.Tensor:
     """The part of each slice in the tokens that are trained on, prompts included."""
     tokens = torch.stack([

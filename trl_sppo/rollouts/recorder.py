@@ -27,6 +27,8 @@ NEUTRAL = (
     "project", "trackio_", "disable_tqdm", "push_to_hub", "hub_", "resume_from_checkpoint", "ignore_data_skip",
     "time_budget", "rollouts", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "judge_token_budget", "preference_batch_size",
+    # How an iteration is divided. Its size is generation_batch_size
+    "per_device_", "gradient_accumulation_steps", "steps_per_generation",
 )  # fmt: skip
 
 
@@ -94,7 +96,6 @@ class RolloutRecorder:
         options = {name: value for name, value in self.args.to_dict().items() if not name.startswith(NEUTRAL)}
         options["policy"] = trainer.policy_name
         options["sources"] = [trainer.voters.sources.names, list(trainer.voters.oracles)]
-        options["num_processes"] = self.accelerator.num_processes
         return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _first_of_groups(self, rows: Sequence[Any]) -> list[Any]:

@@ -20,11 +20,11 @@ MANIFEST = "manifest.json"  # in each checkpoint
 FORMAT = 4  # of a checkpoint's files besides transformers' own
 REPLACED = ".replaced"  # a whole checkpoint, while one of the same step is being written
 
-# Options that determine how an iteration is cut into micro-batches. A checkpoint's rollouts fit only these
-LAYOUT = (
-    "num_generations", "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
-    "num_iterations", "keep_groups_together",
-)  # fmt: skip
+# Options that determine, with the number of processes, how an iteration is divided. They may differ between a
+# checkpoint and the run that resumes it, if what is named here still holds as many completions
+SIZES = {"gradient_accumulation_steps": "an optimizer step", "steps_per_generation": "an iteration"}
+DIVIDED_BY = ("num_processes", "per_device_train_batch_size", *SIZES)
+LAYOUT = ("num_generations", "num_iterations", "keep_groups_together")  # must not differ
 
 # Settings of an adapter that may differ between a checkpoint and the run that resumes it
 _FREE = {
@@ -135,7 +135,24 @@ def find_checkpoint(resume_from_checkpoint: Any, output_dir: str) -> str | None:
 
 def layout_of(args: Any) -> dict[str, int]:
     """How a run with these arguments cuts an iteration into micro-batches."""
-    return {"num_processes": args.world_size, **{name: getattr(args, name) for name in LAYOUT}}
+    return {"num_processes": args.world_size, **{name: getattr(args, name) for name in (*DIVIDED_BY[1:], *LAYOUT)}}
+
+
+def sizes(layout: dict[str, int]) -> str:
+    """How a layout divides an iteration, in words."""
+    return ", ".join(f"{name}={layout[name]}" for name in DIVIDED_BY)
+
+
+def _other_work(then: dict[str, int], now: dict[str, int]) -> list[str]:
+    """Differences of two layouts in words, besides other ways to divide the same completions."""
+    found = []
+    for option, whole in SIZES.items():
+        had, has = (
+            layout["num_processes"] * layout["per_device_train_batch_size"] * layout[option] for layout in (then, now)
+        )
+        if had != has:
+            found.append(f"{whole} had {had} completions ({sizes(then)}), now {has} ({sizes(now)})")
+    return found + differences(*({name: layout[name] for name in LAYOUT} for layout in (then, now)))
 
 
 def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -> None:
@@ -149,7 +166,10 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         problem = "does not hold the reference model, which sync_ref_model=True has changed and which is sharded"
     else:
         layout = {"keep_groups_together": False, **manifest["layout"]}  # older checkpoints do not name it
-        changed = differences(layout, layout_of(args)) + differences(manifest.get("form", {}), form or {})
+        now, sharding = layout_of(args), (form or {}).get("sharding")
+        changed = _other_work(layout, now) + differences(manifest.get("form", {}), form or {})
+        if sharding == "deepspeed":  # which saves the optimizer by process
+            changed += differences(*({"num_processes": each["num_processes"]} for each in (layout, now)))
         if not changed:
             return
         problem = f"belongs to a run with other options ({'; '.join(changed)}), whose state it holds"

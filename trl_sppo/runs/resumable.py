@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, set_seed
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -26,11 +26,24 @@ from ..config import SPPOConfig
 from ..evaluation.opponents import Opponents
 from ..files import mark_beginning
 from ..models.adapters import MovingReference
+from ..rollouts.batch import pin
 from ..rollouts.files import installed_versions
+from ..rollouts.micro_batches import deal_anew
 from ..rollouts.recorder import RolloutRecorder
 from ..rows import IMAGES
 from .alone import alone_in
-from .checkpoints import REPLACED, check_fits, digest, find_checkpoint, form_of, how_to_go_on, write_manifest
+from .checkpoints import (
+    REPLACED,
+    check_fits,
+    digest,
+    find_checkpoint,
+    form_of,
+    how_to_go_on,
+    layout_of,
+    read_manifest,
+    sizes,
+    write_manifest,
+)
 from .interruption import Interruption
 from .nonfinite import NonFiniteSteps
 
@@ -305,8 +318,36 @@ class ResumableTrainer(GRPOTrainer):
             )
 
     def load_random_state(self, folder: Path) -> None:
-        """Load the random state of this process that a folder of the rollouts has."""
-        super()._load_rng_state(str(folder))
+        """Load the random state of this process that a folder has, or begin a new one if other processes wrote it."""
+        if len(list(folder.glob("rng_state*.pth"))) == self.accelerator.num_processes:
+            super()._load_rng_state(str(folder))
+        else:
+            set_seed(int(digest(folder.name, self.args.seed, self.args.process_index), 16) % 2**32)
+
+    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """The state of this process, also if processes of another number, or with other batches, wrote it."""
+        then, now = read_manifest(checkpoint)["layout"], layout_of(self.args)
+        same = then["num_processes"] == now["num_processes"]
+        own = [self.args.process_index] if then == now else range(then["num_processes"])
+        states = [
+            torch.load(checkpoint / f"rollouts_{process}.pt", map_location="cpu", weights_only=True) for process in own
+        ]
+        if then == now:
+            return states[0]
+        # Of the numbers, only the sum of losses differs between processes. The log has their mean
+        state = states[self.args.process_index] if same else states[0]
+        state["_tr_loss"] = torch.stack([each["_tr_loss"] for each in states]).mean(dim=0)
+        name = "gradient_accumulation_steps"
+        state["_step"] = state["_step"] // then[name] * now[name]
+        if state["slices"] is not None:
+            number = then["steps_per_generation"] // then[name]
+            parts = [each["slices"] for each in states]
+            state["slices"] = [
+                pin(each, self.accelerator.device)
+                for each in deal_anew(parts, number, now[name], now["per_device_train_batch_size"], self.accelerator)
+            ]
+        logger.warning(f"{checkpoint} was written with {sizes(then)}; this run continues with {sizes(now)}.")
+        return state
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # PEFT loads adapters in float32, even if TRL trains them in bfloat16 (on a policy in 4 or 8 bit)
@@ -343,9 +384,8 @@ class ResumableTrainer(GRPOTrainer):
 
     def _load_rng_state(self, checkpoint):
         # The last thing that transformers loads, right before the first optimizer step
-        super()._load_rng_state(checkpoint)
-        path = Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
-        self.set_state(torch.load(path, map_location="cpu", weights_only=True))
+        self.load_random_state(Path(checkpoint))
+        self.set_state(self._read_state(Path(checkpoint)))
         if self.args.sync_ref_model and self.ref_model is not None:  # else it is an adapter, and saved as such
             reference = torch.load(Path(checkpoint) / REFERENCE, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(reference)
