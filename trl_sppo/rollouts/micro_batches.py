@@ -152,8 +152,8 @@ def deal_anew(
     mine = []
     for step in range(number):
         rows = (batch["kept"] & (step_of == step)).nonzero().squeeze(1)
-        process = _dealt_out(units[rows], tokens[rows], accelerator.num_processes)
-        own = rows[process == accelerator.process_index]
+        home = _dealt_out(units[rows], tokens[rows], accelerator.num_processes)
+        own = rows[home == accelerator.process_index]
         cut_anew = _cut_step(batch, own, units[own], per_step, batch_size, fill)
         num_kept = torch.tensor(max(len(rows), 1))
         for each, share in zip(cut_anew, _shares(cut_anew), strict=True):
