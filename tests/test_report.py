@@ -82,9 +82,15 @@ def test_a_run_without_evaluations(make_trainer, tmp_path):
 
 
 def test_diagnoses():
-    history = [{"step": i, "win_rate/length_correlation": i / 10, "preferences/tied": 0.05} for i in range(1, 11)]
+    history = [
+        {"step": i, "win_rate/length_correlation": i / 10, "preferences/tied": 0.05,
+         "preferences/a/agreement": 1 - i / 20, "preferences/b/agreement": 0.9, "eval_preferences/a/agreement": 0.0}
+        for i in range(1, 11)
+    ]  # fmt: skip
     by_name = {each["name"]: each for each in diagnose(history)}
-    assert set(by_name) == {"win_rate/length_correlation", "preferences/tied"}
+    agreements = {"preferences/a/agreement": False, "preferences/b/agreement": True}
+    assert set(by_name) == {"win_rate/length_correlation", "preferences/tied", *agreements}
+    assert {name: by_name[name]["healthy"] for name in agreements} == agreements
     correlation = by_name["win_rate/length_correlation"]
     assert (correlation["first"], correlation["last"]) == (pytest.approx(0.15), pytest.approx(0.95))
     assert not correlation["healthy"] and "follow length" in correlation["words"]
@@ -102,7 +108,8 @@ def test_the_healthy_bounds_are_those_of_the_docs():
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     healthy = dict(re.findall(r"^\| `([^`]+)` \|.*? \| ([^|]*) \| [^|]* \|$", page, flags=re.MULTILINE))
     for name, low, high, _ in RULES:
-        assert re.match(rf"{low:g} to {high:g}\b".replace("-", "−"), healthy[name]), (name, healthy[name])
+        found = healthy[name.replace("*", "<oracle>")]
+        assert re.match(rf"{low:g} to {high:g}\b".replace("-", "−"), found), (name, found)
 
 
 def test_samples():

@@ -18,6 +18,7 @@ from .checks.prompts import check_prompt_ids, check_prompts, check_rows, without
 from .checks.readers import policy_reader, reward_readers
 from .checks.sources import named_datasets
 from .config import SPPOConfig
+from .diagnostics import agreement
 from .errors import RunError, is_of_another_process
 from .evaluation.opponents import choose_metric
 from .models.adapters import continue_adapter, is_adapter, keep_reference, load_weights
@@ -412,6 +413,8 @@ class SPPOTrainer(ResumableTrainer):
             process_index=self.accelerator.process_index,
         )
         metrics |= {name: value.item() for name, value in targets.metrics(visible.float(), fingerprints).items()}
+        with_others = zip(self.voters.panel_names, agreement(panel).tolist(), strict=False)  # given ones have no name
+        metrics |= {f"preferences/{name}/agreement": value for name, value in with_others}
         if self._reasoning is not None:
             metrics["completions/reasoning_mean_length"] = reasoning.float().mean().item()
             metrics["completions/reasoning_unfinished"] = never_ends.float().mean().item()

@@ -184,6 +184,15 @@ class Voters:
             limit = math.log(CHANCE) / math.log1p(-num_scored / (seen + 1))
         return prompts if prompts >= limit and (num_scored == 0 or rollouts >= 3) else 0
 
+    @property
+    def panel_names(self) -> list[str]:
+        """Names of the votes of `panel`. Rewards that are added up are one vote, `reward`."""
+        names = list(self.sources.names)
+        if self.args.reward_aggregation == "sum" and names:
+            without_vote = self.describe()["without_vote"]
+            names = ["reward", *(name for name in names if name in without_vote)]
+        return [*names, *self.oracles]
+
     def panel(
         self, scores: torch.Tensor, verdicts: dict[str, Verdicts], ended: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[float]]:
