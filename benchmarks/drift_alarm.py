@@ -13,7 +13,6 @@ import argparse
 import json
 from functools import cache
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -83,7 +82,7 @@ def turn_of(trained_on: str, seed: int) -> float | None:
 
 
 def alarm(values: list[float], threshold: float, drop: bool) -> int | None:
-    """The optimizer step at which the mean of the last iterations is below the threshold, or has dropped by as much."""
+    """The optimizer step at which the mean of the last iterations is below the threshold, or has dropped by it."""
     for end in range(2 * WINDOW, len(values) + 1):
         last = fmean(values[end - WINDOW : end])
         if (fmean(values[:WINDOW]) - last > threshold) if drop else (last < threshold):

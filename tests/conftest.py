@@ -49,16 +49,27 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Begin with what takes longest, and leave out what needs a CUDA device where there is none."""
+    """Begin with what takes longest, and leave out what this machine cannot run."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
-    need_one = [item for item in items if item.get_closest_marker("gpu")]
+    for marker, can_run in (("gpu", _has_gpu), ("hosts", _has_namespaces)):
+        need_it = [item for item in items if item.get_closest_marker(marker)]
+        if need_it and not can_run():
+            items[:] = [item for item in items if item not in need_it]
+            config.stash[NOT_RUN] = [*config.stash.get(NOT_RUN, []), *(item.nodeid for item in need_it)]
+
+
+def _has_gpu() -> bool:
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    if not need_one:
-        return
     built = torch.backends.cuda.is_built()
-    if not built or subprocess.run([sys.executable, "-c", question], env=WITH_DEVICES).returncode:
-        items[:] = [item for item in items if item not in need_one]
-        config.stash[NOT_RUN] = [item.nodeid for item in need_one]
+    return built and not subprocess.run([sys.executable, "-c", question], env=WITH_DEVICES).returncode
+
+
+def _has_namespaces() -> bool:
+    tools = all(map(shutil.which, ("ip", "unshare")))
+    names = f"trial-{os.getpid()}"
+    if not tools or not os.access("/dev/net/tun", os.W_OK) or subprocess.run(["ip", "netns", "add", names]).returncode:
+        return False
+    return not subprocess.run(["ip", "netns", "delete", names]).returncode
 
 
 def pytest_collection_finish():
@@ -92,7 +103,7 @@ def pytest_testnodedown(node, error):
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.stash.get(NOT_RUN, []):
-        terminalreporter.section("not run: there is no CUDA device")
+        terminalreporter.section("not run: this machine has no CUDA device, or no network namespaces")
         terminalreporter.write_line("\n".join(config.stash[NOT_RUN]))
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from helpers import TINY, count_abc, make_tokenizer
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations import deepspeed
@@ -190,6 +191,10 @@ CONTRACT: dict[str, tuple[str, str, Callable]] = {
     "_buffered_inputs": (
         "GRPOTrainer._buffered_inputs", "a list of the slices of a generation batch, each a dict of tensors",
         lambda t: len(t._buffered_inputs) == 2 and all(isinstance(piece, dict) for piece in t._buffered_inputs),
+    ),
+    "_set_pg_timeout": (
+        "torch.distributed.distributed_c10d._set_pg_timeout", "sets the time-out of the default process group",
+        lambda t: list(inspect.signature(_set_pg_timeout).parameters) == ["timeout", "group"],
     ),
     "_step": ("GRPOTrainer._step", "the number of micro-steps so far", lambda t: t._step == 2),
     "_metrics": (

@@ -131,7 +131,7 @@ def run(case: str, folder: Path) -> SPPOTrainer:
         "save_strategy": "no", "num_generations": 4, "per_device_train_batch_size": 12 // WORLD // slices,
         "per_device_eval_batch_size": 6, "num_iterations": 2, "optim": "sgd", "learning_rate": 1e-3,
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "gradient_checkpointing": False,
-        "disable_tqdm": True, "temperature": 1.0, "preference_batch_size": 5, **options,
+        "disable_tqdm": True, "temperature": 1.0, "ddp_timeout": 600, "preference_batch_size": 5, **options,
     })  # fmt: skip
     prompts = PROMPTS[:2] if case in ("pairs", "moves") else PROMPTS
     dataset = Dataset.from_dict({"prompt": prompts, "marker": list(range(len(prompts)))})
@@ -145,6 +145,9 @@ def run(case: str, folder: Path) -> SPPOTrainer:
         **kwargs,
     )
     assert trainer.accelerator.num_processes == WORLD
+    if WORLD > 1:
+        group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 600
     kept = []  # rows with a target, of each micro-batch of this process
     compute_loss = trainer._compute_loss
 

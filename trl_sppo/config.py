@@ -5,6 +5,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Literal, cast
 
+from torch import distributed
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -296,6 +298,8 @@ class SPPOConfig(GRPOConfig):
             else:
                 problems += [*find_keyword_problems(self), *find_trust_problems(self), *find_tracker_problems(self)]
                 problems += self._find_problems_of_iterations()
+                if self.use_cpu and distributed.is_initialized():  # transformers 5.24 sets it for devices only
+                    _set_pg_timeout(self.ddp_timeout_delta)
         if problems:
             first: dict[str, str] = {}  # of each option: one number may break two rules
             for problem in problems:

@@ -30,6 +30,12 @@ def explain(error: BaseException) -> str:
             f"the GPU is out of memory ({error}). Lower reward_batch_size or per_device_train_batch_size (and raise "
             "steps_per_generation and gradient_accumulation_steps for the same iteration). See docs/memory.md."
         )
+    if is_of_another_process(error) and "imed out" in text:
+        return (
+            f"no message from another process came within ddp_timeout ({text.splitlines()[0]}). It hangs, or the "
+            "network between the machines is interrupted: see its messages. If it only takes long, raise ddp_timeout "
+            "(in seconds)."
+        )
     if is_of_another_process(error):
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."
     return text

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ hush()  # before the imports that would speak
 if __name__ == "__main__":
     say_interrupts()
 
+from accelerate.utils import gather_object  # noqa: E402
 from trl import get_peft_config, get_quantization_config  # noqa: E402
 
 from .arguments.loading import load_data  # noqa: E402
@@ -94,6 +96,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
     except KeyboardInterrupt:  # before there is anything to continue
         print("trl-sppo: interrupted.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    hosts = gather_object([socket.gethostname()])
     try:
         if only_rollouts:
             folder = trainer.rollout()
@@ -105,11 +108,14 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
             print("trl-sppo: sampling ended. The same command continues.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
+        rank = trainer.args.process_index
+        others = ", ".join(f"process {i} on {host}" for i, host in enumerate(hosts) if host != hosts[rank])
+        where = f" (process {rank} on {hosts[rank]}; on other machines: {others})" if others else ""
         if only_rollouts:
-            report(error, "sampling ended", "The same command continues.")
+            report(error, f"sampling ended{where}", "The same command continues.")
         else:
             step, output_dir = trainer.state.global_step, trainer.args.output_dir
-            report(error, f"training ended at step {step}", how_to_go_on(output_dir))
+            report(error, f"training ended at step {step}{where}", how_to_go_on(output_dir))
         raise SystemExit(1) from error
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()

@@ -1,6 +1,7 @@
 """Launch options: the arguments of `accelerate launch`, and a check that the launch obeys them."""
 
 import os
+import socket
 from argparse import Namespace
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -124,14 +125,33 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
             f"command line: {launch.training_script!r} belongs to no option. Options are written `--name value`, and "
             "a recipe is given with --config."
         )
+    config = None
     if launch.config_file is not None:
-        accelerate_config(launch.config_file)  # accelerate reads it too, and a wrong one would end in a traceback
+        config = accelerate_config(launch.config_file)  # accelerate reads it too, a wrong one would end in a traceback
+    machines = launch.num_machines or getattr(config, "num_machines", 1)
+    if options.use_cpu and machines > 1 and "GLOO_SOCKET_IFNAME" not in {**os.environ, **recipe.get("env", {})}:
+        _check_own_name(machines)
     # accelerate starts several processes on the CPU only with mpirun, or with --multi_gpu
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
     strategy = any(getattr(launch, name) for name in (*strategies, "mpirun_hostfile"))
     if options.use_cpu and (launch.num_processes or 1) > 1 and not strategy:
         found.append("--multi_gpu")
     return found
+
+
+def _check_own_name(machines: int) -> None:
+    """Raise `ValueError` if gloo would listen on the loopback address, which other machines cannot reach."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = "127.0.0.1"
+    if address.startswith("127."):
+        raise ValueError(
+            f"num_machines={machines}: this machine's name {name!r} does not resolve to an address that others can "
+            "reach, and processes on the CPU would listen on the loopback address. Name the network interface in the "
+            "recipe, as `env: {GLOO_SOCKET_IFNAME: eth0}`, or export GLOO_SOCKET_IFNAME."
+        )
 
 
 def _refuse(message: str) -> NoReturn:

@@ -25,14 +25,14 @@ from .model_card import last_win_rates
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_SAMPLES = 500  # prompts of which the page shows the completions of both policies
 
-# Metric (a * is any name), healthy bounds at the end of a run (the same as in docs/metrics.md), and the meaning of other values
+# Metric (* is any name), healthy bounds at the end of a run (as in docs/metrics.md), and the meaning of other values
 RULES = (
     ("kl_to_rollout_policy", 0.0, 0.1, "a rollout moves the policy far: lower the learning rate, or take fewer steps"),
     ("log_ratio_to_target", 0.001, 1.0, "near 0: raise the learning rate or lower eta; above 1: lower the rate"),
     ("win_rate/length_correlation", -0.3, 0.3, "win rates follow length: see those at equal length, or add an oracle"),
     ("preferences/tied", 0.0, 0.2, "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
     ("preferences/panel_disagreement", 0.05, 0.4, "near 1/2 the oracles' vote is noise; near 0 one oracle is enough"),
-    ("preferences/*/agreement", 0.55, 1.0, "no more than chance where the policy is now: read samples, see eval_win_rate"),
+    ("preferences/*/agreement", 0.55, 1.0, "near chance: where the policy is now, only this oracle sees progress"),
     ("preferences/intransitive", 0.0, 0.1, "many preferences form circles: look at the oracle's order disagreement"),
     ("completions/duplicates", 0.0, 0.1, "many completions of a group are the same: raise the temperature"),
     ("completions/clipped_ratio", 0.0, 0.3, "many completions are cut off at max_completion_length"),
