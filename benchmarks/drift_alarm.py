@@ -4,20 +4,22 @@
     python benchmarks/drift_alarm.py
 
 Scores the rollouts of each training with all judges, and computes the agreement (`preferences/<oracle>/agreement`) of
-the reward model that was trained on with judges that were not. An alarm is due at or before the evaluation at which
-the gold model first prefers the policy of the evaluation before; in runs without such a turn every alarm is false. The
-thresholds are chosen on some seeds, and tested on the others.
+the reward model that was trained on with judges that were not. Two questions, with thresholds that are chosen on some
+seeds and tested on the others. Does an alarm tell a wrong reward model from a right one: is there one before the gold
+model turns against the policy of the proxy, and none for the policy of the gold model? And does it tell a reward model
+alone from one in a panel: is there one in the runs with one voter, and none in those with two?
 """
 
 import argparse
 import json
+import math
 from functools import cache
 from itertools import product
 from statistics import fmean
 from typing import Any
 
 import torch
-from overoptimization import ARMS, EVERY, FOLDER, GOLD, PROXIES, QUICKSTART, evaluations, folder_of
+from overoptimization import ARMS, FOLDER, GOLD, PROXIES, QUICKSTART, evaluations, folder_of
 from pyarrow.parquet import read_table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -28,13 +30,8 @@ from trl_sppo.quickstart.scores import on_topic, relevance, vader
 
 
 STEPS_PER_ITERATION = 2
-WATCHERS = (("proxy_b",), ("vader",), ("relevance",), ("proxy_b", "vader"))
+WATCHERS = ("proxy_b", "vader", "relevance")
 WINDOW = 2  # iterations of which an alarm takes the mean
-FORMS = {
-    "agreement below": lambda own, others: own,
-    "… less than that of the others by": lambda own, others: own - others,
-}
-DROP = "… below its start by"
 TURN = "win rate, previous: gold"
 
 
@@ -45,7 +42,7 @@ def _model(path: str) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def _scores(judge: str, prompts: list, completions: list) -> list[float]:
-    functions = {"vader": vader, "on_topic": on_topic, "relevance": relevance}
+    functions: dict[str, Any] = {"vader": vader, "on_topic": on_topic, "relevance": relevance}
     if judge in functions:
         return functions[judge](prompts=prompts, completions=completions)
     model, tokenizer = _model(str((QUICKSTART if judge == GOLD else FOLDER) / judge))
@@ -69,82 +66,73 @@ def replay(trained_on: str, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{name: torch.tensor(scores).view(-1, 8) for name, scores in each.items()} for each in iterations]
 
 
-def agreements(iterations: list[dict[str, torch.Tensor]], first: str, others: tuple[str, ...]) -> list[float]:
-    """Of an oracle with others, by iteration."""
-    panels = [[preferences_from_scores(each[name], "hard") for name in (first, *others)] for each in iterations]
+def agreements(iterations: list[dict[str, torch.Tensor]], first: str, second: str) -> list[float]:
+    """Of two judges, by iteration."""
+    panels = [[preferences_from_scores(each[name], "hard") for name in (first, second)] for each in iterations]
     return [agreement(panel)[0].item() for panel in panels]
 
 
-def turn_of(trained_on: str, seed: int) -> float | None:
+def turn_of(trained_on: str, seed: int) -> float:
     """The step of the evaluation at which the gold model first prefers the evaluation before."""
     rows = evaluations(json.loads((folder_of(trained_on, seed) / "history.json").read_text()))
-    return next((row["step"] for row in rows if row[TURN] < 0.5), None)
+    return next((row["step"] for row in rows if row[TURN] < 0.5), math.inf)
 
 
-def alarm(values: list[float], threshold: float, drop: bool) -> int | None:
-    """The optimizer step at which the mean of the last iterations is below the threshold, or has dropped by it."""
-    for end in range(2 * WINDOW, len(values) + 1):
-        last = fmean(values[end - WINDOW : end])
-        if (fmean(values[:WINDOW]) - last > threshold) if drop else (last < threshold):
-            return end * STEPS_PER_ITERATION
-    return None
-
-
-def in_time(step: int | None, turn: float) -> bool:
-    return step is not None and step <= turn + EVERY - STEPS_PER_ITERATION
-
-
-def rates(runs: dict, threshold: float, drop: bool) -> tuple[list[bool], list[bool]]:
-    """Of runs with a turn, whether the alarm came in time; of the others, whether there was one."""
-    alarms = {run: alarm(values, threshold, drop) for run, (values, _) in runs.items()}
-    detected = [in_time(alarms[run], turn) for run, (_, turn) in runs.items() if turn is not None]
-    return detected, [alarms[run] is not None for run, (_, turn) in runs.items() if turn is None]
+def alarm(values: list[float], threshold: float) -> float:
+    """The optimizer step at which the mean of the last iterations is first below the threshold."""
+    ends = range(WINDOW, len(values) + 1)
+    below = (end for end in ends if fmean(values[end - WINDOW : end]) < threshold)
+    return next(below, math.inf) * STEPS_PER_ITERATION
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trained_on", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--calibration_seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--test_seeds", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--test_seeds", type=int, nargs="+", default=[2])
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds = [*args.calibration_seeds, *args.test_seeds]
-    there = [job for job in product(args.trained_on, seeds) if (folder_of(*job) / "history.json").exists()]
-    iterations = {job: replay(*job) for job in there}
-    turns = {job: turn_of(*job) for job in there}
-    print("The gold model's turn:", {f"{arm}, seed {seed}": turn for (arm, seed), turn in turns.items()})
+    iterations = {job: replay(*job) for job in product(ARMS, seeds)}
+    turns = {job: turn_of(*job) for job in iterations}
+    print("The gold model's turn, by seed:", {arm: [turns[arm, seed] for seed in seeds] for arm in ARMS})
 
-    for watchers in WATCHERS:
-        print(f"\nAgreement with {' and '.join(watchers)}, means over seeds, by two iterations\n")
-        for arm in args.trained_on:
-            runs = [agreements(iterations[job], ARMS[arm][0], watchers) for job in there if job[0] == arm]
+    for watcher in WATCHERS:
+        print(f"\nAgreement with {watcher}, means over seeds\n")
+        heads = ["trained on", *(f"iterations {i} and {i + 1}" for i in range(1, 13, 2))]
+        print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
+        for arm in ARMS:
+            runs = [agreements(iterations[arm, seed], ARMS[arm][0], watcher) for seed in seeds]
             mean = [fmean(values) for values in zip(*runs, strict=True)]
             print(f"| {arm} | " + " | ".join(f"{fmean(mean[i : i + 2]):.2f}" for i in range(0, len(mean), 2)) + " |")
 
-    print("\n| alarm | watching | threshold | in time, calibration | false | in time, test | false |\n|" + "---|" * 7)
-    for watchers, name in product(WATCHERS, (*FORMS, DROP)):
-        if name in FORMS and "others" in name and len(watchers) < 2:
-            continue
-        series = {}
-        for job in there:
-            own = agreements(iterations[job], ARMS[job[0]][0], watchers)
-            others = agreements(iterations[job], watchers[0], watchers[1:]) if len(watchers) > 1 else own
-            values = own if name == DROP else [FORMS[name](*each) for each in zip(own, others, strict=True)]
-            series[job] = values, turns[job]
-        drop = name == DROP
-        parts = [
-            {job: each for job, each in series.items() if job[1] in part}
-            for part in (args.calibration_seeds, args.test_seeds)
-        ]
-        grid = [round(0.02 * i, 2) for i in range(-15 if "others" in name else 0, 40)]
+    end = max(len(each) for each in iterations.values()) * STEPS_PER_ITERATION
+    wrong = {("proxy_a", seed): turns["proxy_a", seed] for seed in seeds}
+    alone = dict.fromkeys(product(("proxy_a", GOLD), seeds), end)
+    questions = (
+        ("a wrong one", wrong, [(GOLD, seed) for seed in seeds]),
+        ("one alone", alone, list(product(("proxy_panel", "gold_panel"), seeds))),
+    )
+    print("\n| alarms for | watching | threshold | in time, calibration | false | in time, test | false |")
+    print("|" + "---|" * 7)
+    for (question, positives, negatives), watcher in product(questions, WATCHERS):
+        series = {job: agreements(iterations[job], ARMS[job[0]][0], watcher) for job in (*positives, *negatives)}
 
-        def gain(threshold: float, runs=parts[0], drop=drop) -> float:
-            detected, false = rates(runs, threshold, drop)
-            return fmean(detected or [0]) - fmean(false or [0])
+        def rates(threshold: float, among: list[int]) -> tuple[list[bool], list[bool]]:
+            alarms = {job: alarm(series[job], threshold) for job in series if job[1] in among}  # noqa: B023
+            in_time = [alarms[job] <= deadline for job, deadline in positives.items() if job in alarms]  # noqa: B023
+            return in_time, [alarms[job] < math.inf for job in negatives if job in alarms]  # noqa: B023
 
-        best = max(grid, key=gain)
-        cells = [f"{sum(each)} of {len(each)}" for part in parts for each in rates(part, best, drop)]
-        print(f"| {name} | {' and '.join(watchers)} | {best:g} | " + " | ".join(cells) + " |")
+        def gain(threshold: float) -> float:
+            in_time, false = rates(threshold, args.calibration_seeds)
+            return fmean(in_time) - fmean(false)
+
+        grid = [i / 100 for i in range(30, 80)]
+        gains = [gain(threshold) for threshold in grid]
+        best = [threshold for threshold, each in zip(grid, gains, strict=True) if each == max(gains)]
+        threshold = best[len(best) // 2]
+        parts = [each for among in (args.calibration_seeds, args.test_seeds) for each in rates(threshold, among)]
+        cells = [f"{sum(each)} of {len(each)}" for each in parts]
+        print(f"| {question} | {watcher} | {threshold:g} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

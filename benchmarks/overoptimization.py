@@ -148,7 +148,7 @@ def show(trained_on: str, runs: list[list[dict[str, float]]]) -> list[dict[str, 
 def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[dict[str, float]]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7.4), layout="constrained")
+    figure = Figure(figsize=(14, 3.7 * len(means)), layout="constrained")
     scores = {f"mean score: {label}": label for label in ("proxy", "second proxy", "gold")}
     rates = {f"win rate, previous: {label}": label for label in ("proxy", "second proxy", "VADER", "on topic")}
     diagnostics = {name: name for name in ("preferences/panel_disagreement", "completions/duplicates", "entropy")}
@@ -161,7 +161,9 @@ def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[di
                     axis.plot(steps, [row[name] for row in rows], color=line.get_color(), alpha=0.3, linewidth=0.8)
             axis.set(xlabel="optimizer step")
             axis.legend()
-        axes[0].set(title=f"Trained on the {LABELS[trained_on]} reward model: mean scores", ylim=(0, 3.5))
+        praise, votes = ARMS[trained_on]
+        voters = f"{LABELS[praise]} reward model{' and relevance' if votes == 2 else ''}"
+        axes[0].set(title=f"Trained on the {voters}: mean scores", ylim=(0, 3.5))
         axes[1].set(title="Win rate against the evaluation before", ylim=(0, 1))
         axes[1].axhline(0.5, color="grey", linewidth=0.8)
         axes[2].set(title="Diagnostics", ylim=(0, 2))

@@ -162,9 +162,7 @@ def assert_like_one_process(shared: Path, folder: str) -> None:
     expected, actual = (load_file(shared / name / "model.safetensors") for name in ("one", folder))
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6)
-    logs = [
-        json.loads((shared / name / "trainer_state.json").read_text())["log_history"] for name in ("one", folder)
-    ]
+    logs = [json.loads((shared / name / "trainer_state.json").read_text())["log_history"] for name in ("one", folder)]
     losses = [[row["loss"] for row in log if "loss" in row] for log in logs]
     assert len(losses[0]) == RECIPE["max_steps"] and losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert sum("eval_win_rate_vs_previous/count_abc" in row for row in logs[1]) == 3

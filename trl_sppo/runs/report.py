@@ -106,8 +106,8 @@ def diagnose(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare logged metrics with their healthy bounds. First and last are means over the first and last fifth."""
     found = []
     logged = sorted({name for row in history for name in row})
-    rules = [(name, *rule) for pattern, *rule in RULES for name in fnmatch.filter(logged, pattern)]
-    for name, low, high, problem in rules:
+    rules = [(name, rule) for rule in RULES for name in fnmatch.filter(logged, rule[0])]
+    for name, (_, low, high, problem) in rules:
         values = curve(history, name)[1]
         # With one optimizer step per iteration the policy is measured where it sampled: all log-ratios are 0
         if not values or (name == "log_ratio_to_target" and not any(values)):
