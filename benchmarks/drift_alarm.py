@@ -3,8 +3,8 @@
     python benchmarks/overoptimization.py     # once: the trainings, and their rollouts
     python benchmarks/drift_alarm.py
 
-Scores the rollouts of each training with all judges, and computes the agreement (`preferences/<oracle>/agreement`) of
-the reward model that was trained on with judges that were not. Two questions, with thresholds that are chosen on some
+Scores the rollouts of each training with all judges, and computes `preferences/<oracle>/agreement/<other>` of the
+reward model that was trained on with judges that were not. Two questions, with thresholds that are chosen on some
 seeds and tested on the others. Does an alarm tell a wrong reward model from a right one: is there one before the gold
 model turns against the policy of the proxy, and none for the policy of the gold model? And does it tell a reward model
 alone from one in a panel: is there one in the runs with one voter, and none in those with two?
@@ -69,7 +69,7 @@ def replay(trained_on: str, seed: int) -> list[dict[str, torch.Tensor]]:
 def agreements(iterations: list[dict[str, torch.Tensor]], first: str, second: str) -> list[float]:
     """Of two judges, by iteration."""
     panels = [[preferences_from_scores(each[name], "hard") for name in (first, second)] for each in iterations]
-    return [agreement(panel)[0].item() for panel in panels]
+    return [agreement(panel)[0, 1].item() for panel in panels]
 
 
 def turn_of(trained_on: str, seed: int) -> float:
@@ -102,8 +102,9 @@ def main():
         print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
         for arm in ARMS:
             runs = [agreements(iterations[arm, seed], ARMS[arm][0], watcher) for seed in seeds]
-            mean = [fmean(values) for values in zip(*runs, strict=True)]
-            print(f"| {arm} | " + " | ".join(f"{fmean(mean[i : i + 2]):.2f}" for i in range(0, len(mean), 2)) + " |")
+            known = [[values[k] for values in runs for k in (i, i + 1)] for i in range(0, 12, 2)]
+            means = [fmean(value for value in values if not math.isnan(value)) for values in known]
+            print(f"| {arm} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
 
     end = max(len(each) for each in iterations.values()) * STEPS_PER_ITERATION
     wrong = {("proxy_a", seed): turns["proxy_a", seed] for seed in seeds}

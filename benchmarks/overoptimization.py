@@ -162,8 +162,8 @@ def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[di
             axis.set(xlabel="optimizer step")
             axis.legend()
         praise, votes = ARMS[trained_on]
-        voters = f"{LABELS[praise]} reward model{' and relevance' if votes == 2 else ''}"
-        axes[0].set(title=f"Trained on the {voters}: mean scores", ylim=(0, 3.5))
+        voters = f"{LABELS[praise]}{' and relevance' if votes == 2 else ''}"
+        axes[0].set(title=f"Trained on {voters}: mean scores", ylim=(0, 3.5))
         axes[1].set(title="Win rate against the evaluation before", ylim=(0, 1))
         axes[1].axhline(0.5, color="grey", linewidth=0.8)
         axes[2].set(title="Diagnostics", ylim=(0, 2))

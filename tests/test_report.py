@@ -84,11 +84,11 @@ def test_a_run_without_evaluations(make_trainer, tmp_path):
 def test_diagnoses():
     history = [
         {"step": i, "win_rate/length_correlation": i / 10, "preferences/tied": 0.05,
-         "preferences/a/agreement": 1 - i / 20, "preferences/b/agreement": 0.9, "eval_preferences/a/agreement": 0.0}
+         "preferences/a/agreement/b": 1 - i / 18, "preferences/a/agreement/c": 0.9, "preferences/a/agreement/d": 0.0}
         for i in range(1, 11)
     ]  # fmt: skip
-    by_name = {each["name"]: each for each in diagnose(history)}
-    agreements = {"preferences/a/agreement": False, "preferences/b/agreement": True}
+    by_name = {each["name"]: each for each in diagnose(history, without_vote=["b", "c"])}
+    agreements = {"preferences/a/agreement/b": False, "preferences/a/agreement/c": True}
     assert set(by_name) == {"win_rate/length_correlation", "preferences/tied", *agreements}
     assert {name: by_name[name]["healthy"] for name in agreements} == agreements
     correlation = by_name["win_rate/length_correlation"]
@@ -108,7 +108,7 @@ def test_the_healthy_bounds_are_those_of_the_docs():
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     healthy = dict(re.findall(r"^\| `([^`]+)` \|.*? \| ([^|]*) \| [^|]* \|$", page, flags=re.MULTILINE))
     for name, low, high, _ in RULES:
-        found = healthy[name.replace("*", "<oracle>")]
+        found = healthy[name.replace("*", "<oracle>", 1).replace("*", "<other>")]
         assert re.match(rf"{low:g} to {high:g}\b".replace("-", "−"), found), (name, found)
 
 

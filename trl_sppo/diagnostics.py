@@ -71,10 +71,9 @@ def panel_disagreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def agreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    Agreement of each oracle with the others of a panel: the share of pairs that both order and order alike, 1/2 by
-    chance, as a mean over the others. Ties count for nothing.
-
-    `preferences` has one matrix per oracle. The result has shape `(oracles,)`, NaN where nothing can be compared.
+    Agreement of the oracles of a panel: the share of pairs that two of them order alike, among those that both order,
+    1/2 by chance. `preferences` has one matrix per oracle. The result has shape `(oracles, oracles)`, NaN where there
+    is nothing to compare.
 
     Example:
 
@@ -83,15 +82,14 @@ def agreement(preferences: Sequence[torch.Tensor]) -> torch.Tensor:
     >>> first = torch.tensor([[[0.5, 0.9, 0.8], [0.1, 0.5, 0.6], [0.2, 0.4, 0.5]]])
     >>> second = torch.tensor([[[0.5, 1.0, 0.0], [0.0, 0.5, 0.5], [1.0, 0.5, 0.5]]])  # alike, not alike, tied
     >>> agreement([first, second])
-    tensor([0.5000, 0.5000])
+    tensor([[1.0000, 0.5000],
+            [0.5000, 1.0000]])
 
     ```
     """
     orders = torch.stack([(_pairs(matrix, drop=False) - 0.5) for matrix in preferences]).flatten(1)
     orders = orders.masked_fill(orders.isnan() | (orders.abs() < 1e-6), 0.0).sign()
-    alike, compared = orders @ orders.T, orders.abs() @ orders.abs().T
-    alike = ((alike / compared + 1) / 2).fill_diagonal_(torch.nan)  # 0 / 0 is NaN
-    return alike.nanmean(dim=1)
+    return (orders @ orders.T / (orders.abs() @ orders.abs().T) + 1) / 2  # 0 / 0 is NaN
 
 
 def order_disagreement(answers: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -413,8 +414,9 @@ class SPPOTrainer(ResumableTrainer):
             process_index=self.accelerator.process_index,
         )
         metrics |= {name: value.item() for name, value in targets.metrics(visible.float(), fingerprints).items()}
-        with_others = zip(self.voters.panel_names, agreement(panel).tolist(), strict=False)  # given ones have no name
-        metrics |= {f"preferences/{name}/agreement": value for name, value in with_others}
+        table = agreement(panel).tolist()
+        for (i, first), (k, second) in combinations(enumerate(self.voters.panel_names), 2):  # given ones have no name
+            metrics[f"preferences/{first}/agreement/{second}"] = table[i][k]
         if self._reasoning is not None:
             metrics["completions/reasoning_mean_length"] = reasoning.float().mean().item()
             metrics["completions/reasoning_unfinished"] = never_ends.float().mean().item()
