@@ -327,15 +327,15 @@ class ResumableTrainer(GRPOTrainer):
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """The state of this process, also if processes of another number, or with other batches, wrote it."""
         then, now = read_manifest(checkpoint)["layout"], layout_of(self.args)
-        same = then["num_processes"] == now["num_processes"]
-        own = [self.args.process_index] if then == now else range(then["num_processes"])
+        is_same, process = sizes(then) == sizes(now), self.args.process_index
+        own = [process] if is_same else range(then["num_processes"])
         states = [
-            torch.load(checkpoint / f"rollouts_{process}.pt", map_location="cpu", weights_only=True) for process in own
+            torch.load(checkpoint / f"rollouts_{number}.pt", map_location="cpu", weights_only=True) for number in own
         ]
-        if then == now:
+        if is_same:
             return states[0]
         # Of the numbers, only the sum of losses differs between processes. The log has their mean
-        state = states[self.args.process_index] if same else states[0]
+        state = states[process] if process < len(states) else states[0]
         state["_tr_loss"] = torch.stack([each["_tr_loss"] for each in states]).mean(dim=0)
         name = "gradient_accumulation_steps"
         state["_step"] = state["_step"] // then[name] * now[name]
