@@ -152,7 +152,8 @@ def draw(runs: dict[str, list[list[dict[str, float]]]], means: dict[str, list[di
     scores = {f"mean score: {label}": label for label in ("proxy", "second proxy", "gold")}
     rates = {f"win rate, previous: {label}": label for label in ("proxy", "second proxy", "VADER", "on topic")}
     diagnostics = {name: name for name in ("preferences/panel_disagreement", "completions/duplicates", "entropy")}
-    for axes, (trained_on, mean) in zip(figure.subplots(len(means), 3, sharex=True), means.items(), strict=True):
+    grid = figure.subplots(len(means), 3, sharex=True, squeeze=False)
+    for axes, (trained_on, mean) in zip(grid, means.items(), strict=True):
         steps = [row["step"] for row in mean]
         for axis, curves in zip(axes, (scores, rates, diagnostics), strict=True):
             for name, label in curves.items():

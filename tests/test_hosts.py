@@ -180,7 +180,7 @@ def test_a_link_that_is_slow_and_then_cut(shared, machines):
     for rank, output in enumerate(outputs):
         assert machines.running[rank].returncode == 1, output
         here, there = ("host-a", "host-b") if rank == 0 else ("host-b", "host-a")
-        assert f"(process {rank} on {here}; on other machines: process {1 - rank} on {there})" in output
+        assert f" in process {rank} on {here}; other machines: {there} (processes {1 - rank})" in output
         assert "no message from another process came within ddp_timeout" in output
         assert "the same command with --resume_from_checkpoint true continues" in output
     machines.link.is_cut, machines.link.delay = False, 0.0
@@ -196,7 +196,7 @@ def test_a_machine_that_is_killed(shared, machines):
     machines.kill(processes[1])
     output = machines.outputs(timeout=3 * TIMEOUT)[0]
     assert processes[0].returncode == 1, output
-    assert "another process of this run has ended" in output and "on other machines: process 1 on host-b" in output
+    assert "another process of this run has ended" in output and "other machines: host-b (processes 1)" in output
     machines.start("--output_dir", "killed", "--resume_from_checkpoint", "true")
     for process, output in zip(machines.running, machines.outputs(timeout=90), strict=True):
         assert process.returncode == 0, output

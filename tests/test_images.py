@@ -8,6 +8,7 @@ import torch
 from helpers import image_dataset, image_score, weights
 
 from trl_sppo.errors import RunError
+from trl_sppo.runs.checkpoints import read_manifest
 
 
 @pytest.mark.parametrize("options", [{}, {"train_on": "best_and_worst", "num_iterations": 2}, {"beta": 1.0}])
@@ -78,6 +79,15 @@ def test_the_split_does_not_matter_with_images_either(make_trainer, seeing):
         results.append(weights(trainer))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_checkpoint_inside_an_iteration_with_images_says_so(make_trainer, seeing, tmp_path):
+    model, processor = seeing
+    make_trainer(
+        model=model, reward_funcs=image_score, num_iterations=2, max_steps=2, save_strategy="steps", save_steps=1,
+        output_dir=str(tmp_path), trainer_kwargs={"train_dataset": image_dataset(), "processing_class": processor},
+    ).train()  # fmt: skip
+    assert [read_manifest(tmp_path / f"checkpoint-{step}")["can_be_divided"] for step in (1, 2)] == [False, True]
 
 
 def test_groups_of_images_cannot_be_kept_together(make_trainer, seeing):

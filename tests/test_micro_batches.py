@@ -15,7 +15,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_sppo.errors import RunError
 from trl_sppo.rollouts.micro_batches import cut, cut_by_length, deal_anew, log_probs, trim
 
 
@@ -216,7 +215,7 @@ def test_an_iteration_that_goes_on_in_other_processes(before, after, groups):
         )
         assert actual == expected and {int(each["num_kept"]) for part in now for each in part} == {len(expected)}
         tokens = [sum(int((each["completion_mask"] * each["kept"][:, None]).sum()) for each in part) for part in now]
-        assert max(tokens) - min(tokens) <= (120 if groups else 40), tokens
+        assert max(tokens) - min(tokens) <= (70 if groups else 40), tokens
         for each in itertools.chain(*now):
             assert after == 1 or len(each["kept"])
             for i, row in enumerate(each["win_rates"].int().tolist()):
@@ -239,12 +238,6 @@ def test_nothing_to_train_on_in_other_processes():
         new = deal_anew(parts, 2, 2, 2, of_processes(2, index))
         assert [each["kept"].tolist() for each in new] == [[False]] * 4
         assert all(each["completion_mask"].any() and each["num_kept"] == 1 for each in new)
-
-
-def test_an_iteration_with_images_goes_on_in_the_same_processes_alone():
-    parts = [[{**each, "num_images": [1]} for each in slices_of(LENGTHS, [True] * 8, 4)]]
-    with pytest.raises(RunError, match="an iteration with images cannot continue in another size"):
-        deal_anew(parts, 2, 2, 2, of_processes(2, 0))
 
 
 def test_with_images_slices_stay_as_they_are():

@@ -483,6 +483,40 @@ def test_other_batches(start, once, changes, expected):
     assert f"begin a new run from its weights with model_name_or_path='{checkpoint}'" in str(error.value)
 
 
+def test_an_iteration_with_images_cannot_be_divided_in_another_way(start, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    start("run", max_steps=1).train()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["can_be_divided"] is True
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "can_be_divided": False}))
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    with pytest.raises(ValueError, match="holds an iteration with images, which cannot be divided in another way"):
+        start("other", max_steps=2, **sizes).train(resume_from_checkpoint=str(checkpoint))
+    start("other", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("names", "is_own"), [(["rng_state.pth"], True), (["rng_state.pth", "rng_state_0.pth"], False)]
+)
+def test_random_states_of_other_processes_are_not_taken(start, tmp_path, names, is_own):
+    trainer = start("run")
+    torch.manual_seed(7)
+    expected = torch.get_rng_state()
+    trainer._save_rng_state(str(tmp_path / "states"))
+    for name in names:
+        shutil.copy(tmp_path / "states" / "rng_state.pth", tmp_path / "states" / f".{name}")
+    for path in (tmp_path / "states").glob("rng_state*"):
+        path.unlink()
+    for name in names:
+        (tmp_path / "states" / f".{name}").rename(tmp_path / "states" / name)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(8)
+        trainer.load_random_state(tmp_path / "states")
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states) and torch.equal(states[0], expected) == is_own
+
+
 def adapter(**options) -> dict:
     return {"trainer_kwargs": {"peft_config": LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **options})}}
 

@@ -32,9 +32,9 @@ def explain(error: BaseException) -> str:
         )
     if is_of_another_process(error) and "imed out" in text:
         return (
-            f"no message from another process came within ddp_timeout ({text.splitlines()[0]}). It hangs, or the "
-            "network between the machines is interrupted: see its messages. If it only takes long, raise ddp_timeout "
-            "(in seconds)."
+            f"no message from another process came within ddp_timeout ({text.splitlines()[0]}). That process hangs, "
+            "or the network between the machines is interrupted: see its messages. If it only takes long, raise "
+            "ddp_timeout (in seconds)."
         )
     if is_of_another_process(error):
         return f"another process of this run has ended, see its message ({text.splitlines()[0]})."

@@ -96,8 +96,9 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
     except KeyboardInterrupt:  # before there is anything to continue
         print("trl-sppo: interrupted.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    hosts = gather_object([socket.gethostname()])
+    hosts: list[str] = []
     try:
+        hosts = gather_object([socket.gethostname()])
         if only_rollouts:
             folder = trainer.rollout()
             trainer.accelerator.print(f"Wrote rollouts to {folder}, for `trl-sppo train --rollouts {folder}`.")
@@ -108,9 +109,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
             print("trl-sppo: sampling ended. The same command continues.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        rank = trainer.args.process_index
-        others = ", ".join(f"process {i} on {host}" for i, host in enumerate(hosts) if host != hosts[rank])
-        where = f" (process {rank} on {hosts[rank]}; on other machines: {others})" if others else ""
+        where = place_of(trainer.args.process_index, hosts)
         if only_rollouts:
             report(error, f"sampling ended{where}", "The same command continues.")
         else:
@@ -124,6 +123,18 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return trainer
+
+
+def place_of(rank: int, hosts: list[str]) -> str:
+    """The machine of a process, and those of the others, if there are several machines."""
+    if len(set(hosts)) < 2:
+        return ""
+    others = [
+        f"{host} (processes {', '.join(str(i) for i, name in enumerate(hosts) if name == host)})"
+        for host in dict.fromkeys(hosts)
+        if host != hosts[rank]
+    ]
+    return f" in process {rank} on {hosts[rank]}; other machines: {', '.join(others)}"
 
 
 def run(only_rollouts: bool = False) -> None:

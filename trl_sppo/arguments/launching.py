@@ -4,6 +4,7 @@ import os
 import socket
 from argparse import Namespace
 from difflib import get_close_matches
+from ipaddress import ip_address
 from typing import Any, NoReturn
 
 from accelerate import PartialState
@@ -76,8 +77,11 @@ def advice(name: str, value: Any, options: set[str], mappings: set[str]) -> str:
     return _FLAT if is_section else "`trl-sppo train --help` lists all options."
 
 
-def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
-    """Arguments of `accelerate launch`, the recipe's first. Raises `ValueError` for unknown options."""
+def launch_arguments(parser: TrlParser, argv: list[str], here: bool = False) -> list[str]:
+    """
+    Arguments of `accelerate launch`, the recipe's first. `here` is whether they are for a launch on this machine.
+    Raises `ValueError` for unknown options.
+    """
     launcher: Any = launch_command_parser()
     launcher.error = _refuse  # instead of accelerate's usage text and exit
     training = {action.dest for action in parser._actions} - {"help"} | {"env"}
@@ -128,8 +132,8 @@ def launch_arguments(parser: TrlParser, argv: list[str]) -> list[str]:
     config = None
     if launch.config_file is not None:
         config = accelerate_config(launch.config_file)  # accelerate reads it too, a wrong one would end in a traceback
-    machines = launch.num_machines or getattr(config, "num_machines", 1)
-    if options.use_cpu and machines > 1 and "GLOO_SOCKET_IFNAME" not in {**os.environ, **recipe.get("env", {})}:
+    machines, env = launch.num_machines or getattr(config, "num_machines", 1), {**os.environ, **recipe.get("env", {})}
+    if here and options.use_cpu and machines > 1 and "GLOO_SOCKET_IFNAME" not in env:
         _check_own_name(machines)
     # accelerate starts several processes on the CPU only with mpirun, or with --multi_gpu
     strategies = "config_file", "multi_gpu", "cpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm"
@@ -143,10 +147,10 @@ def _check_own_name(machines: int) -> None:
     """Raise `ValueError` if gloo would listen on the loopback address, which other machines cannot reach."""
     name = socket.gethostname()
     try:
-        address = socket.gethostbyname(name)
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(name, None)}
     except OSError:
-        address = "127.0.0.1"
-    if address.startswith("127."):
+        addresses = set()
+    if all(ip_address(address.partition("%")[0]).is_loopback for address in addresses):
         raise ValueError(
             f"num_machines={machines}: this machine's name {name!r} does not resolve to an address that others can "
             "reach, and processes on the CPU would listen on the loopback address. Name the network interface in the "

@@ -26,7 +26,7 @@ def main(argv: list[str], module: str = "trl_sppo.train") -> int:
         return 0
     argv = split_config(argv)
     try:
-        launch = launch_arguments(parser, argv)
+        launch = launch_arguments(parser, argv, here=True)
         if "--cpu" not in launch:
             accelerate_config(None)  # the default one, which the launcher reads
         env = read_recipe(argv[argv.index("--config") + 1]).get("env", {}) if "--config" in argv else {}

@@ -120,7 +120,7 @@ def deal_anew(
     parts: list[list[dict[str, Any]]], number: int, per_step: int, batch_size: int, accelerator: Any
 ) -> list[dict[str, Any]]:
     """
-    This process's slices of an iteration that processes of another number or other micro-batches have begun.
+    This process's slices of an iteration, without images, that other processes or other micro-batches have begun.
 
     Each of its optimizer steps trains on the same rows as before. These are dealt out to the processes by length, and
     cut as in [`cut_by_length`].
@@ -133,11 +133,6 @@ def deal_anew(
     slices, steps = [], []
     for process, part in enumerate(parts):
         for i, each in enumerate(part):
-            if "num_images" in each:
-                raise RunError(
-                    "an iteration with images cannot continue in another size, since pixels have no rows to deal out "
-                    "anew. Restore the number of processes and the batches up to the end of the iteration."
-                )
             if "group" in each:  # numbered by process
                 each = {**each, "group": each["group"] * len(parts) + process}
             slices.append(each)

@@ -29,6 +29,9 @@ NEUTRAL = (
     "judge_token_budget", "preference_batch_size",
     # How an iteration is divided. Its size is generation_batch_size
     "per_device_", "gradient_accumulation_steps", "steps_per_generation",
+    # What a machine needs
+    "ddp_", "dataloader_", "gradient_checkpointing", "activation_checkpointing", "reward_batch_size",
+    "vllm_tensor_parallel_size", "vllm_gpu_memory_utilization",
 )  # fmt: skip
 
 
@@ -305,7 +308,12 @@ class RolloutRecorder:
     def _save_random_state(self, scored: bool) -> None:
         # Before the file: where that is, the random states of all processes are whole
         if self.recalls:
-            self.trainer._save_rng_state(str(self.files.state(self._iteration, scored)))
+            folder = self.files.state(self._iteration, scored)
+            if self.accelerator.is_main_process:
+                for path in folder.glob("rng_state*.pth"):  # of a run with another number of processes
+                    path.unlink()
+            self.accelerator.wait_for_everyone()
+            self.trainer._save_rng_state(str(folder))
             self.accelerator.wait_for_everyone()
 
     def _write(self) -> None:

@@ -42,8 +42,11 @@ _HASHED = {
 _BLOCKS, _BLOCK = 64, 4096  # blocks to read of each file of weights, and bytes of a block
 
 
-def write_manifest(checkpoint: Path, step: int, args: Any, form: dict[str, Any]) -> None:
-    """Declare a checkpoint whole, with facts for a run that resumes from it. It is written last."""
+def write_manifest(checkpoint: Path, step: int, args: Any, form: dict[str, Any], can_be_divided: bool = True) -> None:
+    """
+    Declare a checkpoint whole, with facts for a run that resumes from it. It is written last. `can_be_divided` is
+    whether its rollouts can be dealt out to other processes.
+    """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     manifest = {
         "format": FORMAT,
@@ -51,6 +54,7 @@ def write_manifest(checkpoint: Path, step: int, args: Any, form: dict[str, Any])
         "files": {str(path.relative_to(checkpoint)): path.stat().st_size for path in files},
         "step": step,
         "can_be_resumed": not args.save_only_model,
+        "can_be_divided": can_be_divided,
         "layout": layout_of(args),
         "form": form,
     }
@@ -168,6 +172,12 @@ def check_fits(checkpoint: str, args: Any, form: dict[str, Any] | None = None) -
         layout = {"keep_groups_together": False, **manifest["layout"]}  # older checkpoints do not name it
         now, sharding = layout_of(args), (form or {}).get("sharding")
         changed = _other_work(layout, now) + differences(manifest.get("form", {}), form or {})
+        if not changed and not manifest.get("can_be_divided", True) and sizes(layout) != sizes(now):
+            raise ValueError(
+                f"{checkpoint} holds an iteration with images, which cannot be divided in another way: it was written "
+                f"with {sizes(layout)}, now {sizes(now)}. Restore these, or resume from a checkpoint between two "
+                "iterations."
+            )
         if sharding == "deepspeed":  # which saves the optimizer by process
             changed += differences(*({"num_processes": each["num_processes"]} for each in (layout, now)))
         if not changed:

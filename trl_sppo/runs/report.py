@@ -32,7 +32,7 @@ RULES = (
     ("win_rate/length_correlation", -0.3, 0.3, "win rates follow length: see those at equal length, or add an oracle"),
     ("preferences/tied", 0.0, 0.2, "many pairs are tied and teach nothing: a coarse reward, or duplicates"),
     ("preferences/panel_disagreement", 0.05, 0.4, "near 1/2 the oracles' vote is noise; near 0 one oracle is enough"),
-    ("preferences/*/agreement/*", 0.5, 1.0, "chance: where the policy is now, the held-out judge sees no progress"),
+    ("preferences/*/agreement/*", 0.5, 1.0, "the held-out judge agreed by chance only: it no longer saw progress"),
     ("preferences/intransitive", 0.0, 0.1, "many preferences form circles: look at the oracle's order disagreement"),
     ("completions/duplicates", 0.0, 0.1, "many completions of a group are the same: raise the temperature"),
     ("completions/clipped_ratio", 0.0, 0.3, "many completions are cut off at max_completion_length"),
@@ -104,12 +104,13 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 def diagnose(history: list[dict[str, Any]], without_vote: Iterable[str] = ()) -> list[dict[str, Any]]:
     """
-    Compare logged metrics with their healthy bounds. First and last are means over the first and last fifth. Of
-    agreements, only those with an oracle without a vote count: voters may well have different goals.
+    Compare logged metrics with their healthy bounds. First and last are means over the first and last fifth, and of
+    agreements the lowest mean over a fifth. Of these, only those of a voter with an oracle without a vote count:
+    voters may well have different goals.
     """
     found = []
     logged = sorted({name for row in history for name in row})
-    logged = [name for name in logged if "/agreement/" not in name or name.rpartition("/")[2] in without_vote]
+    logged = [name for name in logged if "/agreement/" not in name or _is_watched(name, set(without_vote))]
     rules = [(name, rule) for rule in RULES for name in fnmatch.filter(logged, rule[0])]
     for name, (_, low, high, problem) in rules:
         values = curve(history, name)[1]
@@ -117,11 +118,18 @@ def diagnose(history: list[dict[str, Any]], without_vote: Iterable[str] = ()) ->
         if not values or (name == "log_ratio_to_target" and not any(values)):
             continue
         part = max(1, len(values) // 5)
-        first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+        means = [sum(values[i : i + part]) / part for i in range(len(values) - part + 1)]
+        first, last = means[0], min(means) if "/agreement/" in name else means[-1]
         healthy = low <= last <= high
         words = f"healthy ({low:g} to {high:g})" if healthy else problem
         found.append({"name": name, "first": first, "last": last, "healthy": healthy, "words": words})
     return found
+
+
+def _is_watched(name: str, without_vote: set[str]) -> bool:
+    """Whether the metric is the agreement of a voter with an oracle that has no vote."""
+    first, _, second = name.removeprefix("preferences/").partition("/agreement/")
+    return (first in without_vote) != (second in without_vote)
 
 
 def samples(first: Groups, last: Groups) -> list[dict[str, Any]]:

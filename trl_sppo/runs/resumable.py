@@ -291,8 +291,10 @@ class ResumableTrainer(GRPOTrainer):
         self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
+            can_be_divided = True
             if not self.args.save_only_model:
                 state = self.get_state()
+                can_be_divided = not any("num_images" in each for each in state["slices"] or ())
                 del state["random"]  # transformers has saved it
                 torch.save(state, folder / f"rollouts_{self.args.process_index}.pt")
             if main and self.args.sync_ref_model and self.ref_model is not None and not self._is_sharded:
@@ -300,7 +302,7 @@ class ResumableTrainer(GRPOTrainer):
                 torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
             self.accelerator.wait_for_everyone()
             if main:
-                write_manifest(folder, step, self.args, self._form)
+                write_manifest(folder, step, self.args, self._form, can_be_divided)
         except BaseException:
             if main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -319,23 +321,26 @@ class ResumableTrainer(GRPOTrainer):
 
     def load_random_state(self, folder: Path) -> None:
         """Load the random state of this process that a folder has, or begin a new one if other processes wrote it."""
-        if len(list(folder.glob("rng_state*.pth"))) == self.accelerator.num_processes:
+        size, place = self.accelerator.num_processes, self.args.process_index
+        names = {f"rng_state_{process}.pth" for process in range(size)} if size > 1 else {"rng_state.pth"}
+        if {path.name for path in folder.glob("rng_state*.pth")} == names:
             super()._load_rng_state(str(folder))
-        else:
-            set_seed(int(digest(folder.name, self.args.seed, self.args.process_index), 16) % 2**32)
+            return
+        if self.args.use_vllm and self.args.vllm_mode == "colocate":  # processes that share a vLLM sample alike
+            place //= self.args.vllm_tensor_parallel_size
+        set_seed(int(digest(folder.name, self.args.seed, place), 16) % 2**32)
 
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """The state of this process, also if processes of another number, or with other batches, wrote it."""
         then, now = read_manifest(checkpoint)["layout"], layout_of(self.args)
-        is_same, process = sizes(then) == sizes(now), self.args.process_index
-        own = [process] if is_same else range(then["num_processes"])
+        is_same = sizes(then) == sizes(now)
+        own = [self.args.process_index] if is_same else range(then["num_processes"])
         states = [
             torch.load(checkpoint / f"rollouts_{number}.pt", map_location="cpu", weights_only=True) for number in own
         ]
         if is_same:
             return states[0]
-        # Of the numbers, only the sum of losses differs between processes. The log has their mean
-        state = states[process] if process < len(states) else states[0]
+        state = states[0]  # of its numbers, only the sum of losses differs between processes. The log has the mean
         state["_tr_loss"] = torch.stack([each["_tr_loss"] for each in states]).mean(dim=0)
         name = "gradient_accumulation_steps"
         state["_step"] = state["_step"] // then[name] * now[name]
