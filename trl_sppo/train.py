@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None, only_rollouts: bool = False):
 
 
 def place_of(rank: int, hosts: list[str]) -> str:
-    """The machine of a process, and those of the others, if there are several machines."""
+    """The machine of a process, and the machines of the others, if there are several."""
     if len(set(hosts)) < 2:
         return ""
     others = [

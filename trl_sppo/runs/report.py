@@ -105,8 +105,8 @@ def curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 def diagnose(history: list[dict[str, Any]], without_vote: Iterable[str] = ()) -> list[dict[str, Any]]:
     """
     Compare logged metrics with their healthy bounds. First and last are means over the first and last fifth, and of
-    agreements the lowest mean over a fifth. Of these, only those of a voter with an oracle without a vote count:
-    voters may well have different goals.
+    agreements the lowest mean over a fifth. Only agreements of a voter with an oracle without a vote count: voters
+    may well have different goals.
     """
     found = []
     logged = sorted({name for row in history for name in row})
