@@ -1,5 +1,6 @@
 """Every recipe on disk parses, into the options it names, has its header, and launches what it is meant to."""
 
+import math
 import re
 import runpy
 import shlex
@@ -23,6 +24,8 @@ SEVEN_BILLION = sorted((RECIPES / "qwen2.5-7b-instruct").glob("*.yaml"))
 
 # What is for `accelerate launch`: processes, and the file of TRL's that says how they share the model
 LAUNCHES = {"full-8gpu-fsdp2": (8, "fsdp2.yaml"), "full-8gpu-zero3": (8, "zero3.yaml"), "paper": (8, "zero3.yaml")}
+LAUNCHES |= {"full-16gpu-fsdp2": (16, "fsdp2.yaml")}
+SEVERAL_MACHINES = {"num_machines", "main_process_port"}
 
 
 def name_of(path: Path) -> str:
@@ -38,7 +41,7 @@ def command_in(header: str, start: str) -> list[str]:
 
 def test_there_are_recipes():
     seven = {"lora", "qlora-24gb", "full-8gpu-fsdp2", "full-8gpu-zero3", "vllm-server", "served-reward-model"}
-    seven |= {"inpo", "llm-judge", "panel"}
+    seven |= {"inpo", "llm-judge", "panel", "full-16gpu-fsdp2"}
     assert {path.stem for path in SEVEN_BILLION} == seven
     assert {"quickstart", "qwen2.5-0.5b-instruct/lora"} <= {name_of(path) for path in PATHS}
 
@@ -56,6 +59,7 @@ def test_recipe(path, monkeypatch):
     assert launch.num_processes == processes
     assert launch.config_file is None if config is None else Path(launch.config_file).name == config
     launching = {"num_processes", "accelerate_config"} if processes else set()
+    launching |= recipe.keys() & SEVERAL_MACHINES
     assert len(found) == 2 * len(launching)
 
     # a GPU's bf16 cannot be asked for here: everything else is checked as it stands
@@ -114,7 +118,7 @@ def test_the_seven_billion_recipes_differ_only_in_where_things_are(path):
         "reward_model_name_or_path", "reward_batch_size", "reward_quantization",
         "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "vllm_max_model_length",
         "vllm_server_base_url", "num_processes", "accelerate_config", "accelerator_config",
-        "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps",
+        "per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps", *SEVERAL_MACHINES,
     }  # fmt: skip
     if path.stem in ("llm-judge", "panel"):  # other judges, and a rate at which an adapter learns
         placement |= {"preference_funcs", "comparisons_per_group", "learning_rate", "output_dir"}
@@ -125,6 +129,20 @@ def test_the_seven_billion_recipes_differ_only_in_where_things_are(path):
         for p in (path, path.with_name("lora.yaml"))
     ]
     assert kept[0] == kept[1]
+
+
+def test_one_machine_or_two_share_a_run():
+    """Each optimizer step and iteration has as many completions, so a checkpoint of one continues on the other."""
+    eight, sixteen = (options_of(RECIPES / f"qwen2.5-7b-instruct/full-{n}gpu-fsdp2.yaml") for n in (8, 16))
+    for name in ("steps_per_generation", "gradient_accumulation_steps"):
+        factors = "num_processes", "per_device_train_batch_size", name
+        assert len({math.prod(each[factor] for factor in factors) for each in (eight, sixteen)}) == 1
+    divided = {"steps_per_generation", "gradient_accumulation_steps", "num_processes", "accelerator_config"}
+    same = [
+        {name: value for name, value in each.items() if name not in divided | SEVERAL_MACHINES}
+        for each in (eight, sixteen)
+    ]
+    assert same[0] == same[1]
 
 
 def test_fsdp2_divides_gradients_after_each_micro_batch():
@@ -171,9 +189,9 @@ def test_the_docs_show_the_same_launches(name):
 
 def test_the_docs_list_every_recipe():
     page = (ROOT / "docs/recipes.md").read_text()
-    rows = re.findall(r"^\| `(.+\.yaml)` \| .* \| (?:(\d) × (\d+) GB|none) \| (?:(\d+) GB)? ?\|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `(.+\.yaml)` \| .* \| (?:(\d+) × (\d+) GB|none) \| (?:(\d+) GB)? ?\|$", page, re.MULTILINE)
     assert sorted(row[0] for row in rows) == sorted(f"{name_of(path)}.yaml" for path in PATHS)
-    numbers = {"one": "1", "two": "2", "eight": "8"}
+    numbers = {"one": "1", "two": "2", "eight": "8", "sixteen": "16"}
     for name, gpus, gigabytes, needed in rows:
         header = re.sub(r"\n# +", " ", header_of(RECIPES / name))
         if name != "quickstart.yaml":
