@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from helpers import TINY, make_tokenizer
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -87,11 +88,11 @@ class Machines:
         self.link = Link(self.names)
         self.running: list[subprocess.Popen] = []
 
-    def start(self, *arguments: str) -> list[subprocess.Popen]:
-        """`trl-sppo train` on both machines, each with its own name and its own contents of the private folder."""
+    def start(self, *arguments: str, what: tuple[str, str] = ("train", "hosts.yaml")) -> list[subprocess.Popen]:
+        """A command on both machines, each with its own name and its own contents of the private folder."""
         self.running = []
         for rank, name in enumerate(self.names):
-            command = [sys.executable, "-m", "trl_sppo", "train", "--config", "hosts.yaml"]
+            command = [sys.executable, "-m", "trl_sppo", what[0], "--config", what[1]]
             command += ["--machine_rank", str(rank), *arguments]
             script = f"mount --make-rprivate / && mount -t tmpfs tmpfs {self.private} && hostname host-{'ab'[rank]}"
             script += f" && touch {self.private}/of-{'ab'[rank]} && exec " + " ".join(command)
@@ -134,6 +135,7 @@ def shared(tmp_path_factory):
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines[: 4 if split == "test" else None]))
     (folder / "one.yaml").write_text(yaml.safe_dump(RECIPE))
     (folder / "hosts.yaml").write_text(yaml.safe_dump({**RECIPE, **HOSTS, "rollouts": "sampled/rollouts"}))
+    (folder / "sample.yaml").write_text(yaml.safe_dump({**RECIPE, **HOSTS, "max_steps": 8}))
     for command in (
         ["rollout", "--config", "one.yaml", "--output_dir", "sampled"],
         ["train", "--config", "one.yaml", "--rollouts", "sampled/rollouts", "--output_dir", "one"],
@@ -201,6 +203,16 @@ def test_a_machine_that_is_killed(shared, machines):
     for process, output in zip(machines.running, machines.outputs(timeout=90), strict=True):
         assert process.returncode == 0, output
     assert_like_one_process(shared, "killed")
+
+
+def test_rollouts_of_two_machines(shared, machines):
+    machines.start("--output_dir", "rollouts-of-two", what=("rollout", "sample.yaml"))
+    for process, output in zip(machines.running, machines.outputs(timeout=90), strict=True):
+        assert process.returncode == 0, output
+    files = sorted((shared / "rollouts-of-two" / "rollouts").glob("*.parquet"))
+    rows = [row for file in files for row in read_table(file).to_pylist()]
+    assert len(rows) == 4 and all(len(row["completions"]) == len(row["logps"]) == 4 for row in rows)
+    assert all(None not in row["logps"] for row in rows)
 
 
 def test_a_name_that_does_not_resolve(shared, machines):
