@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,10 @@ def diagnose(history: list[dict[str, Any]], without_vote: Iterable[str] = ()) ->
         if not values or (name == "log_ratio_to_target" and not any(values)):
             continue
         part = max(1, len(values) // 5)
-        means = [sum(values[i : i + part]) / part for i in range(len(values) - part + 1)]
-        first, last = means[0], min(means) if "/agreement/" in name else means[-1]
+        first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+        if "/agreement/" in name:
+            sums = [0.0, *accumulate(values)]
+            last = min((end - start) / part for start, end in zip(sums, sums[part:], strict=False))
         healthy = low <= last <= high
         words = f"healthy ({low:g} to {high:g})" if healthy else problem
         found.append({"name": name, "first": first, "last": last, "healthy": healthy, "words": words})
